@@ -1,0 +1,112 @@
+"""The one result type: a struct of arrays, one row an instance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from glesam_ros.validation import BoolArray, FloatArray
+
+MAX_ID = 65534
+"""Largest instance id; 65535 means "unlabeled" in mask images (vision_msgs convention)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Instances:
+    """Instances of one image, best score first.
+
+    Attributes:
+        masks: (K, H, W) bool, in pixels of the image.
+        boxes: (K, 4) float32, xyxy in pixels; x2 and y2 are exclusive, so an area is (x2 - x1) * (y2 - y1).
+        scores: (K,) float32 in 0..1, the predicted IoU of each mask.
+        stability: (K,) float32 in 0..1, IoU of the mask under a raised and a lowered threshold (segment-anything).
+        ids: (K,) int32 in 1..65534, unique; the value of the instance in `label_map`.
+        degradation: 0 (clear) .. 1 (LQ-3 or worse), measured on the image.
+        enhanced: whether the latent enhancement ran.
+
+    Raises:
+        ValueError: on construction, when shapes or ranges do not fit; says which field, expected and actual.
+    """
+
+    masks: BoolArray
+    boxes: FloatArray
+    scores: FloatArray
+    stability: FloatArray
+    ids: np.ndarray[Any, np.dtype[np.int32]]
+    degradation: float
+    enhanced: bool
+
+    def __post_init__(self) -> None:
+        if self.masks.ndim != 3 or self.masks.dtype != np.bool_:
+            raise ValueError(f"masks: expected (K, H, W) bool, got {self.masks.shape} {self.masks.dtype}")
+        k = self.masks.shape[0]
+        for name, shape, dtype in (
+            ("boxes", (k, 4), np.float32),
+            ("scores", (k,), np.float32),
+            ("stability", (k,), np.float32),
+            ("ids", (k,), np.int32),
+        ):
+            value = getattr(self, name)
+            if value.shape != shape or value.dtype != dtype:
+                raise ValueError(
+                    f"{name}: expected {shape} {np.dtype(dtype)} for {k} masks, got {value.shape} {value.dtype}"
+                )
+        if k and (self.ids.min() < 1 or self.ids.max() > MAX_ID or len(set(self.ids.tolist())) != k):
+            raise ValueError(f"ids: expected unique values in 1..{MAX_ID}, got {self.ids.tolist()}")
+        if not 0.0 <= self.degradation <= 1.0:
+            raise ValueError(f"degradation: expected 0..1, got {self.degradation}")
+
+    def __len__(self) -> int:
+        return int(self.masks.shape[0])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image."""
+        return int(self.masks.shape[1]), int(self.masks.shape[2])
+
+    @property
+    def areas(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(K,) int64, pixels of each mask."""
+        return np.array([m.sum() for m in self._crops()], np.int64).reshape(len(self))
+
+    def select(self, keep: Any) -> Instances:
+        """The instances at `keep` (bool mask or indices), ids unchanged."""
+        return Instances(
+            self.masks[keep], self.boxes[keep], self.scores[keep], self.stability[keep], self.ids[keep],
+            self.degradation, self.enhanced,
+        )
+
+    def label_map(self) -> np.ndarray[Any, np.dtype[np.uint16]]:
+        """(H, W) uint16 of instance ids, 0 background; where masks overlap the higher score wins, then the lower id."""
+        labels = np.zeros(self.size, np.uint16)
+        for k in self._back_to_front():
+            rows, cols = self._window(k)
+            labels[rows, cols][self.masks[k, rows, cols]] = self.ids[k]
+        return labels
+
+    def confidence_map(self, labels: np.ndarray[Any, np.dtype[np.uint16]] | None = None) -> FloatArray:
+        """(H, W) float32 in 0..1: score times stability of the instance that owns the pixel, 0 where none does.
+
+        Args:
+            labels: a label map of these instances already at hand, to save making it again.
+        """
+        labels = self.label_map() if labels is None else labels
+        table = np.zeros(int(self.ids.max(initial=0)) + 1, np.float32)
+        table[self.ids] = self.scores * self.stability
+        return table[labels]
+
+    def _back_to_front(self) -> list[int]:
+        return np.lexsort((-self.ids, self.scores)).tolist()
+
+    def _window(self, k: int) -> tuple[slice, slice]:
+        x1, y1, x2, y2 = self.boxes[k]
+        height, width = self.size
+        return (
+            slice(max(0, int(np.floor(y1))), min(height, int(np.ceil(y2)))),
+            slice(max(0, int(np.floor(x1))), min(width, int(np.ceil(x2)))),
+        )
+
+    def _crops(self) -> list[BoolArray]:
+        return [self.masks[(k, *self._window(k))] for k in range(len(self))]

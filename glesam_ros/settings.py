@@ -1,0 +1,177 @@
+"""Every parameter of the node, once.
+
+`Settings` is the only source: the ROS descriptors (with ranges, so rqt draws sliders), ``config/perception.yaml`` and
+the parameter table of the README are all made from its fields. Nothing here knows ROS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+ENHANCEMENT_MODES = ("off", "always", "auto")
+DEVICES = ("auto", "cpu", "cuda", "tensorrt")
+PRECISIONS = ("auto", "fp32", "fp16")
+RELIABILITIES = ("best_effort", "reliable")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of one parameter beside its default.
+
+    Attributes:
+        help: one sentence for rqt, YAML and README.
+        low, high: inclusive range of a number, None where there is none.
+        choices: allowed strings, empty where any is allowed.
+        unit: unit of the value, "" where it has none.
+        read_only: True when it takes effect only at start.
+        multiple_of: an integer must be a multiple of this.
+    """
+
+    help: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    unit: str = ""
+    read_only: bool = False
+    multiple_of: int = 1
+
+
+def _param(default: Any, help: str, **spec: Any) -> Any:
+    metadata = {"spec": Spec(help=help, **spec)}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All parameters of the node; `spec(name)` gives range and help of each.
+
+    Raises:
+        ValueError: on construction, when a value breaks its range, choices or type, or two values contradict.
+    """
+
+    model: str = _param("nano", "Model to run: a registered name, see `glesam bench --list`.", read_only=True)
+    device: str = _param(
+        "auto", "Where the model runs; auto takes TensorRT, then CUDA, then CPU.", choices=DEVICES, read_only=True
+    )
+    precision: str = _param(
+        "auto", "Arithmetic of the model; auto takes what was measured best on the device.",
+        choices=PRECISIONS, read_only=True,
+    )
+    cameras: tuple[str, ...] = _param(
+        ("",), "Camera names; each gets its topics under its name. One empty name means topics without a prefix.",
+        read_only=True,
+    )
+    compressed: bool = _param(
+        False, "Subscribe image/compressed (JPEG or PNG) instead of image.", read_only=True
+    )
+    input_reliability: str = _param(
+        "best_effort", "Reliability asked of the image publisher; best_effort matches every publisher.",
+        choices=RELIABILITIES, read_only=True,
+    )
+    autostart: bool = _param(
+        True, "Configure and activate by itself; false waits for a lifecycle manager.", read_only=True
+    )
+    enhancement: str = _param(
+        "auto", "Latent enhancement: off, always, or auto (by measured degradation, with hysteresis).",
+        choices=ENHANCEMENT_MODES,
+    )
+    enhance_above: float = _param(
+        0.25, "Auto mode switches enhancement on when the degradation level rises above this.", low=0.0, high=1.0
+    )
+    enhance_below: float = _param(
+        0.15, "Auto mode switches enhancement off when the degradation level falls below this.", low=0.0, high=1.0
+    )
+    score_threshold: float = _param(
+        0.5, "Instances with a lower score (predicted IoU) are dropped in everything mode.", low=0.0, high=1.0
+    )
+    stability_threshold: float = _param(
+        0.6, "Instances with a lower stability (mask IoU under a shifted threshold) are dropped in everything mode.",
+        low=0.0, high=1.0,
+    )
+    nms_iou: float = _param(
+        0.7, "Of two masks that overlap more than this, the lower score is dropped in everything mode.",
+        low=0.0, high=1.0,
+    )
+    max_instances: int = _param(64, "At most this many instances a frame, best scores first.", low=1, high=1000)
+    min_area: int = _param(
+        100, "Smaller instances are dropped in everything mode.", low=0, high=1_000_000, unit="px"
+    )
+    processing_size: int = _param(
+        512, "Long side of the image inside the model; smaller is faster, larger finds smaller things.",
+        low=256, high=1024, unit="px", multiple_of=32,
+    )
+    max_frame_age_ms: int = _param(
+        500, "A frame older than this is dropped, not processed.", low=1, high=60_000, unit="ms"
+    )
+    prompt_timeout_s: float = _param(
+        30.0, "A prompt expires after this time; 0 keeps it until it is cleared.", low=0.0, high=86_400.0, unit="s"
+    )
+    overlay_alpha: float = _param(0.5, "Opacity of the mask colours in the overlay.", low=0.0, high=1.0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cameras", tuple(self.cameras))
+        for f in dataclasses.fields(self):
+            check_value(f.name, getattr(self, f.name))
+        if self.enhance_below > self.enhance_above:
+            raise ValueError(
+                f"enhance_below must not exceed enhance_above: expected enhance_below <= {self.enhance_above}, "
+                f"got {self.enhance_below}; lower enhance_below or raise enhance_above"
+            )
+        if len(set(self.cameras)) != len(self.cameras) or not self.cameras:
+            raise ValueError(f"cameras: expected at least one name and no name twice, got {list(self.cameras)}")
+
+    def replace(self, **changes: Any) -> Settings:
+        """A copy with `changes`, checked as on construction."""
+        return dataclasses.replace(self, **changes)
+
+
+def spec(name: str) -> Spec:
+    """Range, choices and help of the parameter `name`. Raises KeyError for an unknown name."""
+    for f in dataclasses.fields(Settings):
+        if f.name == name:
+            return f.metadata["spec"]
+    raise KeyError(f"unknown parameter {name!r}; known: {', '.join(names())}")
+
+
+def names() -> tuple[str, ...]:
+    """Names of all parameters, in declaration order."""
+    return tuple(f.name for f in dataclasses.fields(Settings))
+
+
+def default(name: str) -> Any:
+    """Default of the parameter `name`; a tuple for lists of strings."""
+    return getattr(Settings(), name)
+
+
+def check_value(name: str, value: Any) -> None:
+    """Refuse a value that breaks the type, range or choices of the parameter `name`.
+
+    Raises:
+        ValueError: with the parameter, what was expected and what came.
+    """
+    s, kind = spec(name), _kind(name)
+    if kind == "strings":
+        if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
+            raise ValueError(f"{name}: expected a list of strings, got {value!r}")
+        return
+    expected = {"bool": bool, "int": int, "float": (int, float), "str": str}[kind]
+    if not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool"):
+        raise ValueError(f"{name}: expected a {kind}, got {value!r} ({type(value).__name__})")
+    if s.choices and value not in s.choices:
+        raise ValueError(f"{name}: expected one of {', '.join(s.choices)}; got {value!r}")
+    if s.low is not None and not s.low <= value <= s.high:  # type: ignore[operator]  # low and high come together
+        raise ValueError(f"{name}: expected {s.low:g} .. {s.high:g}{' ' + s.unit if s.unit else ''}, got {value}")
+    if s.multiple_of > 1 and value % s.multiple_of:
+        raise ValueError(f"{name}: expected a multiple of {s.multiple_of}, got {value}")
+
+
+def _kind(name: str) -> str:
+    for f in dataclasses.fields(Settings):
+        if f.name == name:
+            kind = str(f.type)
+            return "strings" if kind.startswith("tuple") else kind
+    raise KeyError(name)
