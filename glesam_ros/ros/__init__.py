@@ -1,0 +1,1 @@
+"""The ROS 2 layer: messages in, messages out; lifecycle, threads, QoS, parameters and diagnostics."""

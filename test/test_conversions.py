@@ -1,0 +1,353 @@
+"""Known answers of every encoding, faults by name, and the copies that are not made."""
+
+from __future__ import annotations
+
+import array
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from glesam_ros.ros.conversions import ENCODINGS, ConversionError, array_to_image, compressed_to_rgb, image_to_rgb
+
+RED, GREEN, BLUE = (240, 0, 0), (0, 240, 0), (0, 0, 240)
+RGB = np.array([[(10, 20, 30), (200, 100, 50)], [(0, 255, 1), (7, 8, 9)], [(90, 80, 70), (255, 254, 253)]], np.uint8)
+GREY = RGB[..., 1]
+
+
+def message(pixels: np.ndarray[Any, Any], encoding: str, padding: int = 0, big: bool = False, **fields: Any) -> Any:
+    """The fields of a sensor_msgs/Image that holds `pixels` (H, W[, C]) with `padding` bytes after each row."""
+    height, width = pixels.shape[:2]
+    stored = pixels.astype(pixels.dtype.newbyteorder(">" if big else "<"))
+    rows = np.frombuffer(stored.tobytes(), np.uint8).reshape(height, -1)
+    rows = np.pad(rows, ((0, 0), (0, padding)), constant_values=0xAB)
+    made = {
+        "height": height, "width": width, "encoding": encoding, "is_bigendian": int(big), "step": rows.shape[1],
+        "data": array.array("B", rows.tobytes()),
+    }
+    return SimpleNamespace(**{**made, **fields})
+
+
+def alpha(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.dstack([pixels, np.full(pixels.shape[:2], 77, pixels.dtype)])
+
+
+def wide(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """16 bit with a low byte that must be dropped, not rounded."""
+    return pixels.astype(np.uint16) * 256 + 0xFE
+
+
+BGR = RGB[..., ::-1]
+COLOURS = {
+    "rgb8": RGB, "bgr8": BGR, "rgba8": alpha(RGB), "bgra8": alpha(BGR), "8UC3": BGR, "8UC4": alpha(BGR),
+    "rgb16": wide(RGB), "bgr16": wide(BGR), "rgba16": wide(alpha(RGB)), "bgra16": wide(alpha(BGR)),
+    "16UC3": wide(BGR), "16UC4": wide(alpha(BGR)), "32FC3": (BGR / 255).astype(np.float32),
+}
+GREYS = {
+    "mono8": GREY, "8UC1": GREY, "mono16": wide(GREY), "16UC1": wide(GREY), "32FC1": (GREY / 255).astype(np.float32),
+}
+YUVS = ("yuv422", "uyvy", "yuv422_yuy2", "yuyv")
+BAYERS = tuple(f"bayer_{pattern}{bits}" for pattern in ("rggb", "bggr", "gbrg", "grbg") for bits in (8, 16))
+
+
+def test_every_encoding_is_tested() -> None:
+    assert {*COLOURS, *GREYS, *YUVS, *BAYERS} == set(ENCODINGS)
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("padding", [0, 3, 16])
+@pytest.mark.parametrize("encoding", [*COLOURS, *GREYS])
+def test_known_pixels(encoding: str, padding: int, big: bool) -> None:
+    expected = RGB if encoding in COLOURS else np.dstack([GREY] * 3)
+    rgb = image_to_rgb(message({**COLOURS, **GREYS}[encoding], encoding, padding, big))
+    assert rgb.dtype == np.uint8
+    np.testing.assert_array_equal(rgb, expected)
+
+
+@pytest.mark.parametrize("padding", [0, 6])
+@pytest.mark.parametrize("encoding", YUVS)
+def test_yuv422_of_pure_colours(encoding: str, padding: int) -> None:
+    # BT.601 studio range: (Y, U, V) of red, green, blue, white
+    yuv = {"red": (81, 90, 240), "green": (145, 54, 34), "blue": (41, 240, 110), "white": (235, 128, 128)}
+    rgb = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+    for colour, (y, u, v) in yuv.items():
+        pair = (u, y, v, y) if encoding in ("yuv422", "uyvy") else (y, u, y, v)
+        stored = np.tile(np.array(pair, np.uint8).reshape(1, 2, 2), (3, 2, 1))
+        got = image_to_rgb(message(stored, encoding, padding))
+        assert got.shape == (3, 4, 3)
+        np.testing.assert_allclose(got.astype(int), np.broadcast_to(rgb[colour], got.shape), atol=3, err_msg=colour)
+
+
+def mosaic(pattern: str, colour: tuple[int, int, int], size: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """What a sensor behind the filter `pattern` sees of one solid colour."""
+    tile = np.array(["rgb".index(c) for c in pattern]).reshape(2, 2)
+    height, width = size
+    filters = np.tile(tile, (height // 2 + 1, width // 2 + 1))[:height, :width]
+    return np.array(colour, np.uint8)[filters]
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (2, 2)])
+@pytest.mark.parametrize("colour", [RED, GREEN, BLUE, (200, 90, 30)])
+@pytest.mark.parametrize("encoding", BAYERS)
+def test_bayer_of_solid_colours(encoding: str, colour: tuple[int, int, int], size: tuple[int, int]) -> None:
+    seen = mosaic(encoding[6:10], colour, size)
+    for padding in (0, 4):
+        for big in (False, True):
+            stored = wide(seen) if encoding.endswith("16") else seen
+            rgb = image_to_rgb(message(stored, encoding, padding, big))
+            np.testing.assert_array_equal(rgb, np.broadcast_to(np.array(colour, np.uint8), (*size, 3)))
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, lambda d: np.frombuffer(bytes(d), np.uint8)])
+def test_data_may_be_bytes_or_numpy(kind: Any) -> None:
+    msg = message(RGB, "rgb8", padding=2)
+    msg.data = kind(msg.data)
+    np.testing.assert_array_equal(image_to_rgb(msg), RGB)
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_rgb8_is_a_view_of_the_message(padding: int) -> None:
+    msg = message(RGB, "rgb8", padding)
+    assert np.shares_memory(image_to_rgb(msg), np.frombuffer(msg.data, np.uint8))
+
+
+def test_the_padding_of_the_last_row_may_be_missing() -> None:
+    msg = message(RGB, "bgr8", padding=5)
+    msg.data = msg.data[:-5]
+    np.testing.assert_array_equal(image_to_rgb(msg), BGR)
+
+
+def nan_image(value: float) -> np.ndarray[Any, Any]:
+    image = np.full((4, 4), 0.5, np.float32)
+    image[2, 1] = value
+    return image
+
+
+FAULTS = {
+    "no width": (message(RGB, "rgb8", width=0), "zero_size", "0x3"),
+    "no height": (message(RGB, "rgb8", height=0), "zero_size", "2x0"),
+    "step of another width": (message(RGB, "rgb8", step=5), "bad_step", "step >= 6"),
+    "step zero": (message(RGB, "rgb8", step=0), "bad_step", "got 0"),
+    "step in pixels": (message(wide(GREY), "mono16", step=2), "bad_step", "step >= 4"),
+    "cut": (message(RGB, "rgb8", data=bytes(17)), "short_data", "at least 18 bytes of data (3 rows with step 6), got 17"),
+    "empty": (message(RGB, "rgb8", data=b""), "short_data", "got 0"),
+    "absurd size": (message(RGB, "rgb8", height=2**32 - 1), "short_data", "got 18"),
+    "unknown encoding": (message(RGB, "nv12x"), "unknown_encoding", "'nv12x'"),
+    "empty encoding": (message(RGB, ""), "unknown_encoding", "bayer_rggb8"),
+    "odd yuv": (message(np.zeros((2, 3, 2), np.uint8), "yuv422"), "odd_width", "got 3"),
+    "nan": (message(nan_image(np.nan), "32FC1"), "not_finite", "0..1"),
+    "infinity": (message(nan_image(-np.inf), "32FC1"), "not_finite", "0..1"),
+    "metres": (message(nan_image(4.5), "32FC1"), "out_of_range", "0.5 .. 4.5"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_image_faults_are_named(name: str) -> None:
+    msg, reason, words = FAULTS[name]
+    with pytest.raises(ConversionError) as caught:
+        image_to_rgb(msg)
+    assert caught.value.reason == reason
+    assert words in str(caught.value)
+
+
+def test_slight_overshoot_of_floats_is_clipped() -> None:
+    rgb = image_to_rgb(message(np.array([[-0.005, 1.005, 0.5]], np.float32), "32FC1"))
+    assert rgb[0, :, 0].tolist() == [0, 255, 128]
+
+
+def photo() -> np.ndarray[Any, Any]:
+    y, x = np.mgrid[:48, :64]
+    return np.dstack([4 * x, 5 * y, 255 - 2 * (x + y)]).astype(np.uint8)
+
+
+def coded(extension: str, pixels: np.ndarray[Any, Any], *options: int) -> bytes:
+    ok, data = cv2.imencode(extension, pixels, list(options))
+    assert ok
+    return bytes(data)
+
+
+def compressed(data: bytes, stated: str) -> Any:
+    return SimpleNamespace(format=stated, data=array.array("B", data))
+
+
+BGR_PHOTO = np.ascontiguousarray(photo()[..., ::-1])
+
+
+@pytest.mark.parametrize("stated", ["png", "rgb8; png compressed bgr8", "bgr8; png compressed bgr8", "PNG"])
+def test_png_is_exact(stated: str) -> None:
+    np.testing.assert_array_equal(compressed_to_rgb(compressed(coded(".png", BGR_PHOTO), stated)), photo())
+
+
+@pytest.mark.parametrize("stated", ["jpeg", "jpg", "rgb8; jpeg compressed bgr8", "bgr8; jpeg compressed bgr8", "mjpeg"])
+def test_jpeg_colours(stated: str) -> None:
+    rgb = compressed_to_rgb(compressed(coded(".jpg", BGR_PHOTO), stated))
+    np.testing.assert_allclose(rgb.astype(int), photo(), atol=24)
+    assert np.abs(rgb.astype(int) - photo()).mean() < 4
+
+
+def test_the_bytes_decide_over_the_stated_format() -> None:
+    np.testing.assert_array_equal(compressed_to_rgb(compressed(coded(".png", BGR_PHOTO), "jpeg")), photo())
+
+
+def test_channels_stated_as_not_swapped_are_not_swapped() -> None:
+    rgb = compressed_to_rgb(compressed(coded(".png", photo()), "rgb8; png compressed rgb8"))
+    np.testing.assert_array_equal(rgb, photo())
+
+
+@pytest.mark.parametrize("stated", ["mono8; jpeg compressed ", "mono8; png compressed "])
+def test_grey_pictures(stated: str) -> None:
+    grey = np.full((9, 7), 130, np.uint8)
+    rgb = compressed_to_rgb(compressed(coded(".jpg" if "jpeg" in stated else ".png", grey), stated))
+    np.testing.assert_array_equal(rgb, np.full((9, 7, 3), 130))
+
+
+def test_16_bit_png() -> None:
+    rgb = compressed_to_rgb(compressed(coded(".png", wide(BGR_PHOTO)), "bgr16; png compressed bgr16"))
+    np.testing.assert_array_equal(rgb, photo())
+    grey = compressed_to_rgb(compressed(coded(".png", wide(GREY)), "16UC1; png compressed "))
+    np.testing.assert_array_equal(grey, np.dstack([GREY] * 3))
+
+
+@pytest.mark.parametrize("pattern", ["rggb", "bggr", "gbrg", "grbg"])
+def test_png_of_a_bayer_mosaic(pattern: str) -> None:
+    data = coded(".png", mosaic(pattern, RED, (6, 8)))
+    rgb = compressed_to_rgb(compressed(data, f"bayer_{pattern}8; png compressed "))
+    np.testing.assert_array_equal(rgb, np.broadcast_to(np.array(RED, np.uint8), (6, 8, 3)))
+
+
+JPEG, PNG = coded(".jpg", BGR_PHOTO), coded(".png", BGR_PHOTO)
+PROGRESSIVE = coded(".jpg", BGR_PHOTO, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
+RESTARTS = coded(".jpg", BGR_PHOTO, cv2.IMWRITE_JPEG_RST_INTERVAL, 2)
+
+
+def with_thumbnail(jpeg: bytes) -> bytes:
+    """`jpeg` with an APP1 segment that holds a whole JPEG, end marker included."""
+    thumbnail = b"Exif\x00\x00" + coded(".jpg", BGR_PHOTO[:8, :8])
+    return jpeg[:2] + b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail + jpeg[2:]
+
+
+@pytest.mark.parametrize("jpeg", [JPEG, PROGRESSIVE, RESTARTS, with_thumbnail(JPEG)])
+def test_whole_jpeg_with_trailing_bytes_is_accepted(jpeg: bytes) -> None:
+    expected = compressed_to_rgb(compressed(jpeg, "jpeg"))
+    assert np.abs(expected.astype(int) - photo()).mean() < 4
+    for tail in (b"\x00" * 37, b"\xff\xd9", b"tail"):
+        np.testing.assert_array_equal(compressed_to_rgb(compressed(jpeg + tail, "jpeg")), expected)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "progressive", "restarts", "thumbnail", "png"])
+def test_every_truncation_is_refused(kind: str) -> None:
+    whole = {
+        "jpeg": JPEG, "progressive": PROGRESSIVE, "restarts": RESTARTS, "thumbnail": with_thumbnail(JPEG), "png": PNG,
+    }[kind]
+    for cut in [*range(1, len(whole) - 1, 7), len(whole) - 1]:
+        for filling in (b"", b"\x00" * (len(whole) - cut)):
+            with pytest.raises(ConversionError) as caught:
+                # the PNG's last byte is no zero, so zeros instead of the tail break its checksum
+                compressed_to_rgb(compressed(whole[:cut] + filling, "png" if kind == "png" else "jpeg"))
+            assert caught.value.reason == "corrupt_image"
+
+
+def test_a_flipped_bit_of_a_png_is_refused() -> None:
+    broken = bytearray(PNG)
+    broken[len(broken) // 2] ^= 4
+    with pytest.raises(ConversionError, match="checksum") as caught:
+        compressed_to_rgb(compressed(bytes(broken), "png"))
+    assert caught.value.reason == "corrupt_image"
+
+
+COMPRESSED_FAULTS = {
+    "no data": (b"", "jpeg", "zero_size", "no data"),
+    "not a picture": (b"hello, world", "jpeg", "corrupt_image", "begins like"),
+    "headers only": (b"\xff\xd8\xff\xd9", "jpeg", "corrupt_image", "do not decode"),
+    "depth": (b"\x00" * 12 + PNG, "16UC1; compressedDepth png", "unknown_format", "colour camera"),
+    "old depth": (PNG, "16UC1; compressedDepth", "unknown_format", "distances"),
+    "tiff": (b"II*\x00", "rgb8; tiff compressed ", "unknown_format", "tiff"),
+    "video": (b"\x00\x00\x00\x01", "h264", "unknown_format", "'h264'"),
+    "nothing stated": (JPEG, "", "unknown_format", "''"),
+}
+
+
+@pytest.mark.parametrize("name", COMPRESSED_FAULTS)
+def test_compressed_faults_are_named(name: str) -> None:
+    data, stated, reason, words = COMPRESSED_FAULTS[name]
+    with pytest.raises(ConversionError) as caught:
+        compressed_to_rgb(compressed(data, stated))
+    assert caught.value.reason == reason
+    assert words in str(caught.value)
+
+
+def test_the_error_survives_a_process_boundary() -> None:
+    error = pickle.loads(pickle.dumps(ConversionError("bad_step", "expected 6, got 5")))
+    assert (error.reason, str(error)) == ("bad_step", "expected 6, got 5")
+
+
+def test_import_needs_no_ros() -> None:
+    code = "import sys, glesam_ros.ros.conversions; print([m for m in sys.modules if m.startswith(('rclpy', 'sensor'))])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+class TestArrayToImage:
+    """With the real message class."""
+
+    @pytest.fixture(autouse=True)
+    def messages(self) -> None:
+        pytest.importorskip("sensor_msgs.msg")
+        from std_msgs.msg import Header
+
+        self.header = Header(frame_id="camera")
+        self.header.stamp.sec = 12
+
+    @pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "mono8", "mono16"])
+    def test_round_trip(self, encoding: str) -> None:
+        stored = {"mono8": GREY, "mono16": wide(GREY)}.get(encoding, RGB)
+        msg = array_to_image(stored, encoding, self.header)
+        expected = RGB if encoding in ("rgb8", "bgr8") else np.dstack([GREY] * 3)
+        np.testing.assert_array_equal(image_to_rgb(msg), expected)
+        assert (msg.header.frame_id, msg.header.stamp.sec) == ("camera", 12)
+
+    def test_fields_and_bytes(self) -> None:
+        msg = array_to_image(np.array([[1, 258, 65535]], np.uint16), "mono16", self.header)
+        assert (msg.height, msg.width, msg.step, msg.encoding) == (1, 3, 6, "mono16")
+        assert np.frombuffer(msg.data, np.uint16).tolist() == [1, 258, 65535]
+        assert msg.is_bigendian == int(sys.byteorder == "big")
+        msg = array_to_image(RGB, "bgr8", self.header)
+        assert bytes(msg.data) == BGR.tobytes()
+        msg = array_to_image(np.array([[0.25]], np.float32), "32FC1", self.header)
+        assert np.frombuffer(msg.data, np.float32).tolist() == [0.25]
+
+    def test_strided_arrays(self) -> None:
+        big = np.arange(24, dtype=np.uint16).reshape(4, 6)
+        msg = array_to_image(big[::2, 1:4], "mono16", self.header)
+        assert np.frombuffer(msg.data, np.uint16).tolist() == [1, 2, 3, 13, 14, 15]
+        msg = array_to_image(RGB[:, ::-1], "bgr8", self.header)
+        np.testing.assert_array_equal(image_to_rgb(msg), RGB[:, ::-1])
+
+    def test_the_message_goes_through_serialization(self) -> None:
+        serialization = pytest.importorskip("rclpy.serialization")
+        from sensor_msgs.msg import Image
+
+        msg = array_to_image(RGB, "bgr8", self.header)
+        back = serialization.deserialize_message(serialization.serialize_message(msg), Image)
+        assert back == msg
+        np.testing.assert_array_equal(image_to_rgb(back), RGB)
+
+    @pytest.mark.parametrize(
+        ("pixels", "encoding", "reason"),
+        [
+            (GREY, "mono16", "bad_array"),
+            (RGB, "mono8", "bad_array"),
+            (alpha(RGB), "rgb8", "bad_array"),
+            (GREY.astype(np.float64), "32FC1", "bad_array"),
+            (RGB, "hsv8", "unknown_encoding"),
+        ],
+    )
+    def test_faults(self, pixels: np.ndarray[Any, Any], encoding: str, reason: str) -> None:
+        with pytest.raises(ConversionError) as caught:
+            array_to_image(pixels, encoding, self.header)
+        assert caught.value.reason == reason
