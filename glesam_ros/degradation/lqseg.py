@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import cv2
 import numpy as np
 
 from glesam_ros.validation import FloatArray, UInt8Array, check_image
+
+Picture = np.ndarray[Any, Any]
+"""(H, W, 3) float32 BGR in 0..255; the stubs of OpenCV know no dtype."""
 
 RATES = {1: 1, 2: 2, 3: 4}
 """Down-sampling rate of LQ-1, LQ-2, LQ-3."""
@@ -98,7 +102,7 @@ def degrade_lqseg(image: Any, level: int, seed: int | np.random.Generator) -> De
     height, width = image.shape[:2]
     rate = RATES[level]
     parameters: dict[str, Any] = {"rate": rate}
-    out = cv2.cvtColor(image, cv2.COLOR_RGB2BGR).astype(np.float32)  # BGR, 0..255: what the JPEG codec takes
+    out: Picture = cv2.cvtColor(image, cv2.COLOR_RGB2BGR).astype(np.float32)  # BGR, 0..255: what the JPEG codec takes
     for name, order, divisor in (("first", FIRST, 1), ("second", SECOND, rate)):
         sampled: dict[str, Any] = {}
         parameters[name] = sampled
@@ -113,7 +117,7 @@ def degrade_lqseg(image: Any, level: int, seed: int | np.random.Generator) -> De
     else:
         compressed = _jpeg(out, SECOND, rng, sampled).astype(np.float32)
         result = _to_uint8(_resize_back(compressed, (height, width), rng, sampled))
-    return Degraded(cv2.cvtColor(result, cv2.COLOR_BGR2RGB), level, parameters)
+    return Degraded(np.asarray(cv2.cvtColor(result, cv2.COLOR_BGR2RGB), np.uint8), level, parameters)
 
 
 def gaussian_kernel(
@@ -193,7 +197,7 @@ def _sample_kernel(order: Order, rng: np.random.Generator, sampled: dict[str, An
     return gaussian_kernel(size, (sigma_x, sigma_y), rotation, family, beta)
 
 
-def _filter(image: FloatArray, kernel: FloatArray) -> FloatArray:
+def _filter(image: Picture, kernel: FloatArray) -> Picture:
     """Correlate each channel; margins that hold nothing are cut and separable kernels run as two passes."""
     mass = np.abs(kernel)
     for margin in range(kernel.shape[0] // 2, 0, -1):
@@ -207,15 +211,15 @@ def _filter(image: FloatArray, kernel: FloatArray) -> FloatArray:
     return cv2.filter2D(image, -1, kernel)
 
 
-def _blur(image: FloatArray, order: Order, rng: np.random.Generator, sampled: dict[str, Any]) -> FloatArray:
+def _blur(image: Picture, order: Order, rng: np.random.Generator, sampled: dict[str, Any]) -> Picture:
     sampled["blur"] = bool(rng.random() < order.blur_probability)
     return _filter(image, _sample_kernel(order, rng, sampled)) if sampled["blur"] else image
 
 
 def _resize(
-    image: FloatArray, order: Order, size: tuple[int, int], divisor: int, rng: np.random.Generator,
+    image: Picture, order: Order, size: tuple[int, int], divisor: int, rng: np.random.Generator,
     sampled: dict[str, Any],
-) -> FloatArray:
+) -> Picture:
     kind = str(rng.choice(("up", "down", "keep"), p=order.resize_probabilities))
     low, high = {"up": (1.0, order.resize_range[1]), "down": (order.resize_range[0], 1.0), "keep": (1.0, 1.0)}[kind]
     factor = float(rng.uniform(low, high))
@@ -226,8 +230,8 @@ def _resize(
 
 
 def _resize_back(
-    image: FloatArray, size: tuple[int, int], rng: np.random.Generator, sampled: dict[str, Any]
-) -> FloatArray:
+    image: Picture, size: tuple[int, int], rng: np.random.Generator, sampled: dict[str, Any]
+) -> Picture:
     mode = str(rng.choice(tuple(INTERPOLATIONS)))
     sampled["last_interpolation"] = mode
     out = cv2.resize(image, (size[1], size[0]), interpolation=INTERPOLATIONS[mode])
@@ -240,7 +244,7 @@ def _resize_back(
     return _filter(out, sinc_kernel(kernel_size, cutoff))
 
 
-def _noise(image: FloatArray, order: Order, rng: np.random.Generator, sampled: dict[str, Any]) -> FloatArray:
+def _noise(image: Picture, order: Order, rng: np.random.Generator, sampled: dict[str, Any]) -> Picture:
     gaussian = bool(rng.random() < order.gaussian_probability)
     strength = float(rng.uniform(*(order.gaussian_sigma if gaussian else order.poisson_scale)))
     gray = bool(rng.random() < order.gray_probability)
@@ -267,16 +271,49 @@ def poisson_noise(image: UInt8Array, gray: bool, rng: np.random.Generator) -> Fl
         grey values, rounded up to a power of two) a pixel v has the variance v * 255 / c.
     """
     if gray:
-        image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+        image = np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY))
     values = int(np.count_nonzero(np.bincount(image.reshape(-1), minlength=256)))
     counts = 2 ** math.ceil(math.log2(values))
-    rate = (np.arange(256) * (counts / 255.0))[image]
-    drawn = rng.poisson(rate).astype(np.float32)
+    accept, alias = _poisson_tables(counts)
+    bits = np.frombuffer(rng.bytes(4 * image.size), "<u4").reshape(image.shape)
+    column = (bits & (_COLUMNS - 1)).astype(np.int32)
+    cell = column + image * np.int32(_COLUMNS)
+    drawn = np.where((bits >> _COLUMN_BITS) < accept.take(cell), column, alias.take(cell)).astype(np.float32)
     drawn *= np.float32(255.0 / counts)
     return np.subtract(drawn, image, out=drawn, dtype=np.float32)
 
 
-def _jpeg(image: FloatArray, order: Order, rng: np.random.Generator, sampled: dict[str, Any]) -> UInt8Array:
+_COLUMN_BITS = 9
+_COLUMNS = 1 << _COLUMN_BITS  # outcomes 0..511; with a mean of at most 256 no draw ever comes near the end
+
+
+@lru_cache(maxsize=9)
+def _poisson_tables(counts: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Alias tables (Walker) of the Poisson laws with the means v * counts / 255, v = 0..255.
+
+    Only 256 means occur, so a table draws three times as fast as `Generator.poisson`; exact to 2**-23.
+
+    Returns:
+        accept: (256 * 512,) uint32, threshold of 23 random bits below which a column keeps its own outcome.
+        alias: (256 * 512,) int32, its other outcome.
+    """
+    outcomes = np.arange(_COLUMNS)
+    mean = np.arange(256)[:, None] * (counts / 255.0)
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(outcomes[1:]))])
+    p = np.exp(outcomes * np.log(np.maximum(mean, 1e-300)) - mean - log_factorial)
+    p *= _COLUMNS / p.sum(1, keepdims=True)
+    accept, alias = np.ones_like(p), np.tile(outcomes, (256, 1))
+    row = np.arange(256)
+    for _ in outcomes:  # the poorest column is filled up by the richest, then done
+        poor, rich = p.argmin(1), np.where(np.isinf(p), -1.0, p).argmax(1)
+        accept[row, poor], alias[row, poor] = np.minimum(p[row, poor], 1.0), rich
+        p[row, rich] -= 1.0 - accept[row, poor]
+        p[row, poor] = np.inf  # done
+    scale = 1 << (32 - _COLUMN_BITS)
+    return (accept * scale).round().astype(np.uint32).reshape(-1), alias.astype(np.int32).reshape(-1)
+
+
+def _jpeg(image: Picture, order: Order, rng: np.random.Generator, sampled: dict[str, Any]) -> UInt8Array:
     sampled["jpeg_quality"] = int(rng.uniform(*order.jpeg_quality))
     return jpeg(_to_uint8(image), sampled["jpeg_quality"])
 
@@ -284,8 +321,8 @@ def _jpeg(image: FloatArray, order: Order, rng: np.random.Generator, sampled: di
 def jpeg(image: UInt8Array, quality: int) -> UInt8Array:
     """Compress and decompress; channels are taken as BGR."""
     encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR), np.uint8)
 
 
-def _to_uint8(image: FloatArray) -> UInt8Array:
-    return cv2.convertScaleAbs(np.maximum(image, 0.0))  # rounds and saturates
+def _to_uint8(image: Picture) -> UInt8Array:
+    return np.asarray(cv2.convertScaleAbs(np.maximum(image, 0.0)), np.uint8)  # rounds and saturates
