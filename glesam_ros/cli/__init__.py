@@ -1,0 +1,1 @@
+"""The command line: `glesam segment / bag / demo / bench`; one module a command."""

@@ -1,0 +1,215 @@
+"""`glesam bag`: a recorded bag in, the bag with result topics out; or a bag made of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glesam_ros.cli.options import (
+    MODEL_SETTINGS,
+    SELECTION_SETTINGS,
+    CommandError,
+    add_settings,
+    open_pipeline,
+    positive,
+)
+
+if TYPE_CHECKING:
+    from glesam_ros.cli.bagfile import BagSource, ResultWriter
+    from glesam_ros.validation import UInt8Array
+
+IMAGE = "sensor_msgs/msg/Image"
+COMPRESSED = "sensor_msgs/msg/CompressedImage"
+RESULTS = {
+    "masks": IMAGE,
+    "confidence": IMAGE,
+    "overlay": IMAGE,
+    "detections": "vision_msgs/msg/Detection2DArray",
+    "quality": "vision_msgs/msg/Classification",
+}
+"""Result topics, as the node publishes them, with their types."""
+SETTINGS = (*MODEL_SETTINGS, *SELECTION_SETTINGS, "overlay_alpha")
+NAMED_FRAMES = 5
+"""So many bad frames are named for each reason; all are counted."""
+
+EPILOG = """\
+examples:
+  glesam bag drive --out drive_masks                          all cameras of a recorded bag (folder, .mcap or .db3)
+  glesam bag drive --out masks --topic /front/image_raw --results-only
+  glesam bag old.bag --out new --storage sqlite3              a ROS 1 bag becomes a ROS 2 bag
+  glesam bag --from-images photos --rate 30 --out film        pictures become a bag
+  glesam bag --from-images photos --rate 30 --out dark --degrade night --level 2
+
+result topics, with the header and the recording time of their picture:
+  /glesam/masks       sensor_msgs/Image mono16, the value is the instance id, 0 background
+  /glesam/confidence  sensor_msgs/Image 32FC1, 0..1
+  /glesam/overlay     sensor_msgs/Image bgr8, for people
+  /glesam/detections  vision_msgs/Detection2DArray, id = value in masks
+  /glesam/quality     vision_msgs/Classification, degradation 0..1 and whether enhancement ran
+with several cameras /glesam/<image topic>/masks and so on. Play it: `ros2 bag play drive_masks`, or open it in Foxglove.
+Bad frames are named and counted by reason; exit code 1 only when no frame could be used."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the sub-parsers of `glesam`."""
+    parser = commands.add_parser(
+        "bag", help="result topics for a recorded bag, or a bag made of pictures", epilog=EPILOG,
+        description="Segment the cameras of a recorded bag (mcap, sqlite3, ROS 1) and write a bag that RViz and "
+        "Foxglove play. Needs no ROS.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bag", nargs="?", type=Path, metavar="IN", help="recorded bag: folder, .mcap, .db3 or .bag")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder of the new bag; must not exist")
+    parser.add_argument(
+        "--topic", action="append", default=[], metavar="T",
+        help="image topic to segment, repeat for more; default: every camera in the bag (with --from-images: the topic "
+        "to write, default /camera/image_raw)",
+    )
+    parser.add_argument("--storage", choices=("mcap", "sqlite3"), default="mcap", help="of the new bag; default: mcap")
+    parser.add_argument(
+        "--ros-distro", choices=("humble", "jazzy", "kilted"), default="jazzy",
+        help="distribution that shall play the bag, and whose types a bag without definitions has; default: jazzy",
+    )
+    parser.add_argument("--results-only", action="store_true", help="leave the messages of IN out")
+    parser.add_argument(
+        "--result", action="append", choices=tuple(RESULTS), default=[], help="write this result, repeat for more; default: all"
+    )
+    parser.add_argument("--namespace", default="/glesam", metavar="NS", help="above the result topics; default: /glesam")
+    pictures = parser.add_argument_group("a bag made of pictures")
+    pictures.add_argument("--from-images", type=Path, metavar="FOLDER", help="instead of IN: pictures, sorted by name")
+    pictures.add_argument("--rate", type=positive(float), default=30.0, metavar="HZ", help="pictures a second; default: 30")
+    pictures.add_argument("--compressed", action="store_true", help="write CompressedImage (JPEG) instead of Image")
+    pictures.add_argument("--degrade", metavar="NAME", help="make the pictures worse, see glesam_ros.degradation")
+    pictures.add_argument("--level", type=int, choices=(1, 2, 3), default=2, help="how much worse; default: 2")
+    pictures.add_argument("--seed", type=int, default=0, metavar="N", help="of the degradation; default: 0")
+    add_settings(parser, SETTINGS)
+    parser.set_defaults(func=run, usage_error=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Segment a bag, or make one of pictures."""
+    if (args.bag is None) == (args.from_images is None):
+        args.usage_error("expected either a bag IN or --from-images FOLDER")
+    return _segment_bag(args) if args.from_images is None else _bag_of_pictures(args)
+
+
+def _segment_bag(args: argparse.Namespace) -> int:
+    from glesam_ros.cli.bagfile import ResultWriter, open_bag, open_writer
+
+    namespace = "/" + args.namespace.strip("/")
+    with open_bag(args.bag, args.ros_distro) as source:
+        topics, notes = source.image_topics(args.topic, namespace)
+        copied = []
+        for connection in source.connections if not args.results_only else ():
+            if source.known(connection):
+                copied.append(connection)
+            else:
+                notes.append(f"{connection.topic}: not copied, the bag does not define {connection.msgtype}")
+        taken = {f"{namespace}/{name}" if len(topics) == 1 else f"{namespace}{topic}/{name}"
+                 for topic in topics for name in RESULTS}
+        for connection in [c for c in copied if c.topic in taken]:
+            copied.remove(connection)
+            notes.append(f"{connection.topic}: not copied, the new results take its place")
+        for note in notes:
+            print(f"glesam bag: {note}", file=sys.stderr)
+        writer = open_writer(args.out, args.storage, args.ros_distro)
+        pipeline = open_pipeline(args, SETTINGS)
+        with writer:
+            copy = source.copier(writer, copied) if copied else None
+            results = ResultWriter(writer, pipeline, topics, source.types, namespace, args.result or tuple(RESULTS))
+            stopped = _go_through(source, results, topics, {(c.id, id(c.owner)) for c in copied}, copy)
+        pipeline.close()
+    return _report(args.out, topics, results, stopped)
+
+
+def _go_through(source: BagSource, results: ResultWriter, topics: list[str], copied: set[Any], copy: Any) -> bool:
+    """Copy and segment; answers whether the user stopped it, what is done until then stays."""
+    from tqdm import tqdm
+
+    named: Counter[str] = Counter()
+    total = sum(c.msgcount for c in source.connections if copied or c.topic in topics)
+    with tqdm(total=total, unit="msg", disable=None) as bar:
+        try:
+            for connection, raw, frame in source.frames(topics, copy_all=bool(copied)):
+                if (connection.id, id(connection.owner)) in copied:
+                    copy(connection, frame.log_time, raw)
+                if frame.topic in topics:
+                    fault = results.segment(frame)
+                    if fault is not None:
+                        named[fault.reason] += 1
+                        if named[fault.reason] <= NAMED_FRAMES:
+                            tqdm.write(
+                                f"glesam bag: bad frame {frame.topic} at {frame.log_time / 1e9:.3f} s: "
+                                f"{fault.reason}: {fault}", file=sys.stderr,
+                            )
+                bar.update()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def _report(out: Path, topics: list[str], results: ResultWriter, stopped: bool) -> int:
+    import numpy as np
+
+    tally = results.tally
+    speed = ""
+    if tally.seconds:
+        median, slow = 1000 * np.percentile(tally.seconds, [50, 95])
+        speed = f", {median:.0f} ms a frame (p95 {slow:.0f} ms)"
+    bad = ", ".join(f"{reason} {count}" for reason, count in sorted(tally.bad.items()))
+    print(
+        f"{len(tally.seconds)} of {tally.frames} frames of {', '.join(topics)}, {tally.instances} instances{speed}; "
+        f"bad frames: {bad or 'none'}; {'stopped early, ' if stopped else ''}bag in {out}"
+    )
+    if stopped:
+        return 130
+    if not tally.seconds:
+        raise CommandError("no frame could be used")
+    return 0
+
+
+def _bag_of_pictures(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from glesam_ros.cli.bagfile import write_pictures
+    from glesam_ros.cli.segment import find_pictures, read_picture
+
+    if len(args.topic) > 1:
+        args.usage_error(f"--topic: expected one topic with --from-images, got {len(args.topic)}")
+    if not args.from_images.is_dir():
+        raise CommandError(f"{args.from_images}: expected a folder of pictures")
+    paths = [path for path, _ in find_pictures([args.from_images], recursive=False)]
+    failures = 0
+
+    def pictures() -> Iterator[UInt8Array]:
+        nonlocal failures
+        for number, path in enumerate(tqdm(paths, unit="picture", disable=None)):
+            try:
+                image = read_picture(path)
+            except ValueError as error:
+                failures += 1
+                tqdm.write(f"glesam bag: skipped {path}: {error}", file=sys.stderr)
+                continue
+            yield _degraded(image, args, number)
+
+    topic = args.topic[0] if args.topic else "/camera/image_raw"
+    count = write_pictures(
+        args.out, pictures(), args.rate, topic, args.storage, args.ros_distro, compressed=args.compressed
+    )
+    print(f"{count} of {len(paths)} pictures at {args.rate:g} Hz; bag in {args.out}")
+    return 1 if failures else 0
+
+
+def _degraded(image: UInt8Array, args: argparse.Namespace, number: int) -> UInt8Array:
+    if args.degrade is None:
+        return image
+    from glesam_ros.degradation import degrade
+
+    try:
+        return degrade(image, args.degrade, args.level, args.seed + number).image
+    except ValueError as error:
+        raise CommandError(f"--degrade {args.degrade}: {error}") from error

@@ -1,0 +1,423 @@
+"""Bags through the `rosbags` library: reading images, writing copies and results. No ROS needed."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import cv2
+import numpy as np
+from rosbags.convert.converter import create_connections_converters
+from rosbags.highlevel import AnyReader, AnyReaderError
+from rosbags.interfaces import (
+    Connection,
+    Qos,
+    QosDurability,
+    QosHistory,
+    QosLiveliness,
+    QosReliability,
+    QosTime,
+)
+from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.rosbag2.enums import CompressionFormat, CompressionMode
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
+from rosbags.typesys.store import Typestore
+
+from glesam_ros.cli.bag import COMPRESSED, IMAGE, RESULTS
+from glesam_ros.cli.options import CommandError
+from glesam_ros.instances import Instances
+from glesam_ros.overlay import draw_overlay
+from glesam_ros.pipeline import EnhancementGate, Pipeline
+from glesam_ros.ros.conversions import ConversionError, compressed_to_rgb, image_to_rgb
+from glesam_ros.validation import UInt8Array
+
+NOT_A_PICTURE = ("16UC1", "32FC1", "32FC2", "64FC1", "16SC1", "32SC1")
+"""Encodings of distances, flow and the like; a topic that starts with one is not taken by itself."""
+
+# vision_msgs 4.x, field for field: rosbags ships the common interfaces only
+_VISION_MSGS = {
+    "Point2D": "float64 x\nfloat64 y\n",
+    "Pose2D": "vision_msgs/Point2D position\nfloat64 theta\n",
+    "BoundingBox2D": "vision_msgs/Pose2D center\nfloat64 size_x\nfloat64 size_y\n",
+    "ObjectHypothesis": "string class_id\nfloat64 score\n",
+    "ObjectHypothesisWithPose": "vision_msgs/ObjectHypothesis hypothesis\ngeometry_msgs/PoseWithCovariance pose\n",
+    "Detection2D": (
+        "std_msgs/Header header\nvision_msgs/ObjectHypothesisWithPose[] results\nvision_msgs/BoundingBox2D bbox\n"
+        "string id\n"
+    ),
+    "Detection2DArray": "std_msgs/Header header\nvision_msgs/Detection2D[] detections\n",
+    "Classification": "std_msgs/Header header\nvision_msgs/ObjectHypothesis[] results\n",
+}
+
+_ENDLESS = QosTime(2147483647, 4294967295)
+RESULT_QOS = Qos(
+    QosHistory.KEEP_LAST, 5, QosReliability.RELIABLE, QosDurability.VOLATILE, _ENDLESS, _ENDLESS,
+    QosLiveliness.AUTOMATIC, _ENDLESS, avoid_ros_namespace_conventions=False,
+)
+"""Offered by the player for result topics; reliable, so every subscriber matches."""
+
+
+def message_types(distro: str) -> Typestore:
+    """Definitions of the ROS 2 distribution `distro` ("humble", "jazzy", "kilted") and vision_msgs."""
+    store = get_typestore(Stores[f"ROS2_{distro.upper()}"])
+    types = {}
+    for name, text in _VISION_MSGS.items():
+        types.update(get_types_from_msg(text, f"vision_msgs/msg/{name}"))
+    store.register(types)
+    return store
+
+
+def open_writer(path: Path, storage: str, distro: str) -> Writer:
+    """A writer of a new bag; mcap is compressed by chunk, which every player reads.
+
+    Raises:
+        CommandError: `path` exists already.
+    """
+    if path.exists():
+        raise CommandError(f"{path} exists already; remove it or give another --out")
+    version: Literal[8, 9] = 8 if distro == "humble" else 9  # Humble reads QoS profiles as text only
+    writer = Writer(path, version=version, storage_plugin=StoragePlugin[storage.upper()])
+    if storage == "mcap":
+        writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
+    return writer
+
+
+class Frame(NamedTuple):
+    """One message of a bag.
+
+    Attributes:
+        topic: its topic.
+        log_time: nanoseconds, when it was recorded.
+        message: the sensor_msgs Image or CompressedImage, None for messages of topics that are only copied.
+        error: why the message of an image topic could not be read, None where it could.
+    """
+
+    topic: str
+    log_time: int
+    message: Any
+    error: ConversionError | None = None
+
+
+@contextlib.contextmanager
+def open_bag(path: Path, distro: str) -> Iterator[BagSource]:
+    """Open a recorded bag: ROS 2 folder, .mcap, .db3, or a ROS 1 .bag.
+
+    Args:
+        path: where it lies.
+        distro: whose definitions to take where the bag carries none.
+
+    Raises:
+        CommandError: missing, broken or unreadable bag.
+    """
+    types = message_types(distro)
+    with contextlib.ExitStack() as stack:
+        with _as_command_error(path):
+            reader = stack.enter_context(AnyReader([path], default_typestore=types))
+        yield BagSource(path, reader, types)
+
+
+class BagSource:
+    """An open bag to read from, see `open_bag`.
+
+    Args:
+        path: where it lies, for messages.
+        reader: the open reader.
+        types: definitions of the distribution and vision_msgs.
+    """
+
+    def __init__(self, path: Path, reader: AnyReader, types: Typestore) -> None:
+        self.path = path
+        self.reader = reader
+        self.types = types
+
+    @property
+    def connections(self) -> list[Connection]:
+        """All connections of the bag."""
+        return self.reader.connections
+
+    def image_topics(self, wanted: Sequence[str], namespace: str) -> tuple[list[str], list[str]]:
+        """Topics to segment, and sentences on topics that were left out.
+
+        Without `wanted` these are all camera pictures: no distances, no results of an earlier run under `namespace`,
+        and of a raw and a compressed form of one camera the raw one.
+
+        Raises:
+            CommandError: a wanted topic is not there or carries no pictures, or there is none at all.
+        """
+        kinds = {c.topic: c.msgtype for c in self.connections}
+        images = {topic: kind for topic, kind in kinds.items() if kind in (IMAGE, COMPRESSED)}
+        there = ", ".join(sorted(images)) or "none"
+        for topic in wanted:
+            if topic not in kinds:
+                raise CommandError(f"--topic {topic}: not in {self.path}; its image topics: {there}")
+            if topic not in images:
+                raise CommandError(
+                    f"--topic {topic}: expected sensor_msgs/Image or CompressedImage, got {kinds[topic]}; "
+                    f"image topics: {there}"
+                )
+        if wanted:
+            return list(dict.fromkeys(wanted)), []
+        chosen, notes = [], []
+        for topic in sorted(images):
+            if topic.startswith(namespace + "/"):
+                notes.append(f"{topic}: left out, it is under {namespace}, where results go; --topic takes it anyway")
+            elif topic.endswith("/compressed") and topic[: -len("/compressed")] in images:
+                notes.append(f"{topic}: left out, the raw pictures of this camera are taken; --topic takes it anyway")
+            elif (encoding := self._first_encoding(topic, images[topic])) in NOT_A_PICTURE:
+                notes.append(f"{topic}: left out, {encoding} is no camera picture; --topic takes it anyway")
+            else:
+                chosen.append(topic)
+        if not chosen:
+            raise CommandError(f"{self.path}: no camera pictures to segment; image topics: {there}")
+        return chosen, notes
+
+    def frames(self, topics: Sequence[str], copy_all: bool) -> Iterator[tuple[Connection, bytes, Frame]]:
+        """Messages in the order of recording, with connection and raw data; images of `topics` are read.
+
+        Raises:
+            CommandError: the bag breaks off.
+        """
+        connections = [c for c in self.connections if copy_all or c.topic in topics]
+        messages = self.reader.messages(connections=connections)
+        while True:
+            with _as_command_error(self.path):
+                found = next(messages, None)
+            if found is None:
+                return
+            connection, log_time, raw = found
+            message, error = None, None
+            if connection.topic in topics:
+                try:
+                    message = self.reader.deserialize(raw, connection.msgtype)
+                except (AnyReaderError, ValueError, IndexError) as cause:
+                    error = ConversionError(
+                        "broken_message", f"expected a {connection.msgtype}, got {len(raw)} bytes that do not read: {cause}"
+                    )
+            yield connection, raw, Frame(connection.topic, log_time, message, error)
+
+    def copier(self, writer: Writer, connections: Sequence[Connection]) -> Callable[[Connection, int, bytes], None]:
+        """Make a function that copies a message; those of ROS 1 become messages of ROS 2."""
+        with contextlib.redirect_stdout(sys.stderr):  # the converter tells there what it migrates
+            copies, convert = create_connections_converters(
+                connections, None if self.reader.is2 else self.types, self.reader, writer
+            )
+
+        def copy(connection: Connection, log_time: int, raw: bytes) -> None:
+            writer.write(copies[(connection.id, connection.owner)], log_time, convert[connection.msgtype](raw))
+
+        return copy
+
+    def known(self, connection: Connection) -> bool:
+        """Whether the type of the connection is defined, in the bag or in the distribution."""
+        return connection.msgtype in self.reader.typestore.fielddefs
+
+    def _first_encoding(self, topic: str, kind: str) -> str:
+        connections = [c for c in self.connections if c.topic == topic]
+        for _, _, raw in self.reader.messages(connections=connections):
+            try:
+                message: Any = self.reader.deserialize(raw, kind)
+            except (AnyReaderError, ValueError, IndexError):
+                continue  # broken messages are counted when they are segmented
+            if kind == COMPRESSED:
+                return "32FC1" if "compresseddepth" in message.format.lower() else ""
+            return str(message.encoding)
+        return ""
+
+
+@dataclass
+class Tally:
+    """What happened to the frames of a bag.
+
+    Attributes:
+        frames: image messages met.
+        instances: instances found in all.
+        seconds: inference time of each good frame.
+        bad: bad frames by reason.
+    """
+
+    frames: int = 0
+    instances: int = 0
+    seconds: list[float] = field(default_factory=list)
+    bad: Counter[str] = field(default_factory=Counter)
+
+
+class ResultWriter:
+    """Segments frames and writes the result topics into a bag.
+
+    Args:
+        writer: an open bag.
+        pipeline: what segments.
+        topics: image topics; the results of a single one go to <namespace>/masks ..., those of several to
+            <namespace>/<image topic>/masks ...
+        types: definitions, from `message_types`.
+        namespace: absolute name above the result topics.
+        results: which of `RESULTS` to write.
+    """
+
+    def __init__(
+        self, writer: Writer, pipeline: Pipeline, topics: Sequence[str], types: Typestore, namespace: str,
+        results: Sequence[str],
+    ) -> None:
+        self.writer = writer
+        self.pipeline = pipeline
+        self.types = types
+        self.tally = Tally()
+        self._gates = {topic: EnhancementGate() for topic in topics}
+        self._connections: dict[tuple[str, str], Connection] = {}
+        for topic in topics:
+            prefix = namespace if len(topics) == 1 else namespace + topic
+            for name in results:
+                self._connections[topic, name] = writer.add_connection(
+                    f"{prefix}/{name}", RESULTS[name], typestore=types, offered_qos_profiles=[RESULT_QOS]
+                )
+
+    def segment(self, frame: Frame) -> ConversionError | None:
+        """Segment one frame and write its results; a bad frame is counted, and its fault comes back."""
+        self.tally.frames += 1
+        try:
+            if frame.error:
+                raise frame.error
+            convert = compressed_to_rgb if hasattr(frame.message, "format") else image_to_rgb
+            image = convert(frame.message)
+        except ConversionError as error:
+            self.tally.bad[error.reason] += 1
+            return error
+        start = time.perf_counter()
+        instances = self.pipeline.decode(self.pipeline.encode(image, self._gates[frame.topic]))
+        self.tally.seconds.append(time.perf_counter() - start)
+        self.tally.instances += len(instances)
+        self._write(frame, image, instances)
+        return None
+
+    def _write(self, frame: Frame, image: UInt8Array, instances: Instances) -> None:
+        stamp = frame.message.header.stamp
+        header = self._new(
+            "std_msgs/msg/Header",
+            stamp=self._new("builtin_interfaces/msg/Time", sec=stamp.sec, nanosec=stamp.nanosec),
+            frame_id=frame.message.header.frame_id,
+        )
+        labels = instances.label_map()
+        alpha = self.pipeline.settings.overlay_alpha
+        classes = self.pipeline.model.classes
+        make: dict[str, Callable[[], Any]] = {
+            "masks": lambda: image_message(self.types, labels, "mono16", header),
+            "confidence": lambda: image_message(self.types, instances.confidence_map(labels), "32FC1", header),
+            "overlay": lambda: image_message(
+                self.types, cv2.cvtColor(draw_overlay(image, instances, alpha), cv2.COLOR_RGB2BGR), "bgr8", header
+            ),
+            "detections": lambda: self._detections(instances, header, classes[0]),
+            "quality": lambda: self._quality(instances, header),
+        }
+        for name, kind in RESULTS.items():
+            connection = self._connections.get((frame.topic, name))
+            if connection is not None:
+                self.writer.write(connection, frame.log_time, self.types.serialize_cdr(make[name](), kind))
+
+    def _detections(self, instances: Instances, header: Any, class_id: str) -> Any:
+        pose = self._new(
+            "geometry_msgs/msg/PoseWithCovariance",
+            pose=self._new(
+                "geometry_msgs/msg/Pose",
+                position=self._new("geometry_msgs/msg/Point", x=0.0, y=0.0, z=0.0),
+                orientation=self._new("geometry_msgs/msg/Quaternion", x=0.0, y=0.0, z=0.0, w=1.0),
+            ),
+            covariance=np.zeros(36),
+        )
+        detections = []
+        for (x1, y1, x2, y2), score, number in zip(
+            instances.boxes.tolist(), instances.scores.tolist(), instances.ids.tolist()
+        ):
+            hypothesis = self._new("vision_msgs/msg/ObjectHypothesis", class_id=class_id, score=score)
+            position = self._new("vision_msgs/msg/Point2D", x=(x1 + x2) / 2, y=(y1 + y2) / 2)
+            center = self._new("vision_msgs/msg/Pose2D", position=position, theta=0.0)
+            detections.append(self._new(
+                "vision_msgs/msg/Detection2D",
+                header=header,
+                results=[self._new("vision_msgs/msg/ObjectHypothesisWithPose", hypothesis=hypothesis, pose=pose)],
+                bbox=self._new("vision_msgs/msg/BoundingBox2D", center=center, size_x=x2 - x1, size_y=y2 - y1),
+                id=str(number),
+            ))
+        return self._new("vision_msgs/msg/Detection2DArray", header=header, detections=detections)
+
+    def _quality(self, instances: Instances, header: Any) -> Any:
+        kind = "vision_msgs/msg/ObjectHypothesis"
+        results = [
+            self._new(kind, class_id="degradation", score=instances.degradation),
+            self._new(kind, class_id="enhanced", score=float(instances.enhanced)),
+        ]
+        return self._new("vision_msgs/msg/Classification", header=header, results=results)
+
+    def _new(self, kind: str, **fields: Any) -> Any:
+        return self.types.types[kind](**fields)
+
+
+def image_message(types: Typestore, pixels: np.ndarray[Any, Any], encoding: str, header: Any) -> Any:
+    """A sensor_msgs/Image of rosbags with the `pixels` as they lie in memory.
+
+    Args:
+        types: definitions, from `message_types`.
+        pixels: (H, W) or (H, W, 3), dtype and channel order as `encoding` says.
+        encoding: name for the message.
+        header: std_msgs/Header of rosbags.
+    """
+    pixels = np.ascontiguousarray(pixels)
+    return types.types[IMAGE](
+        header=header, height=pixels.shape[0], width=pixels.shape[1], encoding=encoding,
+        is_bigendian=int(sys.byteorder == "big"), step=pixels.strides[0], data=pixels.reshape(-1).view(np.uint8),
+    )
+
+
+def write_pictures(
+    path: Path, pictures: Iterator[UInt8Array], rate: float, topic: str, storage: str, distro: str,
+    compressed: bool = False, frame_id: str = "camera",
+) -> int:
+    """Write a bag of pictures as a camera with `rate` pictures a second would have recorded it, from now on.
+
+    Args:
+        path: the new bag.
+        pictures: (H, W, 3) uint8 RGB each.
+        rate: Hz.
+        topic: image topic; with `compressed`, topic + "/compressed".
+        storage: "mcap" or "sqlite3".
+        distro: ROS 2 distribution.
+        compressed: JPEG of quality 95 instead of raw rgb8.
+        frame_id: of the headers.
+
+    Returns:
+        How many pictures it wrote.
+
+    Raises:
+        CommandError: `path` exists already.
+    """
+    types = message_types(distro)
+    kind = COMPRESSED if compressed else IMAGE
+    start, count = time.time_ns(), 0
+    with open_writer(path, storage, distro) as writer:
+        name = topic + "/compressed" if compressed else topic
+        connection = writer.add_connection(name, kind, typestore=types, offered_qos_profiles=[RESULT_QOS])
+        for image in pictures:
+            stamp = start + round(count * 1e9 / rate)
+            time_message = types.types["builtin_interfaces/msg/Time"](sec=stamp // 10**9, nanosec=stamp % 10**9)
+            header = types.types["std_msgs/msg/Header"](stamp=time_message, frame_id=frame_id)
+            if compressed:
+                _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
+                message = types.types[COMPRESSED](header=header, format="jpeg", data=data.reshape(-1))
+            else:
+                message = image_message(types, image, "rgb8", header)
+            writer.write(connection, stamp, types.serialize_cdr(message, kind))
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def _as_command_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (AnyReaderError, OSError, EOFError) as error:
+        raise CommandError(f"{path}: cannot be read as a bag: {error}") from error

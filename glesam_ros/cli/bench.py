@@ -1,0 +1,209 @@
+"""`glesam bench`: how fast a model is on this machine, stage by stage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glesam_ros.cli.options import (
+    MODEL_SETTINGS,
+    SELECTION_SETTINGS,
+    CommandError,
+    add_settings,
+    open_pipeline,
+    positive,
+)
+
+if TYPE_CHECKING:
+    from glesam_ros.pipeline import Pipeline
+    from glesam_ros.validation import UInt8Array
+
+SETTINGS = tuple(name for name in (*MODEL_SETTINGS, *SELECTION_SETTINGS) if not name.startswith("enhance"))
+WARM_UP = 3
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+"""onnxruntime's name of each device."""
+
+EPILOG = """\
+examples:
+  glesam bench                                    the default model on a photograph of 640x480
+  glesam bench --image street.jpg --size 1280x720 --frames 100
+  glesam bench --list                             models, and devices that can run them here
+  glesam bench --json speed.json
+
+stages: encode (image to embedding, degradation level), enhance (one-step latent restoration), decode (everything mode
+to instances), label map (instances to the mask image). whole frame is all of them; without enhancement it is cheaper
+by that line."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the sub-parsers of `glesam`."""
+    parser = commands.add_parser(
+        "bench", help="how fast a model is on this machine", epilog=EPILOG,
+        description="Time a model stage by stage on a real photograph.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--list", action="store_true", help="list models and devices instead")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="picture to run on; default: one of the demo's")
+    parser.add_argument("--size", type=_size, default=(640, 480), metavar="WxH", help="of the frame; default: 640x480")
+    parser.add_argument("--frames", type=positive(int), default=50, metavar="N", help="timed frames; default: 50")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too; - is standard output")
+    add_settings(parser, SETTINGS)
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time the stages and print the table."""
+    if args.list:
+        return _list_models()
+    image = load_frame(args.image, args.size)
+    pipeline = open_pipeline(args, SETTINGS)
+    stages = time_stages(pipeline, image, args.frames)
+    report = {
+        "model": pipeline.model.name,
+        "device": pipeline.model.device,
+        "size": f"{args.size[0]}x{args.size[1]}",
+        "processing_size": args.processing_size,
+        "frames": args.frames,
+        "stages_ms": {name: quantiles(values) for name, values in stages.items()},
+        "fps": round(1000 / quantiles(stages["whole frame"])["median"], 1),
+        "peak_rss_mb": round(peak_rss_mb()),
+        "weights_mb": round(weights_mb(pipeline.model), 2),
+        "machine": f"{platform.machine()}, {processor()}, {usable_cores()} cores, Python {platform.python_version()}",
+    }
+    pipeline.close()
+    if args.json is not None and str(args.json) == "-":
+        print(json.dumps(report, indent=1))
+        return 0
+    print(table(report))
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def load_frame(path: Path | None, size: tuple[int, int]) -> UInt8Array:
+    """The picture at `path`, or a photograph of the demo, scaled to `size` (width, height).
+
+    Raises:
+        CommandError: not a picture.
+    """
+    import cv2
+    import numpy as np
+
+    from glesam_ros.cli.segment import read_picture
+
+    if path is None:
+        path = demo_photograph()
+    try:
+        image = read_picture(path)
+    except ValueError as error:
+        raise CommandError(f"{path}: {error}") from error
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def demo_photograph() -> Path:
+    """The first photograph that ships for the demo."""
+    photographs = sorted((Path(__file__).parents[1] / "demo").glob("**/*.jpg"))
+    if not photographs:
+        raise CommandError("no photograph ships with this installation; name one with --image")
+    return photographs[0]
+
+
+def time_stages(pipeline: Pipeline, image: UInt8Array, frames: int) -> dict[str, list[float]]:
+    """Milliseconds of each stage and of the whole frame, one value a frame, after a warm-up."""
+    model, size = pipeline.model, pipeline.settings.processing_size
+    marks = []
+    for _ in range(frames + WARM_UP):
+        start = time.perf_counter()
+        embedding = model.encode(image, size)
+        encoded = time.perf_counter()
+        embedding = model.enhance(embedding)
+        enhanced = time.perf_counter()
+        instances = pipeline.decode(embedding)
+        decoded = time.perf_counter()
+        instances.label_map()
+        marks.append((start, encoded, enhanced, decoded, time.perf_counter()))
+    stages: dict[str, list[float]] = {}
+    for number, name in enumerate(("encode", "enhance", "decode", "label map")):
+        stages[name] = [1000 * (mark[number + 1] - mark[number]) for mark in marks[WARM_UP:]]
+    stages["whole frame"] = [1000 * (mark[-1] - mark[0]) for mark in marks[WARM_UP:]]
+    return stages
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median and 95th percentile, rounded to 0.01."""
+    import numpy as np
+
+    median, p95 = np.percentile(values, [50, 95])
+    return {"median": round(float(median), 2), "p95": round(float(p95), 2)}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    what = f"{report['model']} on {report['device']}"
+    lines = [
+        f"{what}, {report['size']}, processing size {report['processing_size']}, {report['frames']} frames",
+        report["machine"],
+        "",
+        f"{'stage':<14}{'median ms':>10}{'p95 ms':>10}",
+    ]
+    lines += [f"{name:<14}{q['median']:>10.2f}{q['p95']:>10.2f}" for name, q in report["stages_ms"].items()]
+    lines += ["", f"{report['fps']} FPS, peak memory {report['peak_rss_mb']} MB, weights {report['weights_mb']} MB"]
+    return "\n".join(lines)
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process in MB (10^6 bytes)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def weights_mb(model: Any) -> float:
+    """Size of the weight files of a model in MB (10^6 bytes); 0 for a model without files."""
+    return sum(Path(path).stat().st_size for path in getattr(model, "files", ())) / 1e6
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Name of the CPU, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+def _list_models() -> int:
+    from glesam_ros.models import model_names
+
+    available = available_devices()
+    print(f"{'device':<10}here")
+    for device, provider in PROVIDERS.items():
+        print(f"{device:<10}{'yes' if device in available else f'no ({provider} is not in this onnxruntime)'}")
+    print("\nmodels: " + ", ".join(model_names()))
+    return 0
+
+
+def available_devices() -> tuple[str, ...]:
+    """Devices whose execution provider this onnxruntime has; whether the driver plays along shows on loading."""
+    import onnxruntime
+
+    there = onnxruntime.get_available_providers()
+    return tuple(device for device, provider in PROVIDERS.items() if provider in there)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, as 640x480, got {text!r}")
+    return int(width), int(height)

@@ -1,0 +1,54 @@
+"""`glesam`: one parser, one sub-command a module."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from glesam_ros import __version__
+from glesam_ros.cli import bag, bench, segment
+from glesam_ros.cli.options import CommandError
+
+EPILOG = """\
+examples:
+  glesam demo                                   node and camera on this machine, nothing else needed
+  glesam segment photo.jpg --out result         masks, overlay and JSON of one picture
+  glesam segment photos/ -r --out result        a folder and the folders below
+  glesam bag drive.mcap --out drive_masks       a recorded bag, with the result topics added
+  glesam bench                                  how fast the model is on this machine
+
+`glesam COMMAND --help` explains a command with its own examples.
+exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `glesam` with all its commands; each sets `func`, which takes the arguments and returns the code."""
+    parser = argparse.ArgumentParser(
+        prog="glesam",
+        description="Instance masks from cameras and pictures, also when the picture is dark, rainy, blurred or noisy.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"glesam {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for module in (segment, bag, bench):
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `glesam` and return its exit code: 0 done, 1 failed, 2 wrong usage (raised as SystemExit by argparse)."""
+    args = make_parser().parse_args(argv)
+    try:
+        return int(args.func(args) or 0)
+    except (CommandError, OSError) as error:
+        print(f"glesam {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"glesam {args.command}: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

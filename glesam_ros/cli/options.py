@@ -1,0 +1,105 @@
+"""What the commands share: options made from `Settings`, loading a pipeline, the error a user sees."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from glesam_ros import settings
+
+if TYPE_CHECKING:
+    from glesam_ros.pipeline import Pipeline
+
+MODEL_SETTINGS = ("model", "device", "precision", "enhancement", "processing_size")
+"""Settings that choose and drive the model."""
+SELECTION_SETTINGS = (
+    "enhance_above", "enhance_below", "score_threshold", "stability_threshold", "nms_iou", "max_instances", "min_area",
+)
+"""Settings that choose among its instances."""
+
+
+class CommandError(Exception):
+    """Something a user can mend; `main` prints it as one line and exits with 1."""
+
+
+def add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Add an option for each of the parameters `names`, with help, range, choices and default from its `Spec`."""
+    group = parser.add_argument_group("model options", "the same names, ranges and defaults as the node's parameters")
+    for name in names:
+        spec, default = settings.spec(name), settings.default(name)
+        flag = "--" + name.replace("_", "-")
+        about = [spec.help.replace("%", "%%")]
+        if spec.low is not None:
+            about.append(f"{spec.low} .. {spec.high}{' ' + spec.unit if spec.unit else ''};")
+        about.append(f"default: {default}")
+        text = " ".join(about)
+        if isinstance(default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+        elif spec.choices:
+            group.add_argument(flag, choices=spec.choices, default=default, help=text)
+        else:
+            metavar = {int: "N", float: "X", str: "NAME"}[type(default)]
+            group.add_argument(flag, type=_checked(name, type(default)), default=default, metavar=metavar, help=text)
+
+
+def chosen_settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The values of the options that `add_settings` made, by parameter name."""
+    return {name: getattr(args, name) for name in names}
+
+
+def open_pipeline(args: argparse.Namespace, names: Sequence[str]) -> Pipeline:
+    """Load the pipeline that the options ask for.
+
+    Raises:
+        CommandError: unknown model, device not available, values that contradict, weights missing.
+    """
+    from glesam_ros.pipeline import load_pipeline
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        return load_pipeline(**chosen_settings(args, names))
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        raise CommandError(str(error)) from error
+
+
+def numbers(text: str, allowed: Sequence[int], what: str) -> tuple[float, ...]:
+    """Comma separated numbers of an option, as many as `allowed` says.
+
+    Raises:
+        argparse.ArgumentTypeError: not numbers, or too few or too many; names `what` was expected.
+    """
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in allowed:
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+    return values
+
+
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argparse type for numbers above zero."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+def _checked(name: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        try:
+            settings.check_value(name, value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
