@@ -1,0 +1,7 @@
+"""`python -m glesam_ros.ros`: the perception node."""
+
+import sys
+
+from glesam_ros.ros.node import main
+
+sys.exit(main())

@@ -1,0 +1,39 @@
+"""Everything the node knows of one camera."""
+
+from __future__ import annotations
+
+from glesam_ros.pipeline import EnhancementGate
+from glesam_ros.ros.diagnostics import CameraLedger
+from glesam_ros.ros.outputs import Outputs
+from glesam_ros.ros.prompts import CameraPrompts
+
+
+class Camera:
+    """State of one camera between configure and cleanup.
+
+    Args:
+        name: as in the parameter `cameras`; "" for topics without a prefix.
+        topic: full name of the input topic.
+        outputs: its result topics.
+
+    Attributes:
+        last_stamp_ns: stamp of the newest frame, 0 before any.
+    """
+
+    def __init__(self, name: str, topic: str, outputs: Outputs) -> None:
+        self.name = name
+        self.outputs = outputs
+        self.ledger = CameraLedger(topic)
+        self.prompts = CameraPrompts()
+        self.gate = EnhancementGate()
+        self.last_stamp_ns = 0
+
+    @property
+    def label(self) -> str:
+        """The camera in words, for log lines."""
+        return f"camera {self.name!r}" if self.name else "camera"
+
+    def forget_time(self) -> None:
+        """Start anew after a jump of the clock or of the stamps: no previous stamp, enhancement gate closed."""
+        self.last_stamp_ns = 0
+        self.gate = EnhancementGate()

@@ -1,0 +1,181 @@
+"""What happened to every frame, and how it reads in /diagnostics."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
+
+STOPPED_AFTER_S = 2.0
+"""A camera without a frame for this long counts as stopped."""
+FAILURES_TO_ERROR = 3
+"""Failed inferences in a row that make the status ERROR."""
+RATE_WINDOW_S = 5
+"""Rates are means over this many seconds."""
+LATENCIES_KEPT = 512
+
+HARMLESS_DROPS = frozenset({"overwritten", "no_subscriber", "disabled", "clock_jump"})
+"""Reasons that are the design at work; all others are faults."""
+
+
+class Ring:
+    """The last values of a measurement, in a fixed amount of memory. One writer, any reader."""
+
+    def __init__(self, size: int = LATENCIES_KEPT) -> None:
+        self._values = np.zeros(size, np.float64)
+        self._count = 0
+
+    def add(self, value: float) -> None:
+        """Keep `value`, forget the oldest."""
+        self._values[self._count % len(self._values)] = value
+        self._count += 1
+
+    def percentiles(self, *percents: float) -> list[float]:
+        """Percentiles of what is kept, NaN while nothing is."""
+        kept = self._values[: min(self._count, len(self._values))]
+        return np.percentile(kept, percents).tolist() if kept.size else [float("nan")] * len(percents)
+
+
+class CameraLedger:
+    """Counts and times of one camera; every frame that came in is in one of the counts. Thread-safe.
+
+    Attributes:
+        topic: full name of the input topic, for the texts.
+        size: (height, width) of the newest frame that could be read, None before.
+        degradation, enhanced: of the newest result, None before.
+        qos_mismatch: text of a QoS mismatch, "" where there is none.
+    """
+
+    def __init__(self, topic: str) -> None:
+        self.topic = topic
+        self.size: tuple[int, int] | None = None
+        self.degradation: float | None = None
+        self.enhanced: bool | None = None
+        self.qos_mismatch = ""
+        self.latency_ms, self.encode_ms, self.decode_ms, self.own_ms = Ring(), Ring(), Ring(), Ring()
+        self._lock = threading.Lock()
+        self._received = 0
+        self._processed = 0
+        self._dropped: Counter[str] = Counter()
+        self._noticed: Counter[str] = Counter()
+        self._failures_in_a_row = 0
+        self._last_fault = ""
+        self._last_arrival: float | None = None
+        self._is_stopped = False
+        self._history: deque[tuple[float, int, int, Counter[str]]] = deque(maxlen=RATE_WINDOW_S + 1)
+
+    def arrived(self, now: float) -> float | None:
+        """Count a frame that came at `now` (monotonic seconds); the length of the silence if it ended one."""
+        with self._lock:
+            silence = now - self._last_arrival if self._is_stopped and self._last_arrival is not None else None
+            self._received += 1
+            self._last_arrival, self._is_stopped = now, False
+            self.qos_mismatch = ""
+            return silence
+
+    def stopped(self, now: float) -> float | None:
+        """Length of the silence in seconds, once, when the camera has just stopped."""
+        with self._lock:
+            if self._is_stopped or self._last_arrival is None or now - self._last_arrival <= STOPPED_AFTER_S:
+                return None
+            self._is_stopped = True
+            return now - self._last_arrival
+
+    def rest(self) -> None:
+        """Forget rates and silence, keep the counts: the node does not listen from now on."""
+        with self._lock:
+            self._last_arrival, self._is_stopped, self.qos_mismatch = None, False, ""
+            self._failures_in_a_row = 0
+            self._history.clear()
+
+    def processed(self) -> None:
+        """Count a frame whose result was published."""
+        with self._lock:
+            self._processed += 1
+            self._failures_in_a_row = 0
+
+    def dropped(self, reason: str, text: str = "") -> int:
+        """Count a frame that was dropped for `reason`; how many there are now."""
+        with self._lock:
+            self._dropped[reason] += 1
+            if reason not in HARMLESS_DROPS:
+                self._last_fault = f"{reason}: {text}"
+            if reason == "inference_error":
+                self._failures_in_a_row += 1
+            return self._dropped[reason]
+
+    def noticed(self, what: str, text: str = "") -> int:
+        """Count something odd that did not cost a frame; how many there are now."""
+        with self._lock:
+            self._noticed[what] += 1
+            self._last_fault = f"{what}: {text}"
+            return self._noticed[what]
+
+    def status(self, name: str, hardware_id: str, now: float, extra: dict[str, Any]) -> DiagnosticStatus:
+        """The camera as a diagnostic status; call once a second, the rates come from these calls.
+
+        Args:
+            now: monotonic seconds.
+            extra: further key values.
+        """
+        with self._lock:
+            faults = Counter({r: n for r, n in self._dropped.items() if r not in HARMLESS_DROPS}) + self._noticed
+            self._history.append((now, self._received, self._processed, faults))
+            then, received, processed, old_faults = self._history[0]
+            span = max(now - then, 1e-9)
+            rate_in, rate_out = (self._received - received) / span, (self._processed - processed) / span
+            new_faults = faults - old_faults
+            level, message = self._verdict(now, rate_in, rate_out, new_faults)
+            values: dict[str, Any] = {
+                "topic": self.topic,
+                "input_rate_hz": f"{rate_in:.2f}",
+                "processed_rate_hz": f"{rate_out:.2f}",
+                "frames_received": self._received,
+                "frames_processed": self._processed,
+                "frames_dropped": sum(self._dropped.values()),
+            }
+            values.update({f"dropped_{reason}": n for reason, n in sorted(self._dropped.items())})
+            values.update({f"noticed_{what}": n for what, n in sorted(self._noticed.items())})
+            values["last_fault"] = self._last_fault
+        for key, ring in (("latency", self.latency_ms), ("encode", self.encode_ms), ("decode", self.decode_ms),
+                          ("own", self.own_ms)):
+            for percent, value in zip((50, 95, 99), ring.percentiles(50, 95, 99)):
+                values[f"{key}_p{percent}_ms"] = f"{value:.1f}"
+        values["image_size"] = f"{self.size[1]}x{self.size[0]}" if self.size else ""
+        values["degradation"] = "" if self.degradation is None else f"{self.degradation:.3f}"
+        values["enhanced"] = "" if self.enhanced is None else self.enhanced
+        return status(name, hardware_id, level, message, {**values, **extra})
+
+    def _verdict(
+        self, now: float, rate_in: float, rate_out: float, new_faults: Counter[str]
+    ) -> tuple[bytes, str]:
+        listed = ", ".join(f"{n} {reason}" for reason, n in sorted(new_faults.items()))
+        if self.qos_mismatch:
+            return DiagnosticStatus.ERROR, self.qos_mismatch
+        if self._last_arrival is None:
+            return DiagnosticStatus.WARN, f"no frame yet on {self.topic}"
+        if now - self._last_arrival > STOPPED_AFTER_S:
+            return DiagnosticStatus.STALE, f"camera stopped: no frame for {now - self._last_arrival:.1f} s"
+        if self._failures_in_a_row >= FAILURES_TO_ERROR:
+            return DiagnosticStatus.ERROR, f"inference failed {self._failures_in_a_row} times in a row"
+        if new_faults and rate_out == 0:
+            return DiagnosticStatus.ERROR, f"no frame could be processed: {listed}"
+        if new_faults:
+            return DiagnosticStatus.WARN, f"faults: {listed}"
+        return DiagnosticStatus.OK, f"{rate_in:.1f} Hz in, {rate_out:.1f} Hz processed"
+
+
+def status(name: str, hardware_id: str, level: bytes, message: str, values: dict[str, Any]) -> DiagnosticStatus:
+    """A diagnostic status with `values` as its key values."""
+    return DiagnosticStatus(
+        level=level, name=name, hardware_id=hardware_id, message=message,
+        values=[KeyValue(key=key, value=str(value)) for key, value in values.items()],
+    )
+
+
+def worth_a_log_line(count: int) -> bool:
+    """Whether the `count`-th event of a kind is logged: the 1st, 10th, 100th, ..."""
+    return count == 10 ** (len(str(count)) - 1)

@@ -1,0 +1,472 @@
+"""The perception node: lifecycle, topics, services. What happens to a frame is in `worker`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from geometry_msgs.msg import Point, PointStamped
+from lifecycle_msgs.srv import ChangeState
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.clock import Clock, ClockType, JumpThreshold
+from rclpy.duration import Duration
+from rclpy.exceptions import InvalidParameterException, ParameterException
+from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.parameter import Parameter
+from rclpy.signals import SignalHandlerOptions
+from rclpy.subscription import Subscription
+from sensor_msgs.msg import CompressedImage, Image
+from std_srvs.srv import SetBool, Trigger
+
+from glesam_ros.pipeline import Pipeline, load_pipeline
+from glesam_ros.ros import diagnostics, parameters, qos
+from glesam_ros.ros.camera import Camera
+from glesam_ros.ros.outputs import VISION_MSGS_MISSING, Outputs, vision
+from glesam_ros.ros.scheduling import Frame, NewestFrames
+from glesam_ros.ros.worker import Worker
+
+NODE_NAME = "perception"
+DEFAULT_NAMESPACE = "glesam"
+STOP_TIMEOUT_S = 10.0
+"""How long deactivate waits for a running inference."""
+EXIT_TIMEOUT_S = 1.0
+"""How long the process waits for a running inference when it is told to end."""
+WARM_UP_SIZE = (480, 640)
+CLICK_TOPIC = "overlay_mouse_left"
+"""rqt_image_view publishes clicks on `<image topic>_mouse_left` as geometry_msgs/Point in pixels."""
+
+SUCCESS, FAILURE, ERROR = (
+    TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE, TransitionCallbackReturn.ERROR
+)
+
+
+class PerceptionNode(LifecycleNode):
+    """Camera images in, instance masks out.
+
+    | Callback group | Callbacks |
+    |---|---|
+    | images | store the newest message of a camera |
+    | default ("control") | parameters, services, prompts, diagnostics |
+    | transitions | change_state and autostart, which load and free the model |
+
+    Inference runs on a thread of its own, between activate and deactivate.
+
+    Raises:
+        ValueError, rclpy.exceptions.ParameterException: a parameter that the node is started with is not valid.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(NODE_NAME, namespace=DEFAULT_NAMESPACE)
+        self.settings = parameters.declare(self)
+        self.add_on_set_parameters_callback(self._on_parameters)
+
+        self._pipeline: Pipeline | None = None
+        self._worker: Worker | None = None
+        self._cameras: dict[str, Camera] = {}
+        self._frames = NewestFrames(self.settings.cameras)
+        self._subscriptions_of_images: list[Subscription] = []
+        self._subscriptions_of_prompts: list[Subscription] = []
+        self._is_enabled = True
+        self._is_in_transition = False
+        self._device_text = ""
+        self._last_error = ""
+
+        self._image_group = MutuallyExclusiveCallbackGroup()
+        self._transition_group = MutuallyExclusiveCallbackGroup()
+        for service in self.services:
+            if service.srv_type is ChangeState:
+                # a model that loads for a minute must not hold up the parameter services
+                service.callback_group = self._transition_group
+                self._transition_group.add_entity(service)
+        self.create_service(Trigger, "clear_prompts", self._on_clear_prompts)
+        self.create_service(SetBool, "enable", self._on_enable)
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        # steady time: also while a simulation is paused
+        self.create_timer(1.0, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._jump_handle = self.get_clock().create_jump_callback(
+            JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-1), on_clock_change=True),
+            post_callback=self._on_clock_jump,
+        )
+        if VISION_MSGS_MISSING:
+            self.get_logger().warning(VISION_MSGS_MISSING)
+        if self.settings.autostart:
+            self._autostart_timer = self.create_timer(
+                0.0, self._autostart, callback_group=self._transition_group,
+                clock=Clock(clock_type=ClockType.STEADY_TIME),
+            )
+
+    # Lifecycle: configure / cleanup and activate / deactivate mirror each other.
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load the model and make the result topics."""
+        return self._transition("configure", self._configure, undo=self._clean_up)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Warm the model up with one inference, then listen."""
+        return self._transition("activate", self._activate, undo=self._deactivate)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop listening and free the model; the next activate loads it again."""
+        return self._transition("deactivate", self._deactivate)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Remove the result topics."""
+        return self._transition("cleanup", self._clean_up)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free everything, from any state."""
+        return self._transition("shutdown", self._clean_up)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """After a fault that a transition could not undo: free what can be freed, back to unconfigured."""
+        return self._transition("error processing", self._clean_up)
+
+    def _transition(
+        self, name: str, action: Callable[[], None], undo: Callable[[], None] | None = None
+    ) -> TransitionCallbackReturn:
+        """Run `action`; rclpy is silent about exceptions in transitions, so they are logged here."""
+        self._is_in_transition = True
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001  # any fault of a transition is logged
+            self._last_error = f"{name}: {type(error).__name__}: {error}"
+            self.get_logger().error(f"{name} failed: {error}\n{traceback.format_exc().rstrip()}")
+            if undo is None:
+                return ERROR
+            undo()
+            return FAILURE
+        finally:
+            self._is_in_transition = False
+        self._last_error = ""
+        self.get_logger().info(f"{name} done")
+        return SUCCESS
+
+    def _configure(self) -> None:
+        pipeline = self._load()
+        for name in self.settings.cameras:
+            prefix = f"{name}/" if name else ""
+            outputs = Outputs(self, prefix, pipeline.model.classes, self.settings.score_threshold)
+            topic = self.resolve_topic_name(prefix + self._input_name)
+            self._cameras[name] = Camera(name, topic, outputs)
+
+    def _clean_up(self) -> None:
+        self._deactivate()
+        for camera in self._cameras.values():
+            camera.outputs.destroy()
+        self._cameras = {}
+
+    def _activate(self) -> None:
+        pipeline = self._pipeline or self._load()
+        self._warm_up(pipeline)
+        self._frames = NewestFrames(self.settings.cameras)
+        self._worker = Worker(
+            pipeline, dict(self._cameras), self._frames, self.get_clock(), self.get_logger().warning
+        )
+        self._worker.start()
+        for camera in self._cameras.values():
+            camera.forget_time()
+            self._listen(camera)
+
+    def _deactivate(self) -> None:
+        for subscription in self._subscriptions_of_images + self._subscriptions_of_prompts:
+            self.destroy_subscription(subscription)
+        self._subscriptions_of_images, self._subscriptions_of_prompts = [], []
+        worker, self._worker = self._worker, None
+        pipeline, self._pipeline = self._pipeline, None
+        if worker is not None and not worker.stop(STOP_TIMEOUT_S):
+            raise RuntimeError(
+                f"the model did not finish a frame within {STOP_TIMEOUT_S:g} s, so its memory cannot be freed; "
+                "restart the node if it does not recover"
+            )
+        if pipeline is not None:
+            pipeline.close()
+        del worker, pipeline
+        gc.collect()
+        for camera in self._cameras.values():
+            camera.ledger.rest()
+
+    def _load(self) -> Pipeline:
+        started = time.monotonic()
+        self._pipeline = load_pipeline(**dataclasses.asdict(self.settings))
+        # a parameter may have changed while the model was loading
+        self._pipeline.settings = self.settings
+        self._device_text = self._pipeline.model.device
+        self.get_logger().info(
+            f"model {self.settings.model} loaded on {self._device_text} in {time.monotonic() - started:.2f} s"
+        )
+        return self._pipeline
+
+    def _warm_up(self, pipeline: Pipeline) -> None:
+        started = time.monotonic()
+        image = np.random.default_rng(0).integers(0, 256, (*WARM_UP_SIZE, 3), np.uint8)
+        embedding = pipeline.encode(image)
+        pipeline.decode(embedding)
+        if self.settings.enhancement != "off" and not embedding.enhanced:
+            pipeline.model.enhance(embedding)
+        self.get_logger().info(f"warm-up inference took {1e3 * (time.monotonic() - started):.0f} ms")
+
+    def _autostart(self) -> None:
+        self._autostart_timer.cancel()
+        if self.trigger_configure() != SUCCESS or self.trigger_activate() != SUCCESS:
+            self.get_logger().error(
+                f"autostart stopped; mend the cause, then: ros2 lifecycle set {self.get_fully_qualified_name()} "
+                "configure (or activate, if it is configured)"
+            )
+
+    # Topics in.
+
+    @property
+    def _input_name(self) -> str:
+        return "image/compressed" if self.settings.compressed else "image"
+
+    def _listen(self, camera: Camera) -> None:
+        prefix = f"{camera.name}/" if camera.name else ""
+        profile = qos.image_input(self.settings.input_reliability)
+        self._subscriptions_of_images.append(
+            self.create_subscription(
+                CompressedImage if self.settings.compressed else Image,
+                prefix + self._input_name,
+                functools.partial(self._on_image, camera),
+                profile,
+                callback_group=self._image_group,
+                event_callbacks=qos.SubscriptionEventCallbacks(
+                    incompatible_qos=functools.partial(self._on_qos_mismatch, camera, profile)
+                ),
+                qos_overriding_options=qos.overridable(),
+            )
+        )
+        doors: list[tuple[Any, str, Callable[..., None]]] = [
+            (PointStamped, "prompt/point", self._on_point),
+            (Point, CLICK_TOPIC, self._on_click),
+        ]
+        if vision is not None:
+            doors.append((vision.Detection2DArray, "prompt/boxes", self._on_boxes))
+        self._subscriptions_of_prompts += [
+            self.create_subscription(kind, prefix + topic, functools.partial(callback, camera), 10)
+            for kind, topic, callback in doors
+        ]
+
+    def _on_image(self, camera: Camera, message: Any) -> None:
+        frame = Frame(camera.name, message)
+        silence = camera.ledger.arrived(frame.arrival)
+        if silence is not None:
+            self.get_logger().info(f"{camera.label} is back on {camera.ledger.topic} after {silence:.1f} s")
+        if not self._is_enabled:
+            camera.ledger.dropped("disabled")
+        elif self._frames.put(frame):
+            camera.ledger.dropped("overwritten")
+
+    def _on_qos_mismatch(self, camera: Camera, profile: Any, event: Any) -> None:
+        text = qos.mismatch(self, camera.ledger.topic, profile, event.last_policy_kind)
+        if text != camera.ledger.qos_mismatch:
+            camera.ledger.qos_mismatch = text
+            self.get_logger().error(text)
+
+    def _on_clock_jump(self, _jump: Any) -> None:
+        for name in self._frames.clear():
+            self._cameras[name].ledger.dropped("clock_jump")
+        for camera in self._cameras.values():
+            camera.forget_time()
+        self.get_logger().info("the clock jumped: stamps and enhancement gates start anew")
+
+    # Prompts.
+
+    def _on_point(self, camera: Camera, message: PointStamped) -> None:
+        self._prompt(camera, message.header.stamp, "point", lambda size: camera.prompts.add_point(
+            message.point.x, message.point.y, message.point.z >= 0, size
+        ))
+
+    def _on_click(self, camera: Camera, message: Point) -> None:
+        def add(size: tuple[int, int]) -> str:
+            # rqt_image_view rounds, so a click on the last column or row may name the one after it
+            height, width = size
+            x = width - 1 if message.x == width else message.x
+            y = height - 1 if message.y == height else message.y
+            return camera.prompts.add_point(x, y, message.z >= 0, size)
+
+        self._prompt(camera, None, "click", add)
+
+    def _on_boxes(self, camera: Camera, message: Any) -> None:
+        self._prompt(camera, message.header.stamp, "boxes", lambda size: camera.prompts.set_boxes(
+            [_corners(d.bbox) for d in message.detections], size
+        ))
+
+    def _prompt(
+        self, camera: Camera, stamp: Any, kind: str, accept: Callable[[tuple[int, int]], str | None]
+    ) -> None:
+        """Hand a prompt to `accept`, unless its frame is gone; a refusal is a warning with the numbers."""
+        try:
+            if camera.ledger.size is None:
+                raise ValueError(
+                    f"no frame of {camera.ledger.topic} was read yet; send the prompt after the first result"
+                )
+            stamp_ns = stamp.sec * 1_000_000_000 + stamp.nanosec if stamp is not None else 0
+            age_ms = (self.get_clock().now().nanoseconds - stamp_ns) / 1e6
+            if stamp_ns and age_ms > self.settings.max_frame_age_ms:
+                raise ValueError(
+                    f"its frame is gone: expected a stamp at most {self.settings.max_frame_age_ms} ms old "
+                    f"(max_frame_age_ms), got {age_ms:.0f} ms; a stamp of 0 means the newest frame"
+                )
+            warning = accept(camera.ledger.size)
+        except ValueError as error:
+            camera.ledger.noticed("refused_prompt", str(error))
+            self.get_logger().warning(f"{camera.label}: prompt ({kind}) refused: {error}")
+            return
+        if warning:
+            self.get_logger().warning(f"{camera.label}: {warning}")
+
+    # Services and parameters.
+
+    def _on_clear_prompts(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        held = [camera.prompts.clear() for camera in self._cameras.values()]
+        points, boxes = sum(p for p, _ in held), sum(b for _, b in held)
+        response.success = True
+        response.message = f"cleared {points} points and {boxes} boxes of {len(held)} cameras; everything mode is back"
+        return response
+
+    def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        self._is_enabled = request.data
+        if not request.data:
+            for name in self._frames.clear():
+                self._cameras[name].ledger.dropped("disabled")
+        response.success = True
+        response.message = "inference runs" if request.data else "inference is paused; frames are counted as disabled"
+        self.get_logger().info(response.message)
+        return response
+
+    def _on_parameters(self, changes: Iterable[Parameter]) -> SetParametersResult:
+        # applied here and not in a post-set callback, which Humble does not have
+        try:
+            self.settings = parameters.changed(self.settings, changes)
+        except ValueError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        if (pipeline := self._pipeline) is not None:
+            pipeline.settings = self.settings
+        return SetParametersResult(successful=True)
+
+    # Diagnostics.
+
+    def _publish_diagnostics(self) -> None:
+        now = time.monotonic()
+        name = self.get_fully_qualified_name().lstrip("/")
+        hardware_id = f"{self.settings.model} on {self._device_text or self.settings.device}"
+        message = DiagnosticArray(status=[self._node_status(name, hardware_id)])
+        message.header.stamp = self.get_clock().now().to_msg()
+        if self._worker is not None:
+            for camera in list(self._cameras.values()):
+                silence = camera.ledger.stopped(now)
+                if silence is not None:
+                    self.get_logger().warning(
+                        f"{camera.label} stopped: no frame on {camera.ledger.topic} for {silence:.1f} s"
+                    )
+                points, boxes = camera.prompts.count()
+                message.status.append(camera.ledger.status(
+                    f"{name}: camera {camera.name}".rstrip(), hardware_id, now,
+                    {"prompt_points": points, "prompt_boxes": boxes},
+                ))
+        self._diagnostics.publish(message)
+
+    def _node_status(self, name: str, hardware_id: str) -> DiagnosticStatus:
+        settings = self.settings
+        if self._last_error:
+            level, text = DiagnosticStatus.ERROR, self._last_error
+        elif self._worker is None:
+            level, text = DiagnosticStatus.OK, "inactive"
+        elif not self._worker.is_alive():
+            level, text = DiagnosticStatus.ERROR, "the inference thread has ended; deactivate and activate again"
+        else:
+            level, text = DiagnosticStatus.OK, "active" if self._is_enabled else "paused (service enable)"
+        return diagnostics.status(f"{name}: model", hardware_id, level, text, {
+            "model": settings.model,
+            "device": self._device_text,
+            "precision": settings.precision,
+            "enhancement": settings.enhancement,
+            "processing_size": settings.processing_size,
+            "enabled": self._is_enabled,
+            "cameras": ", ".join(settings.cameras),
+            "vision_msgs": "missing" if VISION_MSGS_MISSING else "found",
+            "last_error": self._last_error,
+        })
+
+    # End of the process.
+
+    def close(self) -> bool:
+        """Stop working at once; False when a model is still busy, so that threads are left behind."""
+        worker, self._worker = self._worker, None
+        stopped = worker is None or worker.stop(EXIT_TIMEOUT_S)
+        if stopped and not self._is_in_transition and self._pipeline is not None:
+            self._pipeline.close()
+        return stopped and not self._is_in_transition
+
+
+def _corners(box: Any) -> tuple[float, float, float, float]:
+    """xyxy of a vision_msgs/BoundingBox2D; of a rotated one the upright box around it."""
+    cos, sin = abs(math.cos(box.center.theta)), abs(math.sin(box.center.theta))
+    half_x, half_y = (box.size_x * cos + box.size_y * sin) / 2, (box.size_x * sin + box.size_y * cos) / 2
+    x, y = box.center.position.x, box.center.position.y
+    return x - half_x, y - half_y, x + half_x, y + half_y
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the node until SIGINT or SIGTERM.
+
+    Args:
+        args: command line with `--ros-args`; None takes that of the process.
+
+    Returns:
+        Exit code: 0, or 1 when the parameters it was started with are not valid.
+    """
+    # rclpy's own handlers raise KeyboardInterrupt in the middle of callbacks; here a signal only asks to end
+    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        node = PerceptionNode()
+    except (ValueError, ParameterException, InvalidParameterException) as error:
+        rclpy.logging.get_logger(NODE_NAME).fatal(f"start parameters are not valid: {error}")
+        rclpy.try_shutdown()
+        return 1
+    executor = MultiThreadedExecutor(num_threads=4)
+    executor.add_node(node)
+    spinner = threading.Thread(target=_spin, args=(executor, node, ended), name="executor", daemon=True)
+    spinner.start()
+    ended.wait()
+    node.get_logger().info("ending")
+    is_idle = node.close()
+    executor.shutdown(timeout_sec=EXIT_TIMEOUT_S)
+    spinner.join(EXIT_TIMEOUT_S)
+    rclpy.try_shutdown()
+    if not is_idle:
+        # a thread is inside the model: the interpreter would wait for it, or tear the model down under it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    return 0
+
+
+def _spin(executor: MultiThreadedExecutor, node: PerceptionNode, ended: threading.Event) -> None:
+    """Run callbacks; a callback that raises (rclpy hands that to here) costs one log line and not the process."""
+    while not ended.is_set():
+        try:
+            executor.spin_once()
+        except ExternalShutdownException:
+            ended.set()
+        except Exception:  # noqa: BLE001  # whatever a callback raises
+            if not ended.is_set():
+                node.get_logger().error(f"a callback failed:\n{traceback.format_exc().rstrip()}")

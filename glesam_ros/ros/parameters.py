@@ -1,0 +1,60 @@
+"""ROS parameters made from `Settings`: descriptors, declaration, live changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+
+from glesam_ros import settings as catalogue
+from glesam_ros.settings import Settings
+
+
+def descriptor(name: str) -> ParameterDescriptor:
+    """Description, range and constraints of the parameter `name`, as rqt and `ros2 param describe` show them."""
+    spec = catalogue.spec(name)
+    result = ParameterDescriptor(
+        name=name,
+        description=f"{spec.help} [{spec.unit}]" if spec.unit else spec.help,
+        additional_constraints=f"one of: {', '.join(spec.choices)}" if spec.choices else "",
+        read_only=spec.read_only,
+    )
+    if spec.low is not None and spec.high is not None:
+        if isinstance(catalogue.default(name), float):
+            # step 0.0: any value in the range; rqt's slider disagrees with rclpy about other steps
+            result.floating_point_range = [FloatingPointRange(from_value=spec.low, to_value=spec.high, step=0.0)]
+        else:
+            result.integer_range = [
+                IntegerRange(from_value=int(spec.low), to_value=int(spec.high), step=spec.multiple_of)
+            ]
+    return result
+
+
+def declare(node: Node) -> Settings:
+    """Declare every parameter on `node` and read the values it was started with.
+
+    Raises:
+        ValueError: values that contradict each other.
+        rclpy.exceptions.ParameterException, InvalidParameterException: a start value of wrong type or out of range.
+    """
+    node.declare_parameters(
+        "", [(name, _ros_value(catalogue.default(name)), descriptor(name)) for name in catalogue.names()]
+    )
+    return Settings(**{name: node.get_parameter(name).value for name in catalogue.names()})
+
+
+def changed(settings: Settings, parameters: Iterable[Parameter]) -> Settings:
+    """`settings` with all of `parameters` that are ours.
+
+    Raises:
+        ValueError: a value that breaks its range, or the whole set contradicts itself; the text is the reason.
+    """
+    known = set(catalogue.names())
+    return settings.replace(**{p.name: p.value for p in parameters if p.name in known})
+
+
+def _ros_value(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,104 @@
+"""The perception node with small numpy models, so that the tests of the ROS layer need no weights.
+
+Models: `bright` finds connected bright regions; `slow` sleeps 2 s in each encode; `busy` holds the interpreter for 2 s in
+each encode; `fragile` raises on a red image; `absent` cannot be loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import cv2
+import numpy as np
+
+from glesam_ros.models import Candidates, Embedding, register_model
+
+SCALE = 4
+SLOW_S = 2.0
+
+
+class Bright:
+    """Connected regions brighter than 128 are objects; a dark image is a degraded one."""
+
+    classes = ("object",)
+
+    def __init__(self, device: str, precision: str) -> None:
+        self.name, self.device = "bright", "cpu"
+        self.is_closed = False
+
+    def encode(self, image, processing_size):
+        if self.is_closed:
+            raise RuntimeError("the model was used after close()")
+        height, width = image.shape[:2]
+        small = cv2.resize(image, (max(1, width // SCALE), max(1, height // SCALE)), interpolation=cv2.INTER_AREA)
+        latent = small.mean(2, dtype=np.float32)[None, None]
+        return Embedding(latent, (height, width), float(1 - image[::8, ::8].max() / 255))
+
+    def enhance(self, embedding):
+        return Embedding(embedding.latent, embedding.size, embedding.degradation, True)
+
+    def _regions(self, embedding):
+        bright = (embedding.latent[0, 0] > 128).astype(np.uint8)
+        count, labels = cv2.connectedComponents(bright)
+        areas = np.bincount(labels.ravel(), minlength=count)
+        order = sorted(range(1, count), key=lambda k: -areas[k])
+        return labels, order
+
+    def propose(self, embedding, score_threshold, limit):
+        labels, order = self._regions(embedding)
+        order = order[:limit]
+        logits = np.array([np.where(labels == k, 8, -8) for k in order], np.float32).reshape(-1, *labels.shape)
+        return Candidates(logits, np.linspace(0.95, 0.75, len(order), dtype=np.float32))
+
+    def prompt(self, embedding, points, labels):
+        """An object is the region under its positive points, or the filled box."""
+        regions, _ = self._regions(embedding)
+        height, width = regions.shape
+        logits = np.full((len(points), height, width), -8, np.float32)
+        for row, (xy, kinds) in enumerate(zip(points / SCALE, labels)):
+            if 2 in kinds:
+                (x1, y1), (x2, y2) = xy[kinds >= 2].astype(int)
+                logits[row, y1:y2, x1:x2] = 8
+            for (x, y), kind in zip(xy.astype(int), kinds):
+                region = regions[min(y, height - 1), min(x, width - 1)]
+                if kind in (0, 1) and region:
+                    logits[row][regions == region] = 8 if kind == 1 else -8
+        return Candidates(logits, np.full(len(points), 0.9, np.float32))
+
+    def close(self):
+        self.is_closed = True
+
+
+class Slow(Bright):
+    def encode(self, image, processing_size):
+        time.sleep(SLOW_S)
+        return super().encode(image, processing_size)
+
+
+class Busy(Bright):
+    def encode(self, image, processing_size):
+        until = time.monotonic() + SLOW_S
+        while time.monotonic() < until:
+            sum(range(1000))
+        return super().encode(image, processing_size)
+
+
+class Fragile(Bright):
+    def encode(self, image, processing_size):
+        if image[0, 0, 0] == 255 and image[0, 0, 1] == 0:
+            raise RuntimeError("red is too much")
+        return super().encode(image, processing_size)
+
+
+def _absent(device: str, precision: str):
+    raise RuntimeError("expected weights beside the model, found none; train it first")
+
+
+if __name__ == "__main__":
+    from glesam_ros.ros.node import main
+
+    for model in (Bright, Slow, Busy, Fragile):
+        register_model(model.__name__.lower(), model)
+    register_model("absent", _absent)
+    sys.exit(main())
