@@ -1,0 +1,160 @@
+"""What the overlay changes, and what it must leave alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glesam_ros.instances import Instances
+from glesam_ros.overlay import PALETTE, draw_overlay, strip_height
+
+HEIGHT, WIDTH = 240, 400
+
+
+def instances(windows: list[tuple[int, int, int, int]], size: tuple[int, int] = (HEIGHT, WIDTH), **given: Any) -> Instances:
+    """Rectangles xyxy as instances, best first."""
+    count = len(windows)
+    masks = np.zeros((count, *size), np.bool_)
+    for k, (x1, y1, x2, y2) in enumerate(windows):
+        masks[k, y1:y2, x1:x2] = True
+    return Instances(
+        masks=masks,
+        boxes=np.array(windows, np.float32).reshape(count, 4),
+        scores=np.linspace(0.9, 0.6, count).astype(np.float32),
+        stability=np.ones(count, np.float32),
+        ids=np.array(given.get("ids", np.arange(1, count + 1)), np.int32),
+        degradation=given.get("degradation", 0.25),
+        enhanced=given.get("enhanced", False),
+    )
+
+
+def picture(size: tuple[int, int] = (HEIGHT, WIDTH)) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+# one with room for a number, one small, one that touches the border, one that overlaps the first
+WINDOWS = [(60, 60, 220, 160), (250, 70, 262, 80), (380, 200, 400, 240), (200, 100, 300, 200)]
+SMALL = (slice(72, 78), slice(252, 260))  # inside of the small one, beyond its contour
+
+
+def test_pixels_outside_masks_and_strip_are_untouched() -> None:
+    image, found = picture(), instances(WINDOWS)
+    out = draw_overlay(image, found, 0.7)
+    outside = found.label_map() == 0
+    outside[: strip_height(found.size)] = False
+    assert outside.sum() > 1000
+    np.testing.assert_array_equal(out[outside], image[outside])
+
+
+def test_the_input_is_left_as_it_is() -> None:
+    image, found = picture(), instances(WINDOWS)
+    before, masks = image.copy(), found.masks.copy()
+    out = draw_overlay(image, found, 1.0)
+    np.testing.assert_array_equal(image, before)
+    np.testing.assert_array_equal(found.masks, masks)
+    assert not np.shares_memory(out, image)
+    assert out.shape == image.shape and out.dtype == np.uint8
+    image.setflags(write=False)
+    np.testing.assert_array_equal(draw_overlay(image, found, 1.0), out)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
+def test_alpha_mixes_colour_into_the_inside(alpha: float) -> None:
+    image, found = picture(), instances(WINDOWS)
+    out = draw_overlay(image, found, alpha)
+    expected = (1 - alpha) * image[SMALL].astype(float) + alpha * PALETTE[1]
+    np.testing.assert_allclose(out[SMALL].astype(float), expected, atol=1)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_contours_are_crisp_and_inside(alpha: float) -> None:
+    image, found = picture(), instances(WINDOWS[1:2])
+    out = draw_overlay(image, found, alpha)
+    ring = np.zeros((HEIGHT, WIDTH), np.bool_)
+    ring[70:80, 250:262] = True
+    ring[71:79, 251:261] = False
+    np.testing.assert_array_equal(out[ring], np.broadcast_to(PALETTE[0], (ring.sum(), 3)))
+
+
+def test_no_contour_along_the_image_border() -> None:
+    image, found = picture(), instances(WINDOWS[2:3])
+    out = draw_overlay(image, found, 0.0)
+    np.testing.assert_array_equal(out[210:, -1], image[210:, -1])
+
+
+def test_colour_follows_the_id_not_the_row() -> None:
+    image = picture()
+    one = draw_overlay(image, instances(WINDOWS, ids=[7, 2, 3, 4]), 1.0)
+    other = draw_overlay(image, instances(WINDOWS[1:2], ids=[2]), 1.0)
+    np.testing.assert_array_equal(one[SMALL], other[SMALL])
+    far = draw_overlay(image, instances(WINDOWS[1:2], ids=[65534]), 1.0)
+    np.testing.assert_array_equal(far[75, 255], PALETTE[65533 % len(PALETTE)])
+
+
+def test_colours_are_told_apart() -> None:
+    gaps = np.abs(PALETTE[:, None].astype(int) - PALETTE[None]).sum(-1)
+    assert gaps[~np.eye(len(PALETTE), dtype=bool)].min() >= 60
+
+
+def test_numbers_only_where_there_is_room() -> None:
+    image = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
+    out = draw_overlay(image, instances(WINDOWS[:2]), 0.0)
+    assert (out[70:150, 70:210] != 90).any()  # white letters on the large one
+    assert out[70:150, 70:210].max() > 200
+    assert (out[SMALL] == 90).all()
+
+
+def test_a_thin_ring_gets_no_number() -> None:
+    found = instances([(50, 50, 200, 200)])
+    found.masks[0, 56:194, 56:194] = False
+    image = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
+    out = draw_overlay(image, found, 0.0)
+    assert {tuple(p) for p in out[50:200, 50:200].reshape(-1, 3).tolist()} == {(90, 90, 90), tuple(PALETTE[0].tolist())}
+
+
+def test_the_strip_tells_degradation_enhancement_and_count() -> None:
+    image = picture()
+    strips = [
+        draw_overlay(image, instances(WINDOWS[:count], degradation=level, enhanced=on), 0.5)[: strip_height((HEIGHT, WIDTH))]
+        for count, level, on in ((0, 0.25, False), (0, 0.82, False), (0, 0.25, True), (1, 0.25, False))
+    ]
+    for a in range(4):
+        for b in range(a):
+            assert (strips[a] != strips[b]).any()
+
+
+def test_no_instances() -> None:
+    image = picture()
+    out = draw_overlay(image, instances([]), 0.5)
+    rows = strip_height((HEIGHT, WIDTH))
+    np.testing.assert_array_equal(out[rows:], image[rows:])
+    assert (out[:rows] != image[:rows]).any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (40, 60), (1080, 1920)])
+def test_any_size(size: tuple[int, int]) -> None:
+    height, width = size
+    found = instances([(0, 0, width, height)], size)
+    image = picture(size)
+    assert draw_overlay(image, found, 0.5).shape == image.shape
+
+
+def test_labels_at_hand_give_the_same_picture() -> None:
+    image, found = picture(), instances(WINDOWS)
+    np.testing.assert_array_equal(draw_overlay(image, found, 0.5, found.label_map()), draw_overlay(image, found, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("image", "alpha", "words"),
+    [
+        (picture((HEIGHT, WIDTH - 1)), 0.5, r"expected \(height, width\) \(240, 400\)"),
+        (picture(), 1.5, "expected 0..1, got 1.5"),
+        (picture(), float("nan"), "expected 0..1"),
+        (picture()[..., 0], 0.5, "stack a grey image"),
+    ],
+)
+def test_refusals(image: Any, alpha: float, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        draw_overlay(image, instances(WINDOWS), alpha)
