@@ -158,14 +158,14 @@ def check_value(name: str, value: Any) -> None:
         if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
             raise ValueError(f"{name}: expected a list of strings, got {value!r}")
         return
-    expected = {"bool": bool, "int": int, "float": (int, float), "str": str}[kind]
+    expected: tuple[type, ...] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}[kind]
     if not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool"):
         raise ValueError(f"{name}: expected a {kind}, got {value!r} ({type(value).__name__})")
     if s.choices and value not in s.choices:
         raise ValueError(f"{name}: expected one of {', '.join(s.choices)}; got {value!r}")
     if s.low is not None and not s.low <= value <= s.high:  # type: ignore[operator]  # low and high come together
         raise ValueError(f"{name}: expected {s.low:g} .. {s.high:g}{' ' + s.unit if s.unit else ''}, got {value}")
-    if s.multiple_of > 1 and value % s.multiple_of:
+    if isinstance(value, int) and value % s.multiple_of:
         raise ValueError(f"{name}: expected a multiple of {s.multiple_of}, got {value}")
 
 
