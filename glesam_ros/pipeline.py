@@ -153,7 +153,7 @@ def mask_nms(masks: BoolArray, iou_threshold: float, limit: int) -> np.ndarray[A
     Returns:
         Indices of the kept masks, best first.
     """
-    flat = masks.reshape(len(masks), -1).astype(np.float32)
+    flat = masks.reshape(len(masks), masks.shape[1] * masks.shape[2]).astype(np.float32)  # -1 fails on no masks
     overlap = flat @ flat.T
     area = np.diagonal(overlap)
     iou = overlap / np.maximum(area[:, None] + area[None, :] - overlap, 1)
