@@ -79,7 +79,9 @@ class Degraded:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
-def degrade_lqseg(image: Any, level: int, seed: int | np.random.Generator) -> Degraded:
+def degrade_lqseg(
+    image: Any, level: int, seed: int | np.random.Generator, *, noise: np.random.Generator | None = None
+) -> Degraded:
     """Degrade an image to LQ-1, LQ-2 or LQ-3.
 
     Where the authors' released code departs from its own configuration, the configuration is followed: the second blur
@@ -91,6 +93,7 @@ def degrade_lqseg(image: Any, level: int, seed: int | np.random.Generator) -> De
         image: (H, W, 3) uint8 RGB.
         level: 1, 2 or 3.
         seed: an integer, or a generator to draw from. One seed gives the same bits on the same numpy and OpenCV.
+        noise: draws the noise fields instead, so that the frames of a film differ in nothing else.
 
     Raises:
         TypeError, ValueError: `image` is not such an array, or `level` not such a number.
@@ -99,6 +102,7 @@ def degrade_lqseg(image: Any, level: int, seed: int | np.random.Generator) -> De
     if isinstance(level, bool) or level not in RATES:
         raise ValueError(f"level: expected 1, 2 or 3, got {level!r}")
     rng = np.random.default_rng(seed)
+    noise = noise or rng
     height, width = image.shape[:2]
     rate = RATES[level]
     parameters: dict[str, Any] = {"rate": rate}
@@ -108,7 +112,7 @@ def degrade_lqseg(image: Any, level: int, seed: int | np.random.Generator) -> De
         parameters[name] = sampled
         out = _blur(out, order, rng, sampled)
         out = _resize(out, order, (height, width), divisor, rng, sampled)
-        out = _noise(out, order, rng, sampled)
+        out = _noise(out, order, rng, noise, sampled)
         if order is FIRST:
             out = _jpeg(out, order, rng, sampled).astype(np.float32)
     sampled["jpeg_last"] = bool(rng.random() < 0.5)
@@ -244,16 +248,18 @@ def _resize_back(
     return _filter(out, sinc_kernel(kernel_size, cutoff))
 
 
-def _noise(image: Picture, order: Order, rng: np.random.Generator, sampled: dict[str, Any]) -> Picture:
+def _noise(
+    image: Picture, order: Order, rng: np.random.Generator, noise: np.random.Generator, sampled: dict[str, Any]
+) -> Picture:
     gaussian = bool(rng.random() < order.gaussian_probability)
     strength = float(rng.uniform(*(order.gaussian_sigma if gaussian else order.poisson_scale)))
     gray = bool(rng.random() < order.gray_probability)
     sampled.update(noise="gaussian" if gaussian else "poisson", noise_strength=strength, gray_noise=gray)
     if gaussian:
-        field_ = rng.standard_normal(image.shape[:2] if gray else image.shape, dtype=np.float32)
+        field_ = noise.standard_normal(image.shape[:2] if gray else image.shape, dtype=np.float32)
         field_ *= strength
     else:
-        field_ = poisson_noise(_to_uint8(image), gray, rng)
+        field_ = poisson_noise(_to_uint8(image), gray, noise)
         field_ *= strength
     out = image + (field_[..., None] if gray else field_)
     return np.clip(out, 0.0, 255.0, out=out)
