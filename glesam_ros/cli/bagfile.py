@@ -309,7 +309,8 @@ class ResultWriter:
             "masks": lambda: image_message(self.types, labels, "mono16", header),
             "confidence": lambda: image_message(self.types, instances.confidence_map(labels), "32FC1", header),
             "overlay": lambda: image_message(
-                self.types, cv2.cvtColor(draw_overlay(image, instances, alpha), cv2.COLOR_RGB2BGR), "bgr8", header
+                self.types, cv2.cvtColor(draw_overlay(image, instances, alpha, labels), cv2.COLOR_RGB2BGR),
+                "bgr8", header,
             ),
             "detections": lambda: self._detections(instances, header, classes[0]),
             "quality": lambda: self._quality(instances, header),

@@ -196,9 +196,10 @@ def _write_pictures(stem: Path, image: UInt8Array, instances: Instances, alpha: 
     from glesam_ros.overlay import draw_overlay
 
     stem.parent.mkdir(parents=True, exist_ok=True)
-    overlay = draw_overlay(image, instances, alpha)
+    labels = instances.label_map()
+    overlay = draw_overlay(image, instances, alpha, labels)
     for path, pixels in (
-        (stem.with_name(stem.name + "_masks.png"), instances.label_map()),
+        (stem.with_name(stem.name + "_masks.png"), labels),
         (stem.with_name(stem.name + "_overlay.jpg"), cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR)),
     ):
         done, data = cv2.imencode(path.suffix, pixels)

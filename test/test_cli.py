@@ -1,0 +1,259 @@
+"""`glesam` from the outside: help, exit codes, segment, bench."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import bright_model
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as coco
+
+from glesam_ros import __version__, settings
+from glesam_ros.cli.main import main, make_parser
+
+
+def write(path: Path, rgb: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = rgb if rgb.ndim == 2 else cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
+    assert cv2.imwrite(str(path), pixels)
+    return path
+
+
+def segment(*arguments: object) -> int:
+    return main(["segment", *map(str, arguments), "--model", bright_model.register()])
+
+
+def decoded(entries: list[dict]) -> np.ndarray:
+    return np.array([coco.decode(e["segmentation"]) for e in entries]).astype(bool)
+
+
+def sorted_masks(masks: np.ndarray) -> list[bytes]:
+    return sorted(m.tobytes() for m in masks)
+
+
+@pytest.mark.parametrize("command", [(), ("segment",), ("bag",), ("bench",), ("demo",)])
+def test_help_teaches_by_examples(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "example" in text
+    assert "glesam " + " ".join(command) in text
+
+
+def test_examples_of_the_help_parse(capsys):
+    for command in ("segment", "bag", "bench", "demo"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        examples = re.findall(rf"^  (glesam {command}.*?)(?:  .*)?$", text, re.MULTILINE)
+        assert examples
+        for example in examples:
+            assert make_parser().parse_args(example.split()[1:]).command == command
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"glesam {__version__}\n"
+
+
+def test_help_loads_neither_models_nor_bags_nor_ros():
+    heavy = ("onnxruntime", "rosbags", "rclpy", "torch", "pycocotools")
+    code = (
+        "import sys; from glesam_ros.cli.main import make_parser; make_parser().format_help(); "
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "required"),
+        (["segment"], "--out"),
+        (["segment", "a.png", "--out", "o", "--points", "3"], "X,Y"),
+        (["segment", "a.png", "--out", "o", "--points", "3,4,7"], "1 (inside) or 0 (outside)"),
+        (["segment", "a.png", "--out", "o", "--box", "1,2,3"], "X1,Y1,X2,Y2"),
+        (["segment", "a.png", "--out", "o", "--score-threshold", "1.5"], "expected 0 .. 1, got 1.5"),
+        (["segment", "a.png", "--out", "o", "--processing-size", "500"], "multiple of 32"),
+        (["segment", "a.png", "--out", "o", "--enhancement", "sometimes"], "always"),
+        (["bench", "--size", "640"], "WIDTHxHEIGHT"),
+        (["bench", "--frames", "0"], "above 0"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_what_was_expected(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "nosuch"], "model: expected one of"),
+        (["--enhance-below", "0.9"], "enhance_below"),
+    ],
+)
+def test_failures_are_one_line_without_traceback(arguments, expected, tmp_path, capsys):
+    picture = write(tmp_path / "a.png", bright_model.scene())
+    assert main(["segment", str(picture), "--out", str(tmp_path / "o"), *arguments]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("glesam segment: error: ")
+    assert expected in lines[0]
+
+
+def test_missing_path_and_empty_folder_are_named(tmp_path, capsys):
+    assert segment(tmp_path / "nowhere.png", "--out", tmp_path / "o") == 1
+    assert "nowhere.png: no such picture or folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert segment(tmp_path / "empty", "--out", tmp_path / "o") == 1
+    assert "no picture" in capsys.readouterr().err
+
+
+def test_options_have_the_defaults_of_the_settings():
+    args = make_parser().parse_args(["segment", "a.png", "--out", "o"])
+    for name in ("model", "device", "enhancement", "score_threshold", "max_instances", "processing_size"):
+        assert getattr(args, name) == settings.default(name)
+
+
+def test_segment_writes_masks_overlay_and_rle_that_decode_to_the_truth(tmp_path):
+    picture = write(tmp_path / "scene.png", bright_model.scene())
+    assert segment(picture, "--out", tmp_path / "out") == 0
+    entries = json.loads((tmp_path / "out/results.json").read_text())
+    assert sorted_masks(decoded(entries)) == sorted_masks(bright_model.scene_masks())
+    labels = cv2.imread(str(tmp_path / "out/scene_masks.png"), cv2.IMREAD_UNCHANGED)
+    assert labels.dtype == np.uint16
+    for entry, mask in zip(entries, decoded(entries)):
+        np.testing.assert_array_equal(labels == entry["id"], mask)
+        assert entry["bbox"] in ([10, 12, 30, 20], [60, 20, 20, 30])
+        assert entry["area"] == 600 == mask.sum()
+        assert isinstance(entry["segmentation"]["counts"], str)
+        assert entry["file_name"] == str(picture)
+        assert (entry["image_id"], entry["category_id"]) == (1, 1)
+        assert (entry["degradation"], entry["enhanced"]) == (0, False)
+        assert 0 < entry["score"] <= 1
+        assert entry["stability"] == 1
+    assert cv2.imread(str(tmp_path / "out/scene_overlay.jpg")).shape == (64, 96, 3)
+
+
+def test_segment_enhances_a_dark_picture_and_says_so(tmp_path):
+    picture = write(tmp_path / "dark.png", bright_model.scene(level=80))
+    assert segment(picture, "--out", tmp_path / "auto") == 0
+    entries = json.loads((tmp_path / "auto/results.json").read_text())
+    assert len(entries) == 2
+    assert all(e["enhanced"] and e["degradation"] == 1 for e in entries)
+    assert segment(picture, "--out", tmp_path / "off", "--enhancement", "off") == 0
+    assert json.loads((tmp_path / "off/results.json").read_text()) == []
+
+
+def test_bad_pictures_are_named_and_the_others_are_done(tmp_path, capsys):
+    folder = tmp_path / "in"
+    good = write(folder / "b.png", bright_model.scene())
+    write(folder / "c.jpg", bright_model.scene())
+    whole = cv2.imencode(".jpg", bright_model.scene())[1].tobytes()
+    (folder / "a_cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "d_text.png").write_text("no picture")
+    (folder / "e_empty.bmp").write_bytes(b"")
+    (folder / "notes.txt").write_text("not looked at")
+    assert segment(folder, "--out", tmp_path / "out") == 1
+    said = capsys.readouterr()
+    for name in ("a_cut.jpg", "d_text.png", "e_empty.bmp"):
+        assert re.search(rf"skipped .*{name}: expected a ", said.err)
+    assert "notes.txt" not in said.err
+    assert "3 of 5 pictures failed" in said.err
+    assert "2 of 5 pictures, 4 instances" in said.out
+    entries = json.loads((tmp_path / "out/results.json").read_text())
+    assert {Path(e["file_name"]).name for e in entries} == {good.name, "c.jpg"}
+
+
+def test_folders_below_and_equal_names_do_not_overwrite(tmp_path):
+    for name in ("in/x.png", "in/x.bmp", "in/below/x.png"):
+        write(tmp_path / name, bright_model.scene())
+    assert segment(tmp_path / "in", "--out", tmp_path / "flat") == 0
+    assert len(list((tmp_path / "flat").glob("**/*_masks.png"))) == 2
+    assert segment(tmp_path / "in", tmp_path / "in/x.png", "-r", "--out", tmp_path / "deep") == 0
+    assert len(list((tmp_path / "deep").glob("**/*_masks.png"))) == 4
+    assert (tmp_path / "deep/below/x_masks.png").exists()
+
+
+def test_grey_16_bit_and_alpha_pictures(tmp_path):
+    rgb = bright_model.scene()
+    grey = rgb.mean(2).astype(np.uint8)
+    write(tmp_path / "in/grey.png", grey)
+    write(tmp_path / "in/deep.png", grey.astype(np.uint16) * 257)
+    alpha = np.dstack([rgb[..., ::-1], np.full(rgb.shape[:2], 255, np.uint8)])
+    assert cv2.imwrite(str(tmp_path / "in/alpha.png"), alpha)
+    assert segment(tmp_path / "in", "--out", tmp_path / "out") == 0
+    entries = json.loads((tmp_path / "out/results.json").read_text())
+    for image_id in (1, 2, 3):
+        masks = decoded([e for e in entries if e["image_id"] == image_id])
+        assert sorted_masks(masks) == sorted_masks(bright_model.scene_masks())
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    plain = cv2.imencode(".jpg", bright_model.scene(), [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
+    # APP1 with one IFD entry: tag 0x0112 orientation, type short, value 6 (turn 90 degrees clockwise)
+    tiff = b"MM\x00\x2a\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00"
+    exif = b"Exif\x00\x00" + tiff
+    turned = tmp_path / "turned.jpg"
+    turned.write_bytes(plain[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + plain[2:])
+    assert segment(turned, "--out", tmp_path / "out") == 0
+    labels = cv2.imread(str(tmp_path / "out/turned_masks.png"), cv2.IMREAD_UNCHANGED)
+    assert labels.shape == (96, 64)
+    truth = np.rot90(bright_model.scene_masks().any(0), -1)
+    assert (truth == (labels > 0)).mean() > 0.99  # JPEG edges
+
+
+def test_points_and_boxes_prompt_their_objects(tmp_path):
+    picture = write(tmp_path / "scene.png", bright_model.scene())
+    prompts = ["--points", "70,30", "--points", "2,2,0", "--box", "10,12,40,32", "--box", "0,0,5,5"]
+    assert segment(picture, "--out", tmp_path / "out", *prompts) == 0
+    entries = json.loads((tmp_path / "out/results.json").read_text())
+    truth = bright_model.scene_masks()
+    masks = decoded(entries)
+    assert [e["id"] for e in entries] == [1, 2, 3]
+    np.testing.assert_array_equal(masks[:2], truth[::-1])
+    assert entries[2]["bbox"] == [0, 0, 5, 5]
+
+
+def test_prompt_outside_the_picture_names_the_numbers(tmp_path, capsys):
+    picture = write(tmp_path / "scene.png", bright_model.scene())
+    assert segment(picture, "--out", tmp_path / "out", "--points", "500,30") == 1
+    assert "expected 0 <= x < 96 and 0 <= y < 64, got (500, 30)" in capsys.readouterr().err
+
+
+def test_bench_measures_every_stage(tmp_path, capsys):
+    picture = write(tmp_path / "scene.png", bright_model.scene())
+    arguments = ["bench", "--model", bright_model.register(), "--image", str(picture), "--size", "160x120"]
+    assert main([*arguments, "--frames", "4", "--json", str(tmp_path / "b.json")]) == 0
+    table = capsys.readouterr().out
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert list(report["stages_ms"]) == ["encode", "enhance", "decode", "label map", "whole frame"]
+    whole = report["stages_ms"]["whole frame"]
+    assert 0 < whole["median"] <= whole["p95"]
+    assert report["stages_ms"]["decode"]["median"] < whole["median"]
+    assert report["fps"] == pytest.approx(1000 / whole["median"], rel=0.01)
+    assert (report["model"], report["device"], report["size"], report["frames"]) == ("bright", "cpu", "160x120", 4)
+    assert report["peak_rss_mb"] > 20
+    for word in ("encode", "whole frame", "160x120", "MB"):
+        assert word in table
+
+
+def test_bench_list_names_models_and_devices(capsys):
+    bright_model.register()
+    assert main(["bench", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^cpu +yes$", text, re.MULTILINE)
+    assert re.search(r"^cuda +(yes|no \(CUDAExecutionProvider)", text, re.MULTILINE)
+    assert "bright" in text and "nano" in text
