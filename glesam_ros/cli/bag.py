@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _segment_bag(args: argparse.Namespace) -> int:
-    from glesam_ros.cli.bagfile import ResultWriter, open_bag, open_writer
+    from glesam_ros.cli.bagfile import ResultWriter, new_bag, open_bag
 
     namespace = "/" + args.namespace.strip("/")
     with open_bag(args.bag, args.ros_distro) as source:
@@ -116,9 +116,8 @@ def _segment_bag(args: argparse.Namespace) -> int:
             notes.append(f"{connection.topic}: not copied, the new results take its place")
         for note in notes:
             print(f"glesam bag: {note}", file=sys.stderr)
-        writer = open_writer(args.out, args.storage, args.ros_distro)
-        pipeline = open_pipeline(args, SETTINGS)
-        with writer:
+        with new_bag(args.out, args.storage, args.ros_distro) as writer:
+            pipeline = open_pipeline(args, SETTINGS)
             copy = source.copier(writer, copied) if copied else None
             results = ResultWriter(writer, pipeline, topics, source.types, namespace, args.result or tuple(RESULTS))
             stopped = _go_through(source, results, topics, {(c.id, id(c.owner)) for c in copied}, copy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import time
 from collections import Counter
@@ -73,8 +74,9 @@ def message_types(distro: str) -> Typestore:
     return store
 
 
-def open_writer(path: Path, storage: str, distro: str) -> Writer:
-    """A writer of a new bag; mcap is compressed by chunk, which every player reads.
+@contextlib.contextmanager
+def new_bag(path: Path, storage: str, distro: str) -> Iterator[Writer]:
+    """Write a new bag; mcap is compressed by chunk, which every player reads. After a failure nothing is left of it.
 
     Raises:
         CommandError: `path` exists already.
@@ -85,7 +87,12 @@ def open_writer(path: Path, storage: str, distro: str) -> Writer:
     writer = Writer(path, version=version, storage_plugin=StoragePlugin[storage.upper()])
     if storage == "mcap":
         writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
-    return writer
+    try:
+        with writer:
+            yield writer
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 class Frame(NamedTuple):
@@ -399,7 +406,7 @@ def write_pictures(
     types = message_types(distro)
     kind = COMPRESSED if compressed else IMAGE
     start, count = time.time_ns(), 0
-    with open_writer(path, storage, distro) as writer:
+    with new_bag(path, storage, distro) as writer:
         name = topic + "/compressed" if compressed else topic
         connection = writer.add_connection(name, kind, typestore=types, offered_qos_profiles=[RESULT_QOS])
         for image in pictures:
