@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import cv2
+import numpy as np
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from sensor_msgs.msg import Image
@@ -26,6 +26,8 @@ except ImportError as error:
     )
 else:
     VISION_MSGS_MISSING = ""
+
+LabelMap = np.ndarray[Any, np.dtype[np.uint16]]
 
 
 class Outputs:
@@ -59,8 +61,9 @@ class Outputs:
         """Names of the outputs that have a subscriber now."""
         return frozenset(n for n, p in self._publishers.items() if p.get_subscription_count() > 0)
 
-    def publish_masks(self, wanted: frozenset[str], header: Header, instances: Instances) -> None:
-        """Publish `masks`, `confidence` and `detections` where wanted, with `header` as it came."""
+    def publish_masks(self, wanted: frozenset[str], header: Header, instances: Instances) -> LabelMap | None:
+        """Publish `masks`, `confidence` and `detections` where wanted, with `header` as it came; the label map if made."""
+        labels = None
         if wanted & {"masks", "confidence"}:
             labels = instances.label_map()
             if "masks" in wanted:
@@ -70,6 +73,7 @@ class Outputs:
                 self._publishers["confidence"].publish(array_to_image(confidence, "32FC1", header))
         if "detections" in wanted:
             self._publishers["detections"].publish(_detections(instances, header, self._classes[0]))
+        return labels
 
     def publish_quality(self, wanted: frozenset[str], header: Header, degradation: float, enhanced: bool) -> None:
         """Publish `quality` where wanted: degradation 0 (clear) .. 1, and enhanced as 0 or 1."""
@@ -82,11 +86,17 @@ class Outputs:
             self._publishers["quality"].publish(message)
 
     def publish_overlay(
-        self, wanted: frozenset[str], header: Header, image: UInt8Array, instances: Instances, alpha: float
+        self,
+        wanted: frozenset[str],
+        header: Header,
+        image: UInt8Array,
+        instances: Instances,
+        alpha: float,
+        labels: LabelMap | None,
     ) -> None:
         """Publish `overlay` where wanted: the (H, W, 3) RGB `image` with the masks over it, as bgr8."""
         if "overlay" in wanted:
-            picture = cv2.cvtColor(draw_overlay(image, instances, alpha), cv2.COLOR_RGB2BGR)
+            picture = draw_overlay(image, instances, alpha, labels)
             self._publishers["overlay"].publish(array_to_image(picture, "bgr8", header))
 
     def destroy(self) -> None:

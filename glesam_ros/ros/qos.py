@@ -30,10 +30,11 @@ _MENDING_VALUE = {"reliability": "best_effort", "durability": "volatile"}
 
 def image_input(reliability: str) -> QoSProfile:
     """Newest frame only; `reliability` is best_effort (matches every publisher) or reliable."""
+    is_reliable = reliability == "reliable"
     return QoSProfile(
         history=QoSHistoryPolicy.KEEP_LAST,
         depth=1,
-        reliability=QoSReliabilityPolicy[reliability.upper()],
+        reliability=QoSReliabilityPolicy.RELIABLE if is_reliable else QoSReliabilityPolicy.BEST_EFFORT,
         durability=QoSDurabilityPolicy.VOLATILE,
     )
 

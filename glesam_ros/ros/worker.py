@@ -92,7 +92,7 @@ class Worker(threading.Thread):
         self._check_age(camera, stamp_ns, frame, settings.max_frame_age_ms)
 
         before_encode = before_decode = after_decode = time.perf_counter()
-        instances = None
+        instances = labels = None
         try:
             embedding = self._pipeline.encode(image, camera.gate)
             before_decode = after_decode = time.perf_counter()
@@ -105,11 +105,11 @@ class Worker(threading.Thread):
             return
 
         if instances is not None:
-            camera.outputs.publish_masks(wanted, header, instances)
+            labels = camera.outputs.publish_masks(wanted, header, instances)
         ledger.latency_ms.add(self._age_ms(stamp_ns, frame))
         camera.outputs.publish_quality(wanted, header, embedding.degradation, embedding.enhanced)
         if instances is not None:
-            camera.outputs.publish_overlay(wanted, header, image, instances, settings.overlay_alpha)
+            camera.outputs.publish_overlay(wanted, header, image, instances, settings.overlay_alpha, labels)
         ledger.degradation, ledger.enhanced = embedding.degradation, embedding.enhanced
         ledger.encode_ms.add(1e3 * (before_decode - before_encode))
         ledger.decode_ms.add(1e3 * (after_decode - before_decode))

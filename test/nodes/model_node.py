@@ -1,7 +1,7 @@
 """The perception node with small numpy models, so that the tests of the ROS layer need no weights.
 
-Models: `bright` finds connected bright regions; `slow` sleeps 2 s in each encode; `busy` holds the interpreter for 2 s in
-each encode; `fragile` raises on a red image; `absent` cannot be loaded.
+Models: `bright` finds connected bright regions; `steady` sleeps 0.1 s in each encode, `slow` 2 s; `busy` holds the
+interpreter for 2 s in each encode; `fragile` raises on a red image; `absent` cannot be loaded.
 """
 
 from __future__ import annotations
@@ -70,10 +70,16 @@ class Bright:
         self.is_closed = True
 
 
-class Slow(Bright):
+class Steady(Bright):
+    pause_s = 0.1
+
     def encode(self, image, processing_size):
-        time.sleep(SLOW_S)
+        time.sleep(self.pause_s)
         return super().encode(image, processing_size)
+
+
+class Slow(Steady):
+    pause_s = SLOW_S
 
 
 class Busy(Bright):
@@ -98,7 +104,7 @@ def _absent(device: str, precision: str):
 if __name__ == "__main__":
     from glesam_ros.ros.node import main
 
-    for model in (Bright, Slow, Busy, Fragile):
+    for model in (Bright, Steady, Slow, Busy, Fragile):
         register_model(model.__name__.lower(), model)
     register_model("absent", _absent)
     sys.exit(main())

@@ -1,0 +1,57 @@
+"""Fixtures for tests that run the perception node in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+
+# before rclpy starts: a domain of this test run, and no traffic beyond this machine
+os.environ.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))
+os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def _ros():
+    import rclpy
+
+    rclpy.init()
+    yield
+    rclpy.shutdown()
+
+
+def _launcher():
+    from ros_graph import Client, NodeProcess
+
+    clients = []
+
+    def launch(*, wait_active=True, arguments=(), **parameters):
+        namespace = f"test_{os.getpid()}_{next(_numbers)}"
+        process = NodeProcess(namespace, parameters, list(arguments))
+        clients.append(Client(namespace, process))
+        if wait_active:
+            clients[-1].wait_state("active")
+        return clients[-1]
+
+    yield launch
+    for client in clients:
+        client.ros.end()
+        client.close()
+
+
+@pytest.fixture
+def launch(_ros):
+    """Start a node with the test models: `launch(model="bright", cameras=["left"], ...)` gives its `Client`.
+
+    Every node has a namespace of its own. `wait_active=False` returns at once, `arguments` are further ROS arguments.
+    """
+    yield from _launcher()
+
+
+@pytest.fixture(scope="module")
+def launch_shared(_ros):
+    """As `launch`, for nodes that all tests of a module share."""
+    yield from _launcher()

@@ -1,0 +1,156 @@
+"""Images in, results out: headers, encodings, known answers, lazy topics, several cameras."""
+
+from __future__ import annotations
+
+import time
+
+import cv2
+import numpy as np
+import pytest
+from rclpy.qos import QoSDurabilityPolicy, QoSProfile
+from ros_graph import image_message, picture, pixels_of, wait_for
+from sensor_msgs.msg import CompressedImage, Image
+from vision_msgs.msg import Classification, Detection2DArray, LabelInfo
+
+LARGE, SMALL = (20, 20, 60, 60), (100, 40, 40, 40)
+
+
+@pytest.fixture(scope="module")
+def results(launch_shared):
+    """One frame with two squares, and one message of every output."""
+    client = launch_shared()
+    inboxes = {
+        "masks": client.subscribe(Image, "masks"),
+        "confidence": client.subscribe(Image, "confidence"),
+        "overlay": client.subscribe(Image, "overlay"),
+        "detections": client.subscribe(Detection2DArray, "detections"),
+        "quality": client.subscribe(Classification, "quality"),
+    }
+    sent = image_message(picture((LARGE, SMALL)), client.stamp(), "front_optical")
+    client.send(sent)
+    for name, inbox in inboxes.items():
+        wait_for(lambda inbox=inbox: inbox.messages, f"{name}\n{client.ros.output}")
+    return sent, {name: inbox.last for name, inbox in inboxes.items()}
+
+
+@pytest.mark.parametrize("name", ["masks", "confidence", "overlay", "detections", "quality"])
+def test_header_of_every_output_is_that_of_the_image(results, name):
+    sent, out = results
+    assert out[name].header == sent.header
+
+
+@pytest.mark.parametrize(("name", "encoding"), [("masks", "mono16"), ("confidence", "32FC1"), ("overlay", "bgr8")])
+def test_pictures_have_the_size_of_the_image(results, name, encoding):
+    sent, out = results
+    assert (out[name].height, out[name].width, out[name].encoding) == (sent.height, sent.width, encoding)
+
+
+def test_masks_number_the_squares_by_score(results):
+    labels = pixels_of(results[1]["masks"])
+    assert labels[50, 50] == 1 and labels[60, 120] == 2
+    assert labels[5, 5] == 0
+    assert abs(int((labels == 1).sum()) - 3600) < 150
+    assert abs(int((labels == 2).sum()) - 1600) < 100
+
+
+def test_confidence_is_score_times_stability_inside_and_zero_outside(results):
+    confidence, labels = pixels_of(results[1]["confidence"]), pixels_of(results[1]["masks"])
+    np.testing.assert_allclose(confidence[labels == 1], 0.95, atol=1e-6)
+    np.testing.assert_allclose(confidence[labels == 2], 0.75, atol=1e-6)
+    assert (confidence[labels == 0] == 0).all()
+
+
+def test_detections_name_the_mask_value_and_its_box(results):
+    labels, found = pixels_of(results[1]["masks"]), results[1]["detections"].detections
+    assert [d.id for d in found] == ["1", "2"]
+    for detection in found:
+        rows, cols = np.nonzero(labels == int(detection.id))
+        box = detection.bbox
+        assert box.center.position.x == pytest.approx((cols.min() + cols.max() + 1) / 2)
+        assert box.center.position.y == pytest.approx((rows.min() + rows.max() + 1) / 2)
+        assert (box.size_x, box.size_y) == (cols.max() + 1 - cols.min(), rows.max() + 1 - rows.min())
+        assert detection.results[0].hypothesis.class_id == "object"
+    assert [d.results[0].hypothesis.score for d in found] == pytest.approx([0.95, 0.75])
+
+
+def test_overlay_is_bgr_and_leaves_the_ground_alone(results):
+    overlay, labels = pixels_of(results[1]["overlay"]), pixels_of(results[1]["masks"])
+    near = cv2.dilate((labels > 0).astype(np.uint8), np.ones((9, 9), np.uint8)) > 0
+    near[:40] = True  # the status line is drawn there
+    assert (overlay[~near] == (90, 60, 30)).all()
+    assert (overlay[50, 50] != 255).any()
+
+
+def test_quality_carries_the_level_and_whether_enhancement_ran(results):
+    # the brightest pixel is 255, which the test model takes for a clear picture
+    assert {r.class_id: r.score for r in results[1]["quality"].results} == {"degradation": 0.0, "enhanced": 0.0}
+
+
+def test_a_dark_image_is_enhanced(launch):
+    client = launch(enhancement="auto")
+    quality = client.subscribe(Classification, "quality")
+    client.send(image_message(picture(ground=(51, 51, 51)), client.stamp()))
+    wait_for(lambda: quality.messages, "quality")
+    scores = {r.class_id: r.score for r in quality.last.results}
+    assert scores["degradation"] == pytest.approx(0.8)
+    assert scores["enhanced"] == 1.0
+
+
+def test_label_info_waits_for_late_subscribers(launch):
+    client = launch(score_threshold=0.25)
+    latched = QoSProfile(depth=1, durability=QoSDurabilityPolicy.TRANSIENT_LOCAL)
+    inbox = client.subscribe(LabelInfo, "label_info", latched)
+    wait_for(lambda: inbox.messages, "label_info")
+    assert [(c.class_id, c.class_name) for c in inbox.last.class_map] == [(1, "object")]
+    assert inbox.last.threshold == pytest.approx(0.25)
+
+
+def test_compressed_input(launch):
+    client = launch(compressed=True)
+    masks = client.subscribe(Image, "masks")
+    data = cv2.imencode(".png", picture((LARGE,))[..., ::-1])[1].tobytes()
+    message = CompressedImage(format="png", data=data)
+    message.header.stamp, message.header.frame_id = client.stamp(), "jpeg_camera"
+    client.send(message, "image/compressed")
+    wait_for(lambda: masks.messages, f"masks\n{client.ros.output}")
+    assert masks.last.header == message.header
+    assert pixels_of(masks.last)[50, 50] == 1
+
+
+def test_nothing_is_inferred_without_a_subscriber_and_only_what_is_subscribed_is_published(launch):
+    client = launch()
+    client.stream(
+        lambda: image_message(picture((LARGE,)), client.stamp()),
+        lambda: client.counts()["dropped_no_subscriber"] >= 5, "dropped_no_subscriber",
+    )
+    assert client.counts()["frames_processed"] == 0
+
+    quality = client.subscribe(Classification, "quality")
+    client.stream(
+        lambda: image_message(picture((LARGE,)), client.stamp()), lambda: len(quality) >= 3, "quality"
+    )
+    client.wait_count("frames_processed", 3)
+    # without a topic that shows masks the mask decoder does not run
+    assert client.values()["decode_p50_ms"] == "0.0"
+
+
+def test_two_cameras_take_turns_though_one_is_much_faster(launch):
+    client = launch(model="steady", cameras=["left", "right"])
+    order = []
+    inboxes = {name: client.subscribe(Image, f"{name}/masks") for name in ("left", "right")}
+    for name, inbox in inboxes.items():
+        inbox.messages = order  # one list for both, in order of arrival
+        assert client.publisher(Image, f"{name}/image").get_subscription_count() == 1
+    end = time.monotonic() + 3
+    step = 0
+    while time.monotonic() < end:
+        client.send(image_message(picture((LARGE,)), client.stamp(), "left"), "left/image")
+        if step % 4 == 0:
+            client.send(image_message(picture((LARGE,)), client.stamp(), "right"), "right/image")
+        step += 1
+        time.sleep(0.02)
+    left = client.wait_count("frames_processed", 3, "camera left")["frames_processed"]
+    right = client.wait_count("frames_processed", 3, "camera right")["frames_processed"]
+    # the model takes 10 frames a second: fair turns give each camera half of them, arrival order would give left 4 of 5
+    assert 0.6 < left / right < 1.7
+    assert client.counts("camera left")["dropped_overwritten"] > left
