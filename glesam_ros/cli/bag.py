@@ -50,7 +50,8 @@ result topics, with the header and the recording time of their picture:
   /glesam/overlay     sensor_msgs/Image bgr8, for people
   /glesam/detections  vision_msgs/Detection2DArray, id = value in masks
   /glesam/quality     vision_msgs/Classification, degradation 0..1 and whether enhancement ran
-with several cameras /glesam/<image topic>/masks and so on. Play it: `ros2 bag play drive_masks`, or open it in Foxglove.
+with several cameras /glesam/<image topic>/masks and so on.
+Play it with `ros2 bag play drive_masks`, or open it in Foxglove.
 Bad frames are named and counted by reason; exit code 1 only when no frame could be used."""
 
 
@@ -76,12 +77,15 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--results-only", action="store_true", help="leave the messages of IN out")
     parser.add_argument(
-        "--result", action="append", choices=tuple(RESULTS), default=[], help="write this result, repeat for more; default: all"
+        "--result", action="append", choices=tuple(RESULTS), default=[],
+        help="write this result, repeat for more; default: all",
     )
-    parser.add_argument("--namespace", default="/glesam", metavar="NS", help="above the result topics; default: /glesam")
+    parser.add_argument("--namespace", default="/glesam", metavar="NS", help="of the result topics; default: /glesam")
     pictures = parser.add_argument_group("a bag made of pictures")
     pictures.add_argument("--from-images", type=Path, metavar="FOLDER", help="instead of IN: pictures, sorted by name")
-    pictures.add_argument("--rate", type=positive(float), default=30.0, metavar="HZ", help="pictures a second; default: 30")
+    pictures.add_argument(
+        "--rate", type=positive(float), default=30.0, metavar="HZ", help="pictures a second; default: 30"
+    )
     pictures.add_argument("--compressed", action="store_true", help="write CompressedImage (JPEG) instead of Image")
     pictures.add_argument("--degrade", metavar="NAME", help="make the pictures worse, see glesam_ros.degradation")
     pictures.add_argument("--level", type=int, choices=(1, 2, 3), default=2, help="how much worse; default: 2")
@@ -209,6 +213,6 @@ def _degraded(image: UInt8Array, args: argparse.Namespace, number: int) -> UInt8
     from glesam_ros.degradation import degrade
 
     try:
-        return degrade(image, args.degrade, args.level, args.seed + number).image
+        return degrade(image, args.degrade, args.level, args.seed, frame=number).image
     except ValueError as error:
         raise CommandError(f"--degrade {args.degrade}: {error}") from error

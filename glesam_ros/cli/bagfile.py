@@ -204,7 +204,8 @@ class BagSource:
                     message = self.reader.deserialize(raw, connection.msgtype)
                 except (AnyReaderError, ValueError, IndexError) as cause:
                     error = ConversionError(
-                        "broken_message", f"expected a {connection.msgtype}, got {len(raw)} bytes that do not read: {cause}"
+                        "broken_message",
+                        f"expected a {connection.msgtype}, got {len(raw)} bytes that do not read: {cause}",
                     )
             yield connection, raw, Frame(connection.topic, log_time, message, error)
 

@@ -23,7 +23,7 @@ exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of `glesam` with all its commands; each sets `func`, which takes the arguments and returns the code."""
+    """The parser of `glesam`; each command sets `func`, which takes the arguments and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="glesam",
         description="Instance masks from cameras and pictures, also when the picture is dark, rainy, blurred or noisy.",

@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     speed = f", {1000 * seconds / done:.0f} ms a picture" if done else ""
     print(f"{done} of {len(pictures)} pictures, {len(results)} instances{speed}; results in {args.out}")
     if failures:
-        print(f"glesam segment: error: {len(failures)} of {len(pictures)} pictures failed, named above", file=sys.stderr)
+        text = f"glesam segment: error: {len(failures)} of {len(pictures)} pictures failed, named above"
+        print(text, file=sys.stderr)
     return 1 if failures else 0
 
 
