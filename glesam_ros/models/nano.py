@@ -1,0 +1,135 @@
+"""The embedded model "nano": GleSAM in small, by onnxruntime on CPU, CUDA or TensorRT.
+
+Training and network: `glesam_ros.models.nano_net`; what it was trained on and its figures: docs/models.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from glesam_ros.models.base import Candidates, Embedding
+from glesam_ros.models.onnx_session import choose_device, open_session
+from glesam_ros.validation import FloatArray, UInt8Array
+
+_LOG = logging.getLogger(__name__)
+WEIGHTS = Path(__file__).parent / "weights"
+MULTIPLE = 32
+"""Height and width inside the model are multiples of this, the encoder's coarsest stride."""
+BOX_CENTRE = 4
+"""Label of the point that is added in the middle of each box."""
+
+
+class Nano:
+    """Model for the pipeline; see `glesam_ros.models.base.SegmentationModel`.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "tensorrt".
+        precision: "auto" (fp32), "fp32", or "fp16" (TensorRT only).
+        weights: folder with the four ONNX files; the shipped one where None.
+
+    Raises:
+        FileNotFoundError: a model file is missing.
+        RuntimeError: the device is not available.
+        ValueError: fp16 asked of a device other than TensorRT.
+    """
+
+    name = "nano"
+    classes = ("object",)
+
+    def __init__(self, device: str = "auto", precision: str = "auto", weights: Path | None = None) -> None:
+        folder = WEIGHTS if weights is None else weights
+        device = choose_device(device)
+        if precision == "fp16" and device != "tensorrt":
+            raise ValueError(f"precision: fp16 needs device tensorrt, got {device}; use auto or fp32")
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "glesam_ros" / "tensorrt"
+
+        def open_part(part: str) -> Any:
+            return open_session(folder / f"nano_{part}.onnx", device, precision == "fp16", cache)
+
+        self._encoder, self._enhancer = open_part("encoder"), open_part("enhancer")
+        self._decoder, self._prompt = open_part("decoder"), open_part("prompt")
+        self.device = f"{device} (onnxruntime, {self._encoder.get_providers()[0]})"
+        _LOG.info("nano runs on %s", self.device)
+
+    def encode(self, image: UInt8Array, processing_size: int) -> Embedding:
+        size = (int(image.shape[0]), int(image.shape[1]))
+        inside = model_size(size, processing_size)
+        # bilinear alone would alias below about half the size
+        shrink = inside[0] < 0.6 * size[0] or inside[1] < 0.6 * size[1]
+        if inside != size:
+            mode = cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
+            image = cv2.resize(image, (inside[1], inside[0]), interpolation=mode)  # type: ignore[assignment]
+        latent, level = self._encoder.run(None, {"image": np.ascontiguousarray(image)[None]})
+        return Embedding(latent, size, float(level[0]))
+
+    def enhance(self, embedding: Embedding) -> Embedding:
+        level = np.array([embedding.degradation], np.float32)
+        (latent,) = self._enhancer.run(None, {"latent": embedding.latent, "level": level})
+        return dataclasses.replace(embedding, latent=latent, enhanced=True, extra={})
+
+    def propose(self, embedding: Embedding, score_threshold: float, limit: int) -> Candidates:
+        features, _, _, weights, scores = self._shared(embedding)
+        peaks = scores * (scores == _grid_maximum(scores))
+        flat = peaks.ravel()
+        order = np.argsort(-flat, kind="stable")[:limit]
+        order = order[flat[order] >= max(score_threshold, np.finfo(np.float32).tiny)]
+        return Candidates(_masks(weights.reshape(-1, weights.shape[-1])[order], features), flat[order])
+
+    def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray) -> Candidates:
+        features, trunk, grid, _, _ = self._shared(embedding)
+        height, width = embedding.size
+        xy = (points + np.float32(0.5) * (labels < 2)[..., None]) / np.array([width, height], np.float32) * 2 - 1
+        xy, labels = _with_box_centres(xy.astype(np.float32), labels)
+        inputs = {"features": features, "trunk": trunk, "grid": grid, "xy": xy[None], "labels": labels[None]}
+        weights, scores = self._prompt.run(None, inputs)
+        # a lone point may mean several things, the most convincing wins; anything more has one answer
+        lone = ((labels >= 0).sum(1) == 1)[:, None]
+        choice = np.where(lone[:, 0], 1 + scores[0, :, 1:].argmax(1), 0)
+        rows = np.arange(len(choice))
+        return Candidates(_masks(weights[0, rows, choice], features), scores[0, rows, choice])
+
+    def close(self) -> None:
+        del self._encoder, self._enhancer, self._decoder, self._prompt
+
+    def _shared(self, embedding: Embedding) -> tuple[Any, ...]:
+        """What all masks of an embedding need, computed once and kept with it."""
+        if "shared" not in embedding.extra:
+            embedding.extra["shared"] = self._decoder.run(None, {"latent": embedding.latent})
+        shared: tuple[Any, ...] = tuple(embedding.extra["shared"])
+        return shared
+
+
+def model_size(size: tuple[int, int], processing_size: int) -> tuple[int, int]:
+    """(height, width) inside the model: the long side `processing_size`, both multiples of 32, aspect kept nearly."""
+    scale = processing_size / max(size)
+    height, width = (max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE) for side in size)
+    return height, width
+
+
+def _grid_maximum(scores: FloatArray) -> FloatArray:
+    """Largest score among the 3x3 neighbours on the grid, (gh, gw, M) for each hypothesis apart."""
+    return np.asarray(cv2.dilate(scores, np.ones((3, 3), np.uint8))).reshape(scores.shape)
+
+
+def _masks(weights: FloatArray, features: FloatArray) -> FloatArray:
+    """Kernels (K, F + 5) times features (1, F + 5, h, w) -> logits (K, h, w)."""
+    _, f, h, w = features.shape
+    return (weights @ features.reshape(f, h * w)).reshape(len(weights), h, w)
+
+
+def _with_box_centres(xy: FloatArray, labels: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Append the centre of each object's box (corners have labels 2 and 3) as one more point."""
+    boxed = (labels == 3).any(1)
+    if not boxed.any():
+        return xy, labels
+    corner = (labels >= 2)[..., None]
+    centre = (xy * corner).sum(1, keepdims=True) / np.maximum(corner.sum(1, keepdims=True), 1)
+    extra = np.where(boxed, BOX_CENTRE, -1).astype(np.float32)[:, None]
+    return np.concatenate([xy, centre.astype(np.float32)], 1), np.concatenate([labels, extra], 1)

@@ -1,0 +1,74 @@
+"""onnxruntime sessions on the best device at hand."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+_LOG = logging.getLogger(__name__)
+PROVIDERS = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+"""Device name to onnxruntime provider, in the order that "auto" tries."""
+
+
+def choose_device(device: str, available: list[str] | None = None) -> str:
+    """The device to run on: `device` itself, or the first available one for "auto".
+
+    Args:
+        device: "auto", "cpu", "cuda" or "tensorrt".
+        available: providers of this onnxruntime; asked of it where None.
+
+    Raises:
+        ValueError: unknown device.
+        RuntimeError: this onnxruntime does not offer the device.
+    """
+    available = ort.get_available_providers() if available is None else available
+    if device == "auto":
+        return next(name for name, provider in PROVIDERS.items() if provider in available)
+    if device not in PROVIDERS:
+        raise ValueError(f"device: expected auto, {', '.join(PROVIDERS)}; got {device!r}")
+    if PROVIDERS[device] not in available:
+        raise RuntimeError(
+            f"device: {device!r} needs {PROVIDERS[device]}, this onnxruntime offers {', '.join(available)}; "
+            "install onnxruntime-gpu (Jetson: NVIDIA's wheel for your JetPack) or set device to cpu"
+        )
+    return device
+
+
+def open_session(path: Path, device: str, fp16: bool, cache: Path | None = None) -> ort.InferenceSession:
+    """Open an ONNX file on `device` ("cpu", "cuda", "tensorrt"); operators that it lacks fall back step by step.
+
+    Args:
+        fp16: half precision, for TensorRT.
+        cache: folder for TensorRT engines, so that only the first start builds them.
+
+    Raises:
+        FileNotFoundError: the model file is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected the model file {path}; reinstall the package, its weights are missing")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # idle threads that spin would take the cores of the other sessions and of the rest of the robot
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    names = list(PROVIDERS)
+    chain: list[Any] = []
+    for name in names[names.index(device) :]:
+        if PROVIDERS[name] not in ort.get_available_providers():
+            continue
+        settings: dict[str, Any] = {}
+        if name == "tensorrt":
+            settings = {"trt_fp16_enable": fp16, "trt_engine_cache_enable": cache is not None}
+            if cache is not None:
+                cache.mkdir(parents=True, exist_ok=True)
+                settings["trt_engine_cache_path"] = str(cache)
+        chain.append((PROVIDERS[name], settings))
+    session = ort.InferenceSession(str(path), options, providers=chain)
+    _LOG.debug("%s runs on %s", path.name, ", ".join(session.get_providers()))
+    return session
