@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glesam_ros.datasets import Photograph, load_bsds, load_coco
 from glesam_ros.degradation import degrade_lqseg
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, pooled_statistics, with_positions
-from glesam_ros.training.data import Photograph, draw_crop, load_bsds, load_coco
+from glesam_ros.training.crops import draw_crop
 from glesam_ros.training.losses import dice_loss, focal_loss, mask_loss, soft_iou
 from glesam_ros.training.prompts import draw_cells, draw_prompt
 
