@@ -1,0 +1,204 @@
+"""A camera for machines that have none: real photographs, panned over, in changing weather."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import rclpy
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.exceptions import InvalidParameterValueException, ParameterException
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import QoSDurabilityPolicy, QoSProfile, QoSReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import Header, String
+
+from glesam_ros import degradation
+from glesam_ros.ros.conversions import array_to_image
+from glesam_ros.validation import UInt8Array
+
+NODE_NAME = "demo_camera"
+DEFAULT_NAMESPACE = "glesam"
+PHOTOGRAPHS = Path(__file__).parents[1] / "data"
+CLEAR = "clear"
+SCENES = (
+    (CLEAR, "coffee"), ("low_light", "coffee"), ("rain", "rocket"), ("motion_blur", "cat"), ("fog", "rocket"),
+    ("lq", "astronaut"),
+)
+"""(degradation, photograph) of the cycle, in its order."""
+SWEEP_FRAMES = 30
+"""Rendered frames of a scene; played forth and back."""
+CROP = 0.85
+"""Width of the panned window as a share of the largest one that fits the photograph."""
+STORED_QUALITY = 95
+
+
+class DemoCamera(Node):
+    """Publishes `image` (rgb8) or, with the parameter `compressed`, `image/compressed` (JPEG).
+
+    All frames are rendered at the start and kept as JPEG, so that playing costs a decode and a copy. The name of the
+    scene that plays is on `~/scene` (std_msgs/String, latched).
+
+    Raises:
+        ValueError, rclpy.exceptions.ParameterException: a parameter is not valid.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(NODE_NAME, namespace=DEFAULT_NAMESPACE)
+        self._rate = self._declare("rate", 30.0, "Frames a second.", 0.1, 120.0)
+        size = (
+            self._declare("width", 640, "Width of the image in pixels.", 16, 4096),
+            self._declare("height", 480, "Height of the image in pixels.", 16, 4096),
+        )
+        chosen = self._declare(
+            "degradation", "cycle", f"cycle, {CLEAR}, or one of {', '.join(degradation.names())}."
+        )
+        known = ("cycle", CLEAR, *degradation.names())
+        if chosen not in known:
+            raise ValueError(f"degradation: expected one of {', '.join(known)}; got {chosen!r}")
+        level = self._declare("level", 3, "Severity of the degradation, 1 to 3.", 1, 3)
+        seconds = self._declare("seconds_per_scene", 4.0, "How long a scene plays.", 0.1, 3600.0)
+        self._frame_id = self._declare("frame_id", "demo_camera", "frame_id of the headers.")
+        self._is_compressed = self._declare("compressed", False, "Publish image/compressed instead of image.")
+
+        scenes = SCENES if chosen == "cycle" else tuple((chosen, photo) for photo in dict(SCENES).values())
+        self._frames_per_scene = max(1, round(seconds * self._rate))
+        started = time.monotonic()
+        self._scenes = [(name, render(name, photo, level, size, seed)) for seed, (name, photo) in enumerate(scenes)]
+        frames = [f for _, sweep in self._scenes for f in sweep]
+        self.get_logger().info(
+            f"rendered {len(frames)} frames in {time.monotonic() - started:.1f} s, "
+            f"{sum(f.nbytes for f in frames) / 1e6:.0f} MB; playing {', '.join(name for name, _ in self._scenes)}"
+        )
+        # reliable matches every subscriber; depth 1 never holds frames back
+        profile = QoSProfile(depth=1, reliability=QoSReliabilityPolicy.RELIABLE)
+        self._publisher = (
+            self.create_publisher(CompressedImage, "image/compressed", profile)
+            if self._is_compressed
+            else self.create_publisher(Image, "image", profile)
+        )
+        latched = QoSProfile(
+            depth=1, reliability=QoSReliabilityPolicy.RELIABLE, durability=QoSDurabilityPolicy.TRANSIENT_LOCAL
+        )
+        self._scene_publisher = self.create_publisher(String, "~/scene", latched)
+        self._count = 0
+        self.create_timer(1.0 / self._rate, self._publish)
+
+    def _declare(self, name: str, default: Any, text: str, low: Any = None, high: Any = None) -> Any:
+        descriptor = ParameterDescriptor(description=text, read_only=True)
+        if isinstance(default, float):
+            descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=high, step=0.0)]
+        elif low is not None:
+            descriptor.integer_range = [IntegerRange(from_value=low, to_value=high, step=1)]
+        return self.declare_parameter(name, default, descriptor).value
+
+    def _publish(self) -> None:
+        scene, position = divmod(self._count, self._frames_per_scene)
+        name, sweep = self._scenes[scene % len(self._scenes)]
+        if position == 0:
+            self._scene_publisher.publish(String(data=name))
+        self._count += 1
+        stored = sweep[forth_and_back(position, len(sweep))]
+        if self._is_compressed:
+            message = CompressedImage(header=self._header(), format="jpeg")
+            message.data.frombytes(stored)
+        else:
+            bgr = np.asarray(cv2.imdecode(stored, cv2.IMREAD_COLOR), np.uint8)
+            rgb = np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
+            message = array_to_image(rgb, "rgb8", self._header())
+        self._publisher.publish(message)
+
+    def _header(self) -> Header:
+        return Header(stamp=self.get_clock().now().to_msg(), frame_id=self._frame_id)
+
+
+def render(name: str, photograph: str, level: int, size: tuple[int, int], seed: int) -> list[UInt8Array]:
+    """The frames of one scene.
+
+    Args:
+        name: "clear" or a name of `degradation.names()`.
+        photograph: file stem in `PHOTOGRAPHS`.
+        level: severity, 1 to 3.
+        size: (width, height) in pixels.
+        seed: of the weather.
+
+    Returns:
+        `SWEEP_FRAMES` JPEG files as uint8 arrays.
+
+    Raises:
+        FileNotFoundError: the photograph is not installed.
+    """
+    path = PHOTOGRAPHS / f"{photograph}.jpg"
+    photo = cv2.imread(str(path))
+    if photo is None:
+        raise FileNotFoundError(f"expected a photograph at {path}, found none; install the package again")
+    frames: list[UInt8Array] = []
+    for k in range(SWEEP_FRAMES):
+        frame = _window(np.asarray(photo, np.uint8), size, k / (SWEEP_FRAMES - 1))
+        if name != CLEAR:
+            rgb = np.ascontiguousarray(frame[..., ::-1])
+            frame = degradation.degrade(rgb, name, level, seed, frame=k).image[..., ::-1]
+        encoded = cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, STORED_QUALITY])[1]
+        frames.append(np.asarray(encoded, np.uint8).reshape(-1))
+    return frames
+
+
+def forth_and_back(position: int, length: int) -> int:
+    """Index 0, 1, .., length - 1, length - 2, .., 1, 0, 1, ... of the frame at `position`."""
+    if length == 1:
+        return 0
+    at = position % (2 * length - 2)
+    return at if at < length else 2 * length - 2 - at
+
+
+def _window(photo: UInt8Array, size: tuple[int, int], progress: float) -> UInt8Array:
+    """The camera's view at `progress` 0..1: a window that pans and zooms in a little, and never leaves the photo."""
+    width, height = size
+    photo_height, photo_width = photo.shape[:2]
+    ease = (1 - math.cos(math.pi * progress)) / 2  # slow at both ends, where the pan turns round
+    crop = min(photo_width, photo_height * width / height) * (CROP + 0.1 * (1 - ease))
+    scale = crop / width
+    left = (photo_width - crop) * ease
+    top = (photo_height - height * scale) * (0.5 + 0.4 * (ease - 0.5))
+    to_photo = np.array([[scale, 0, left + scale / 2 - 0.5], [0, scale, top + scale / 2 - 0.5]])
+    return np.asarray(cv2.warpAffine(
+        photo, to_photo, size, flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE
+    ), np.uint8)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the camera until SIGINT or SIGTERM; 1 when its parameters are not valid, else 0."""
+    cv2.setNumThreads(1)  # the cores are the perception node's
+    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        node = DemoCamera()
+    except (ValueError, FileNotFoundError, ParameterException, InvalidParameterValueException) as error:
+        rclpy.logging.get_logger(NODE_NAME).fatal(f"the demo camera cannot start: {error}")
+        rclpy.try_shutdown()
+        return 1
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    try:
+        while not ended.is_set():
+            executor.spin_once(timeout_sec=0.2)
+    except ExternalShutdownException:
+        node.get_logger().info("ending: the context was shut down")
+    executor.shutdown()
+    rclpy.try_shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
