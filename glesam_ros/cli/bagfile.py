@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import struct
 import sys
 import time
 from collections import Counter
@@ -56,6 +57,8 @@ _VISION_MSGS = {
     "Classification": "std_msgs/Header header\nvision_msgs/ObjectHypothesis[] results\n",
 }
 
+UNREADABLE = (AnyReaderError, ValueError, IndexError, AssertionError, struct.error)
+"""What the versions of rosbags raise for a message whose bytes do not fit its type."""
 _ENDLESS = QosTime(2147483647, 4294967295)
 RESULT_QOS = Qos(
     QosHistory.KEEP_LAST, 5, QosReliability.RELIABLE, QosDurability.VOLATILE, _ENDLESS, _ENDLESS,
@@ -202,7 +205,7 @@ class BagSource:
             if connection.topic in topics:
                 try:
                     message = self.reader.deserialize(raw, connection.msgtype)
-                except (AnyReaderError, ValueError, IndexError) as cause:
+                except UNREADABLE as cause:
                     error = ConversionError(
                         "broken_message",
                         f"expected a {connection.msgtype}, got {len(raw)} bytes that do not read: {cause}",
@@ -230,7 +233,7 @@ class BagSource:
         for _, _, raw in self.reader.messages(connections=connections):
             try:
                 message: Any = self.reader.deserialize(raw, kind)
-            except (AnyReaderError, ValueError, IndexError):
+            except UNREADABLE:
                 continue  # broken messages are counted when they are segmented
             if kind == COMPRESSED:
                 return "32FC1" if "compresseddepth" in message.format.lower() else ""

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 SETTINGS = tuple(name for name in (*MODEL_SETTINGS, *SELECTION_SETTINGS) if not name.startswith("enhance"))
 WARM_UP = 3
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-"""onnxruntime's name of each device."""
 
 EPILOG = """\
 examples:
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         "stages_ms": {name: quantiles(values) for name, values in stages.items()},
         "fps": round(1000 / quantiles(stages["whole frame"])["median"], 1),
         "peak_rss_mb": round(peak_rss_mb()),
-        "weights_mb": round(weights_mb(pipeline.model), 2),
+        "weights_mb": round(weights_mb(pipeline.model.name), 2),
         "machine": f"{platform.machine()}, {processor()}, {usable_cores()} cores, Python {platform.python_version()}",
     }
     pipeline.close()
@@ -164,9 +162,12 @@ def peak_rss_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def weights_mb(model: Any) -> float:
-    """Size of the weight files of a model in MB (10^6 bytes); 0 for a model without files."""
-    return sum(Path(path).stat().st_size for path in getattr(model, "files", ())) / 1e6
+def weights_mb(model: str) -> float:
+    """Size of the shipped weight files of `model` in MB (10^6 bytes); 0 for a model without files."""
+    from glesam_ros import models
+
+    files = (Path(models.__file__).parent / "weights").glob(f"{model}_*.onnx")
+    return sum(path.stat().st_size for path in files) / 1e6
 
 
 def usable_cores() -> int:
@@ -184,22 +185,18 @@ def processor() -> str:
 
 
 def _list_models() -> int:
-    from glesam_ros.models import model_names
-
-    available = available_devices()
-    print(f"{'device':<10}here")
-    for device, provider in PROVIDERS.items():
-        print(f"{device:<10}{'yes' if device in available else f'no ({provider} is not in this onnxruntime)'}")
-    print("\nmodels: " + ", ".join(model_names()))
-    return 0
-
-
-def available_devices() -> tuple[str, ...]:
-    """Devices whose execution provider this onnxruntime has; whether the driver plays along shows on loading."""
     import onnxruntime
 
-    there = onnxruntime.get_available_providers()
-    return tuple(device for device, provider in PROVIDERS.items() if provider in there)
+    from glesam_ros.models import model_names
+    from glesam_ros.models.onnx_session import PROVIDERS
+
+    # whether the driver plays along shows on loading
+    available = onnxruntime.get_available_providers()
+    print(f"{'device':<10}here")
+    for device, provider in PROVIDERS.items():
+        print(f"{device:<10}{'yes' if provider in available else f'no ({provider} is not in this onnxruntime)'}")
+    print("\nmodels: " + ", ".join(model_names()))
+    return 0
 
 
 def _size(text: str) -> tuple[int, int]:

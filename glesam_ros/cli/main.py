@@ -10,6 +10,13 @@ from glesam_ros import __version__
 from glesam_ros.cli import bag, bench, segment
 from glesam_ros.cli.options import CommandError
 
+_CLI = "pip install 'glesam_ros[cli]'"
+OPTIONAL = {
+    "rosbags": _CLI, "tqdm": _CLI, "pycocotools": _CLI,
+    "rclpy": "source /opt/ros/$ROS_DISTRO/setup.bash, or pip install 'glesam_ros[ros]'",
+}
+"""What some commands need beyond the core, and where it comes from."""
+
 EPILOG = """\
 examples:
   glesam demo                                   node and camera on this machine, nothing else needed
@@ -44,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.func(args) or 0)
     except (CommandError, OSError) as error:
         print(f"glesam {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        print(f"glesam {args.command}: error: {error}; install it: {OPTIONAL[error.name]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"glesam {args.command}: stopped", file=sys.stderr)
