@@ -28,7 +28,7 @@ from glesam_ros.validation import UInt8Array
 
 NODE_NAME = "demo_camera"
 DEFAULT_NAMESPACE = "glesam"
-PHOTOGRAPHS = Path(__file__).parents[1] / "data"
+PHOTOGRAPHS = Path(__file__).parents[1] / "demo"
 CLEAR = "clear"
 SCENES = (
     (CLEAR, "coffee"), ("low_light", "coffee"), ("rain", "rocket"), ("motion_blur", "cat"), ("fog", "rocket"),
