@@ -19,7 +19,8 @@ class Instances:
 
     Attributes:
         masks: (K, H, W) bool, in pixels of the image.
-        boxes: (K, 4) float32, xyxy in pixels; x2 and y2 are exclusive, so an area is (x2 - x1) * (y2 - y1).
+        boxes: (K, 4) float32, xyxy in pixels, each around its whole mask; x2 and y2 are exclusive, so an area is
+            (x2 - x1) * (y2 - y1).
         scores: (K,) float32 in 0..1, the predicted IoU of each mask.
         stability: (K,) float32 in 0..1, IoU of the mask under a raised and a lowered threshold (segment-anything).
         ids: (K,) int32 in 1..65534, unique; the value of the instance in `label_map`.
@@ -53,6 +54,12 @@ class Instances:
                 raise ValueError(
                     f"{name}: expected {shape} {np.dtype(dtype)} for {k} masks, got {value.shape} {value.dtype}"
                 )
+        if not np.isfinite(self.boxes).all():
+            raise ValueError("boxes: expected finite numbers, got NaN or infinity")
+        for name in ("scores", "stability"):
+            value = getattr(self, name)
+            if not ((value >= 0) & (value <= 1)).all():
+                raise ValueError(f"{name}: expected 0..1, got {value.min():g} .. {value.max():g}")
         if k and (self.ids.min() < 1 or self.ids.max() > MAX_ID or len(set(self.ids.tolist())) != k):
             raise ValueError(f"ids: expected unique values in 1..{MAX_ID}, got {self.ids.tolist()}")
         if not 0.0 <= self.degradation <= 1.0:
@@ -69,7 +76,7 @@ class Instances:
     @property
     def areas(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """(K,) int64, pixels of each mask."""
-        return np.array([m.sum() for m in self._crops()], np.int64).reshape(len(self))
+        return np.array([np.count_nonzero(self.masks[(k, *self._window(k))]) for k in range(len(self))], np.int64)
 
     def select(self, keep: Any) -> Instances:
         """The instances at `keep` (bool mask or indices), ids unchanged."""
@@ -95,7 +102,7 @@ class Instances:
         labels = self.label_map() if labels is None else labels
         table = np.zeros(int(self.ids.max(initial=0)) + 1, np.float32)
         table[self.ids] = self.scores * self.stability
-        return table[labels]
+        return np.take(table, labels)
 
     def _back_to_front(self) -> list[int]:
         return np.lexsort((-self.ids, self.scores)).tolist()
@@ -107,6 +114,3 @@ class Instances:
             slice(max(0, int(np.floor(y1))), min(height, int(np.ceil(y2)))),
             slice(max(0, int(np.floor(x1))), min(width, int(np.ceil(x2)))),
         )
-
-    def _crops(self) -> list[BoolArray]:
-        return [self.masks[(k, *self._window(k))] for k in range(len(self))]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -93,8 +93,8 @@ class Pipeline:
         prompt_points, prompt_labels = _merge_prompts(points, labels, boxes, embedding.size)
         with self._lock:
             found = self.model.prompt(embedding, prompt_points, prompt_labels)
-        keep = np.arange(len(found.scores))
-        return _to_instances(embedding, found, keep, _stability(found.logits))
+        every = np.arange(len(found.scores))
+        return _to_instances(embedding, found, every, _stability(found.logits), limit=len(every), min_area=0)
 
     def segment(self, image: Any, points: Any = None, labels: Any = None, boxes: Any = None) -> Instances:
         """`encode` and `decode` in one call."""
@@ -108,15 +108,16 @@ class Pipeline:
     @staticmethod
     def _everything(embedding: Embedding, found: Candidates, s: Settings) -> Instances:
         stability = _stability(found.logits)
-        height, width = embedding.size
         binary = found.logits > 0
-        areas = binary.sum((1, 2)) * (height * width / max(1, binary[0].size if len(binary) else 1))
+        height, width = embedding.size
+        pixels = _areas(binary) * (height * width / max(1, binary.shape[1] * binary.shape[2]))
         order = np.flatnonzero(
-            (found.scores >= s.score_threshold) & (stability >= s.stability_threshold) & (areas >= max(1, s.min_area))
+            # half: the exact area is known only at the size of the image
+            (found.scores >= s.score_threshold) & (stability >= s.stability_threshold) & (pixels >= s.min_area / 2)
         )
         order = order[np.argsort(-found.scores[order], kind="stable")]
-        keep = order[mask_nms(binary[order], s.nms_iou, s.max_instances)]
-        return _to_instances(embedding, found, keep, stability)
+        keep = order[mask_nms(binary[order], s.nms_iou, len(order))]
+        return _to_instances(embedding, found, keep, stability, s.max_instances, max(1, s.min_area))
 
 
 def load_pipeline(
@@ -153,22 +154,43 @@ def mask_nms(masks: BoolArray, iou_threshold: float, limit: int) -> np.ndarray[A
     Returns:
         Indices of the kept masks, best first.
     """
-    flat = masks.reshape(len(masks), masks.shape[1] * masks.shape[2]).astype(np.float32)  # -1 fails on no masks
-    overlap = flat @ flat.T
-    area = np.diagonal(overlap)
-    iou = overlap / np.maximum(area[:, None] + area[None, :] - overlap, 1)
+    if not len(masks):
+        return np.zeros(0, np.intp)
+    area = _areas(masks)
+    bits = np.packbits(masks.reshape(len(masks), -1), axis=1)
+    near = _may_overlap(masks, area, iou_threshold)
+    alive = np.ones(len(masks), np.bool_)
     kept: list[int] = []
     for k in range(len(masks)):
+        if not alive[k]:
+            continue
         if len(kept) == limit:
             break
-        if not kept or iou[k, kept].max() <= iou_threshold:
-            kept.append(k)
+        kept.append(k)
+        rest = np.flatnonzero(alive & near[k])
+        if rest.size:
+            differing = np.array([cv2.norm(bits[k], bits[j], cv2.NORM_HAMMING) for j in rest])
+            both = (area[k] + area[rest] - differing) / 2
+            alive[rest[both / np.maximum(both + differing, 1) > iou_threshold]] = False
     return np.array(kept, np.intp)
 
 
+def _may_overlap(masks: BoolArray, area: np.ndarray[Any, np.dtype[np.int64]], iou_threshold: float) -> BoolArray:
+    """(K, K): whether mask j > k can overlap mask k by more than the threshold, from boxes and areas alone."""
+    x1, y1, x2, y2 = np.array([_extent(mask) for mask in masks], np.float32).T
+    across = np.minimum.outer(x2, x2) - np.maximum.outer(x1, x1)
+    down = np.minimum.outer(y2, y2) - np.maximum.outer(y1, y1)
+    both = np.minimum(np.maximum(across, 0) * np.maximum(down, 0), np.minimum.outer(area, area))
+    return np.triu(both > iou_threshold * (np.add.outer(area, area) - both), 1)
+
+
+def _areas(masks: BoolArray) -> np.ndarray[Any, np.dtype[np.int64]]:
+    # count_nonzero of one mask is vectorised, a sum over axes of all of them is not
+    return np.array([np.count_nonzero(mask) for mask in masks], np.int64)
+
+
 def _stability(logits: FloatArray) -> FloatArray:
-    inner = (logits > STABILITY_OFFSET).sum((1, 2))
-    outer = (logits > -STABILITY_OFFSET).sum((1, 2))
+    inner, outer = _areas(logits > STABILITY_OFFSET), _areas(logits > -STABILITY_OFFSET)
     return (inner / np.maximum(outer, 1)).astype(np.float32)
 
 
@@ -178,12 +200,13 @@ def _merge_prompts(
     """Prompts of all objects as points (B, N, 2) and labels (B, N); a box is two points with labels 2 and 3."""
     if boxes is None:
         return check_points(points, labels, size)
+    batched = np.ndim(points) == 3
     b = check_boxes(boxes, size).reshape(-1, 2, 2)
     corners = np.tile(np.array([2, 3], np.float32), (len(b), 1))
     if points is None:
         return b, corners
-    p, y = check_points(points, labels, size)
-    if np.ndim(points) == 3:
+    p, y = check_points(points, labels, size, need_inside=not batched)
+    if batched:
         if len(p) != len(b):
             raise ValueError(f"boxes: expected {len(p)} boxes, one for each of the {len(p)} objects, got {len(b)}")
         return np.concatenate([p, b], 1), np.concatenate([y, corners], 1)
@@ -196,50 +219,85 @@ def _merge_prompts(
 
 
 def _to_instances(
-    embedding: Embedding, found: Candidates, keep: np.ndarray[Any, Any], stability: FloatArray
+    embedding: Embedding,
+    found: Candidates,
+    keep: np.ndarray[Any, np.dtype[np.intp]],
+    stability: FloatArray,
+    limit: int,
+    min_area: int,
 ) -> Instances:
-    """Upsample the kept logits to the image, each only inside the window where it can be positive."""
-    height, width = embedding.size
-    masks = np.zeros((len(keep), height, width), np.bool_)
-    boxes = np.zeros((len(keep), 4), np.float32)
-    for row, k in enumerate(keep):
-        boxes[row] = _upsample_into(masks[row], found.logits[k])
+    """The first `limit` candidates at `keep` that have `min_area` pixels at the size of the image, in that order."""
+    masks = np.zeros((min(limit, len(keep)), *embedding.size), np.bool_)
+    boxes = np.zeros((len(masks), 4), np.float32)
+    rows: list[int] = []
+    for k in keep:
+        row = len(rows)
+        if row == limit:
+            break
+        box = upsample_into(masks[row], found.logits[k])
+        window = masks[row, box[1] : box[3], box[0] : box[2]]
+        if np.count_nonzero(window) < min_area:
+            window[:] = False
+            continue
+        boxes[row] = box
+        rows.append(k)
+    count = len(rows)
     return Instances(
-        masks=masks,
-        boxes=boxes,
-        scores=np.clip(found.scores[keep], 0, 1).astype(np.float32),
-        stability=stability[keep],
-        ids=np.arange(1, len(keep) + 1, dtype=np.int32),
+        masks=masks[:count],
+        boxes=boxes[:count],
+        scores=np.clip(found.scores[rows], 0, 1).astype(np.float32),
+        stability=stability[rows],
+        ids=np.arange(1, count + 1, dtype=np.int32),
         degradation=float(np.clip(embedding.degradation, 0, 1)),
         enhanced=embedding.enhanced,
     )
 
 
-def _upsample_into(mask: BoolArray, logits: FloatArray) -> tuple[float, float, float, float]:
-    """Write the mask of (h, w) `logits` into the (H, W) `mask`; return its box xyxy, zeros where it is empty."""
-    height, width = mask.shape
-    rows, cols = np.flatnonzero((logits > 0).any(1)), np.flatnonzero((logits > 0).any(0))
-    if not rows.size:
-        return 0.0, 0.0, 0.0, 0.0
-    h, w = logits.shape
-    # two cells of margin: bilinear interpolation reaches no further than one
-    top, bottom = max(0, rows[0] - 2), min(h, rows[-1] + 3)
-    left, right = max(0, cols[0] - 2), min(w, cols[-1] + 3)
-    y1, y2 = int(np.ceil(top * height / h)), int(np.floor(bottom * height / h))
-    x1, x2 = int(np.ceil(left * width / w)), int(np.floor(right * width / w))
-    if y2 <= y1 or x2 <= x1:
-        return 0.0, 0.0, 0.0, 0.0
-    # pixel centres of the window, in cells of the logits
-    to_cells = np.array(
-        [[w / width, 0, (x1 + 0.5) * w / width - 0.5 - left], [0, h / height, (y1 + 0.5) * h / height - 0.5 - top]],
-        np.float64,
-    )
-    window = cv2.warpAffine(
-        logits[top:bottom, left:right], to_cells, (x2 - x1, y2 - y1),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE,
-    ) > 0
-    mask[y1:y2, x1:x2] = window
-    rows, cols = np.flatnonzero(window.any(1)), np.flatnonzero(window.any(0))
-    if not rows.size:
-        return 0.0, 0.0, 0.0, 0.0
-    return float(x1 + cols[0]), float(y1 + rows[0]), float(x1 + cols[-1] + 1), float(y1 + rows[-1] + 1)
+def upsample_into(mask: BoolArray, logits: FloatArray) -> tuple[int, int, int, int]:
+    """Threshold logits at the size of the image, at the cost of the object's window only.
+
+    Equal to ``cv2.resize(logits, (W, H), interpolation=cv2.INTER_LINEAR) > 0``.
+
+    Args:
+        mask: (H, W) bool, all False; written in place.
+        logits: (h, w) float32 that cover the whole image.
+
+    Returns:
+        The extent of the mask, xyxy with x2 and y2 exclusive; zeros where it is empty.
+    """
+    left, top, right, bottom = _extent(logits > 0)
+    if left == right:
+        return 0, 0, 0, 0
+    left, x, right, scale_x = _window(left, right, logits.shape[1], mask.shape[1])
+    top, y, bottom, scale_y = _window(top, bottom, logits.shape[0], mask.shape[0])
+    cells = logits[top:bottom, left:right]
+    fine = cv2.resize(cells, None, fx=scale_x, fy=scale_y, interpolation=cv2.INTER_LINEAR)
+    window = mask[y : y + fine.shape[0], x : x + fine.shape[1]]
+    np.greater(fine, 0, out=window)
+    x1, y1, x2, y2 = _extent(window)
+    return (x + x1, y + y1, x + x2, y + y2) if x1 < x2 else (0, 0, 0, 0)
+
+
+def _extent(mask: BoolArray) -> tuple[int, int, int, int]:
+    """xyxy with x2 and y2 exclusive, zeros where nothing is set."""
+    # not cv2.boundingRect: that of OpenCV 4.5 is wrong for narrow arrays
+    rows, cols = np.logical_or.reduce(mask, 1), np.logical_or.reduce(mask, 0)
+    y1, x1 = int(rows.argmax()), int(cols.argmax())
+    if not rows[y1]:
+        return 0, 0, 0, 0
+    return x1, y1, len(cols) - int(cols[::-1].argmax()), len(rows) - int(rows[::-1].argmax())
+
+
+def _window(first: int, last: int, cells: int, pixels: int) -> tuple[int, int, int, float]:
+    """Window around the positive cells first..last (exclusive) along one axis of `cells` scaled to `pixels`.
+
+    It begins where a cell and a pixel begin together, so that it is sampled where the whole image would be.
+
+    Returns:
+        First cell, first pixel, last cell (exclusive), pixels a cell.
+    """
+    # interpolation reaches one cell; the rest makes up for the rounding of the window to whole pixels
+    margin = math.ceil(cells / pixels + 0.5)
+    unit = cells // math.gcd(cells, pixels)
+    start = max(0, first - margin) // unit * unit
+    return start, start * pixels // cells, min(cells, last + margin), pixels / cells

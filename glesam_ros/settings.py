@@ -7,6 +7,7 @@ the parameter table of the README are all made from its fields. Nothing here kno
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,8 @@ ENHANCEMENT_MODES = ("off", "always", "auto")
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 PRECISIONS = ("auto", "fp32", "fp16")
 RELIABILITIES = ("best_effort", "reliable")
+
+_CAMERA = re.compile(r"([A-Za-z]\w*(/[A-Za-z]\w*)*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ class Settings:
     overlay_alpha: float = _param(0.5, "Opacity of the mask colours in the overlay.", low=0.0, high=1.0)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cameras", tuple(self.cameras))
+        if isinstance(self.cameras, list):
+            object.__setattr__(self, "cameras", tuple(self.cameras))
         for f in dataclasses.fields(self):
             check_value(f.name, getattr(self, f.name))
         if self.enhance_below > self.enhance_above:
@@ -157,6 +161,11 @@ def check_value(name: str, value: Any) -> None:
     if kind == "strings":
         if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
             raise ValueError(f"{name}: expected a list of strings, got {value!r}")
+        if name == "cameras" and not all(_CAMERA.fullmatch(v) for v in value):
+            raise ValueError(
+                f"{name}: expected names of letters, digits and _ that begin with a letter, joined by / (they become "
+                f"part of topic names), got {list(value)}"
+            )
         return
     expected: tuple[type, ...] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}[kind]
     if not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool"):

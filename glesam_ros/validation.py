@@ -30,17 +30,20 @@ def check_image(image: Any) -> UInt8Array:
     return image
 
 
-def check_points(points: Any, labels: Any, size: tuple[int, int]) -> tuple[FloatArray, FloatArray]:
+def check_points(
+    points: Any, labels: Any, size: tuple[int, int], need_inside: bool = True
+) -> tuple[FloatArray, FloatArray]:
     """Return points (B, N, 2) float32 and labels (B, N) float32 (1 inside, 0 outside, -1 padding).
 
     Args:
         points: (N, 2) of one object or (B, N, 2) of B objects; xy in pixels of the image.
         labels: (N,) or (B, N); 1, 0, and -1 for padding in the batch form. None means all 1.
         size: (height, width) of the image.
+        need_inside: refuse an object without a point of label 1; False where a box says what the object is.
 
     Raises:
         ValueError: wrong shapes, values that are not finite, labels that do not exist, a point outside the image,
-            or an object without any point inside.
+            or an object without any point of label 1.
     """
     p = _floats(points, "points")
     if p.ndim not in (2, 3) or p.shape[-1] != 2 or 0 in p.shape:
@@ -63,6 +66,12 @@ def check_points(points: Any, labels: Any, size: tuple[int, int]) -> tuple[Float
     if outside.any():
         x0, y0 = p[outside][0]
         raise ValueError(f"points: expected 0 <= x < {width} and 0 <= y < {height}, got ({x0:g}, {y0:g})")
+    if need_inside and not (y == 1).any(1).all():
+        row = int((y == 1).any(1).argmin())
+        raise ValueError(
+            f"labels: expected at least one 1 (inside) for each object, got {y[row].tolist()} for object {row}; "
+            "add a point on the object or a box around it"
+        )
     return p, y
 
 
