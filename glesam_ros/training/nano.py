@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 
 from glesam_ros.datasets import Photograph, load_bsds, load_coco
-from glesam_ros.degradation import degrade_lqseg
+from glesam_ros.degradation import degrade, degrade_lqseg
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, pooled_statistics, with_positions
 from glesam_ros.training.crops import draw_crop
 from glesam_ros.training.losses import dice_loss, focal_loss, mask_loss, soft_iou
 from glesam_ros.training.prompts import draw_cells, draw_prompt
 
-LEVELS = {0: 0.0, 1: 1 / 3, 2: 2 / 3, 3: 1.0}
-"""Target of the level predictor by LQ number; 0 is clear."""
+ROBOT_KINDS = ("low_light", "motion_blur", "defocus", "rain", "fog")
+"""What is mixed with LQSeg; every other kind is never seen in training."""
+LQ_SHARE = 0.6
+"""Share of LQSeg among the degraded crops."""
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,15 @@ class Pairs:
     statistics_degraded: Tensor  # (P, S)
 
 
+def worsen(image: np.ndarray[Any, Any], level: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """A crop (H, W, 3) uint8 degraded to `level` 1..3 by LQSeg or by something that robots see."""
+    if rng.random() < LQ_SHARE:
+        return degrade_lqseg(image, level, rng).image
+    return degrade(image, ROBOT_KINDS[rng.integers(len(ROBOT_KINDS))], level, int(rng.integers(2**31))).image
+
+
 def make_pairs(net: NanoNet, photographs: list[Photograph], r: Recipe) -> Pairs:
-    """Degrade random crops by LQSeg (number drawn as the released code does) and embed both with the frozen encoder."""
+    """Degrade random crops (level 3 half of the time, as the released code) and embed both with the frozen encoder."""
     rng = np.random.default_rng(r.seed + 1)
     columns: list[list[Tensor]] = [[], [], [], []]
     numbers = rng.choice([1, 2, 3, 3], r.pairs)
@@ -235,7 +244,7 @@ def make_pairs(net: NanoNet, photographs: list[Photograph], r: Recipe) -> Pairs:
     for first in range(0, r.pairs, r.batch):
         chosen = numbers[first : first + r.batch]
         clear = [draw_crop(photographs, rng, r.height, r.width)[0] for _ in chosen]
-        worse = [degrade_lqseg(image, int(k), rng).image for image, k in zip(clear, chosen, strict=True)]
+        worse = [worsen(image, int(k), rng) for image, k in zip(clear, chosen, strict=True)]
         for slot, images in enumerate((clear, worse)):
             latent, statistics = embed(net, torch.from_numpy(np.stack(images)))
             columns[slot].append(latent.bfloat16())
@@ -318,7 +327,7 @@ def train_decoder(net: NanoNet, photographs: list[Photograph], r: Recipe, out: P
         skip = torch.from_numpy((numbers == 0) & (rng.random(r.batch) < 0.5))
         images = batch.images.numpy().copy()
         for k in np.flatnonzero(numbers):
-            images[k] = degrade_lqseg(images[k], int(numbers[k]), rng).image
+            images[k] = worsen(images[k], int(numbers[k]), rng)
         latent, statistics = embed(net, torch.from_numpy(images))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             restored = net.enhancer(latent, net.encoder.level(statistics)).float()
