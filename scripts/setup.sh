@@ -22,8 +22,8 @@ venv="$repository/.venv"
 extras="cli,ros"
 for extra in "$@"; do extras+=",$extra"; done
 sources=(setup.py setup.cfg pyproject.toml scripts/setup.sh scripts/build_vision_msgs.sh scripts/vision_msgs/msg/*.msg)
-state="$extras GPU=${GPU:-0} $(cat "${sources[@]}" | cksum)"
-# what was set up with more extras serves as well
+state_of() { echo "$1 GPU=${GPU:-0} $(cat "${sources[@]}" | cksum)"; }
+state="$(state_of "$extras")"
 if [ -x "$venv/bin/python" ] && grep -qsxF -- "$state" "$venv/.setup"; then
   exit 0
 fi
@@ -45,5 +45,6 @@ if [ "${GPU:-0}" = 1 ]; then
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check onnxruntime-gpu
 fi
 bash scripts/build_vision_msgs.sh "$venv"
-echo "$state" >>"$venv/.setup"
+# what was set up with more extras serves those who need none
+printf '%s\n' "$(state_of cli,ros)" "$state" >"$venv/.setup"
 echo "setup: done, $(du -sh "$venv" | cut -f1) in .venv"

@@ -1,0 +1,171 @@
+"""The perception node, and on request a demo camera, rqt and RViz; `ros2 launch glesam_ros perception.launch.py -s`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from ament_index_python.packages import PackageNotFoundError, get_package_prefix, get_package_share_directory
+from launch import LaunchContext, LaunchDescription
+from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import LifecycleNode, Node
+
+from glesam_ros import settings
+
+NODE_NAME = "perception"
+VIEW_NAMESPACE = "/glesam/"
+"""Prefix of topics in the rqt perspective and the RViz view, replaced where the launch uses another."""
+RESPAWN_DELAY_S = 2.0
+CONFIG = Path(get_package_share_directory("glesam_ros")) / "config"
+
+MIRRORED = ("model", "device", "cameras", "compressed", "autostart")
+"""Arguments that set a parameter of the node, when they are given; else params_file decides."""
+YES_NO = ("true", "false")
+
+
+def generate_launch_description() -> LaunchDescription:
+    """Arguments, then the processes that they ask for."""
+    arguments = [
+        _argument("namespace", "glesam", "Namespace of node and topics."),
+        _argument("params_file", str(CONFIG / "perception.yaml"), "Parameters of the node."),
+        _argument("image_topic", "", "Topic of the only camera; empty: image below the namespace."),
+        _argument("image_topics", "", "Topics of several cameras, comma separated, in the order of cameras."),
+        *(_argument(name, "", _mirrored_text(name)) for name in MIRRORED),
+        _argument("use_sim_time", "false", "Take the time from /clock.", YES_NO),
+        _argument("respawn", "false", f"Start the node again {RESPAWN_DELAY_S:g} s after it ended.", YES_NO),
+        _argument("log_level", "info", "Log level of the node.", ("debug", "info", "warn", "error", "fatal")),
+        _argument("demo_camera", "false", "Start a camera that plays photographs, one for each camera name.", YES_NO),
+        _argument("rqt", "false", "Start rqt with sliders, overlay, quality and diagnostics.", YES_NO),
+        _argument("rviz", "false", "Start RViz with the result images.", YES_NO),
+    ]
+    return LaunchDescription([*arguments, OpaqueFunction(function=_start)])
+
+
+def _argument(name: str, default: str, text: str, choices: tuple[str, ...] | None = None) -> DeclareLaunchArgument:
+    return DeclareLaunchArgument(name, default_value=default, description=text, choices=choices)
+
+
+def _mirrored_text(name: str) -> str:
+    spec, default = settings.spec(name), settings.default(name)
+    choices = f" One of {', '.join(spec.choices)}." if spec.choices else ""
+    shown = ",".join(default) if isinstance(default, tuple) else default
+    return f"{spec.help}{choices} Empty: as in params_file, which comes with {shown!r}."
+
+
+def _start(context: LaunchContext) -> list[Node]:
+    given = {name: LaunchConfiguration(name).perform(context).strip() for name in _ARGUMENTS}
+    changes = {name: _value(name, given[name]) for name in MIRRORED if given[name]}
+    use_sim_time = given["use_sim_time"] == "true"
+    base = "/" + given["namespace"].strip("/")
+    cameras = changes.get("cameras", [""])
+    topics = _topics(given["image_topic"], given["image_topics"], cameras)
+    respawn = {"respawn": True, "respawn_delay": RESPAWN_DELAY_S} if given["respawn"] == "true" else {}
+
+    nodes: list[Node] = [
+        LifecycleNode(
+            package="glesam_ros",
+            executable="perception_node",
+            name=NODE_NAME,
+            namespace=base,
+            parameters=[given["params_file"], {**changes, "use_sim_time": use_sim_time}],
+            remappings=[rule for camera, topic in topics.items() for rule in _remappings(camera, topic)],
+            arguments=["--ros-args", "--log-level", given["log_level"]],
+            output="screen",
+            emulate_tty=True,
+            **respawn,
+        )
+    ]
+    if given["demo_camera"] == "true":
+        nodes += [
+            Node(
+                package="glesam_ros",
+                executable="demo_camera",
+                name=f"demo_camera_{camera}".rstrip("_"),
+                namespace=base,
+                parameters=[{"compressed": changes.get("compressed", settings.default("compressed"))}],
+                remappings=_remappings("", topics.get(camera) or (f"{camera}/image" if camera else "image")),
+                output="screen",
+                emulate_tty=True,
+            )
+            for camera in cameras
+        ]
+    shown = "/".join(part for part in (base.strip("/"), cameras[0]) if part)
+    sim_time = [{"use_sim_time": use_sim_time}]
+    if given["rqt"] == "true":
+        _require("rqt", "rqt_gui", "rqt ros-$ROS_DISTRO-rqt-common-plugins ros-$ROS_DISTRO-rqt-runtime-monitor")
+        view = _view("perception.perspective", base, shown)
+        nodes.append(Node(package="rqt_gui", executable="rqt_gui", arguments=["--perspective-file", view]))
+    if given["rviz"] == "true":
+        _require("rviz", "rviz2", "rviz2")
+        view = _view("perception.rviz", base, shown)
+        nodes.append(Node(package="rviz2", executable="rviz2", arguments=["-d", view], parameters=sim_time))
+    return nodes
+
+
+_ARGUMENTS = (
+    "namespace", "params_file", "image_topic", "image_topics", *MIRRORED,
+    "use_sim_time", "respawn", "log_level", "demo_camera", "rqt", "rviz",
+)
+
+
+def _value(name: str, text: str) -> str | bool | list[str]:
+    """The parameter `name` from the text of its argument.
+
+    Raises:
+        ValueError: not one of the allowed values; says which are.
+    """
+    default = settings.default(name)
+    value: str | bool | list[str] = text
+    if isinstance(default, bool):
+        if text.lower() not in YES_NO:
+            raise ValueError(f"{name}: expected true or false, got {text!r}")
+        value = text.lower() == "true"
+    elif isinstance(default, tuple):
+        value = [part.strip() for part in text.split(",")]
+    settings.check_value(name, value)
+    return value
+
+
+def _topics(one: str, several: str, cameras: list[str]) -> dict[str, str]:
+    """Image topic of each camera name; empty where none is given, so that the topics keep their names.
+
+    Raises:
+        ValueError: both arguments are given, or their number is not that of the cameras.
+    """
+    if one and several:
+        raise ValueError(f"expected image_topic or image_topics, got both ({one!r} and {several!r}); leave one out")
+    topics = [part.strip() for part in (one or several).split(",") if part.strip()]
+    if topics and len(topics) != len(cameras):
+        raise ValueError(
+            f"expected one image topic for each camera, got {len(topics)} topics ({', '.join(topics)}) for "
+            f"{len(cameras)} cameras ({', '.join(cameras) or 'one without a name'}); name them: cameras:=front,rear"
+        )
+    return dict(zip(cameras, topics))
+
+
+def _remappings(camera: str, topic: str) -> list[tuple[str, str]]:
+    """Rules from a camera's raw and compressed input to `topic`, which may itself end in /compressed."""
+    name = f"{camera}/image" if camera else "image"
+    raw = topic[: -len("/compressed")] if topic.endswith("/compressed") else topic
+    return [(old, new) for old, new in ((name, raw), (f"{name}/compressed", f"{raw}/compressed")) if old != new]
+
+
+def _require(argument: str, package: str, apt: str) -> None:
+    try:
+        get_package_prefix(package)
+    except PackageNotFoundError as error:
+        raise RuntimeError(f"{argument}:=true needs {package}: sudo apt install ros-$ROS_DISTRO-{apt}") from error
+
+
+def _view(name: str, base: str, shown: str) -> str:
+    """Path of a view file of the package, or of a copy for the node below `base` and the topics below `shown`."""
+    path = CONFIG / name
+    node = f"{base.rstrip('/')}/{NODE_NAME}"
+    if shown == VIEW_NAMESPACE.strip("/"):
+        return str(path)
+    text = path.read_text(encoding="utf-8").replace(f"{VIEW_NAMESPACE}{NODE_NAME}", "\0")
+    text = text.replace(VIEW_NAMESPACE, f"/{shown}/" if shown else "/").replace("\0", node)
+    with tempfile.NamedTemporaryFile("w", suffix=path.suffix, delete=False, encoding="utf-8") as copy:
+        copy.write(text)
+    return copy.name
