@@ -169,11 +169,12 @@ def check_value(name: str, value: Any) -> None:
         return
     expected: tuple[type, ...] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}[kind]
     if not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool"):
-        raise ValueError(f"{name}: expected a {kind}, got {value!r} ({type(value).__name__})")
+        raise ValueError(f"{name}: expected {'an' if kind == 'int' else 'a'} {kind}, got {value!r} ({type(value).__name__})")
     if s.choices and value not in s.choices:
         raise ValueError(f"{name}: expected one of {', '.join(s.choices)}; got {value!r}")
     if s.low is not None and not s.low <= value <= s.high:  # type: ignore[operator]  # low and high come together
-        raise ValueError(f"{name}: expected {s.low:g} .. {s.high:g}{' ' + s.unit if s.unit else ''}, got {value}")
+        unit = f" {s.unit}" if s.unit else ""
+        raise ValueError(f"{name}: expected {s.low:.10g} .. {s.high:.10g}{unit}, got {value}")
     if isinstance(value, int) and value % s.multiple_of:
         raise ValueError(f"{name}: expected a multiple of {s.multiple_of}, got {value}")
 
