@@ -30,7 +30,7 @@ def _launcher():
 
     def launch(*, wait_active=True, arguments=(), **parameters):
         namespace = f"test_{os.getpid()}_{next(_numbers)}"
-        process = NodeProcess(namespace, parameters, list(arguments))
+        process = NodeProcess(namespace, parameters, [a.format(namespace=namespace) for a in arguments])
         clients.append(Client(namespace, process))
         if wait_active:
             clients[-1].wait_state("active")
@@ -40,13 +40,15 @@ def _launcher():
     for client in clients:
         client.ros.end()
         client.close()
+        print(client.ros.output)  # pytest shows it when the test fails
 
 
 @pytest.fixture
 def launch(_ros):
     """Start a node with the test models: `launch(model="bright", cameras=["left"], ...)` gives its `Client`.
 
-    Every node has a namespace of its own. `wait_active=False` returns at once, `arguments` are further ROS arguments.
+    Every node has a namespace of its own. `wait_active=False` returns at once, `arguments` are further ROS
+    arguments, in which {namespace} stands for the namespace.
     """
     yield from _launcher()
 

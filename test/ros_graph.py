@@ -103,6 +103,7 @@ class Client:
         self._executor.add_node(self.node)
         self._is_closed = False
         self._publishers: dict[str, Any] = {}
+        self._services: dict[str, Any] = {}
         self._diagnostics: dict[str, Any] = {}
         self.logs: list[str] = []
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 50)
@@ -172,14 +173,19 @@ class Client:
     # Services.
 
     def call(self, kind: Any, name: str, request: Any, timeout_s: float = TIMEOUT_S) -> Any:
-        client = self.node.create_client(kind, name)
-        try:
+        future = self.service(kind, name).call_async(request)
+        wait_for(future.done, f"an answer of {name}", timeout_s)
+        return future.result()
+
+    def service(self, kind: Any, name: str) -> Any:
+        """A client of the service, connected."""
+        if name not in self._services:
+            client = self.node.create_client(kind, name)
             assert client.wait_for_service(TIMEOUT_S), f"service {name} did not appear\n{self.ros.output}"
-            future = client.call_async(request)
-            wait_for(future.done, f"an answer of {name}", timeout_s)
-            return future.result()
-        finally:
-            self.node.destroy_client(client)
+            # we have seen the server; an answer is lost unless it has seen us too (rmw_fastrtps sends it to nobody)
+            time.sleep(0.3)
+            self._services[name] = client
+        return self._services[name]
 
     def state(self) -> str:
         return self.call(GetState, "perception/get_state", GetState.Request()).current_state.label

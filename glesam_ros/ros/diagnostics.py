@@ -71,6 +71,8 @@ class CameraLedger:
         """Count a frame that came at `now` (monotonic seconds); the length of the silence if it ended one."""
         with self._lock:
             silence = now - self._last_arrival if self._is_stopped and self._last_arrival is not None else None
+            if not self._history:
+                self._history.append((now, self._received, self._processed, self._faults()))
             self._received += 1
             self._last_arrival, self._is_stopped = now, False
             self.qos_mismatch = ""
@@ -122,7 +124,7 @@ class CameraLedger:
             extra: further key values.
         """
         with self._lock:
-            faults = Counter({r: n for r, n in self._dropped.items() if r not in HARMLESS_DROPS}) + self._noticed
+            faults = self._faults()
             self._history.append((now, self._received, self._processed, faults))
             then, received, processed, old_faults = self._history[0]
             span = max(now - then, 1e-9)
@@ -148,6 +150,9 @@ class CameraLedger:
         values["degradation"] = "" if self.degradation is None else f"{self.degradation:.3f}"
         values["enhanced"] = "" if self.enhanced is None else self.enhanced
         return status(name, hardware_id, level, message, {**values, **extra})
+
+    def _faults(self) -> Counter[str]:
+        return Counter({r: n for r, n in self._dropped.items() if r not in HARMLESS_DROPS}) + self._noticed
 
     def _verdict(
         self, now: float, rate_in: float, rate_out: float, new_faults: Counter[str]

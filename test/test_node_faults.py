@@ -1,0 +1,228 @@
+"""Bad input: counted and named in /diagnostics, logged once, and the next good frame is processed."""
+
+from __future__ import annotations
+
+import array
+
+import cv2
+import numpy as np
+import pytest
+from builtin_interfaces.msg import Time
+from ros_graph import image_message, picture, pixels_of, wait_for
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import CompressedImage, Image
+
+SQUARE = (20, 20, 60, 60)
+OK, WARN, ERROR, STALE = b"\x00", b"\x01", b"\x02", b"\x03"
+
+
+def good(client):
+    return image_message(picture((SQUARE,)), client.stamp())
+
+
+def zero_width(client):
+    message = good(client)
+    message.width, message.step, message.data = 0, 0, array.array("B")
+    return message
+
+
+def zero_height(client):
+    message = good(client)
+    message.height, message.data = 0, array.array("B")
+    return message
+
+
+def wrong_step(client):
+    message = good(client)
+    message.step = 100
+    return message
+
+
+def short_data(client):
+    message = good(client)
+    message.data = message.data[:1000]
+    return message
+
+
+def unknown_encoding(client):
+    message = good(client)
+    message.encoding = "rgb9"
+    return message
+
+
+def nan_floats(client):
+    pixels = np.full((120, 160), 0.5, np.float32)
+    pixels[3, 4] = np.nan
+    message = Image(height=120, width=160, encoding="32FC1", step=640, data=pixels.tobytes())
+    message.header.stamp = client.stamp()
+    return message
+
+
+@pytest.fixture(scope="module")
+def seen(launch_shared):
+    """A node and its masks."""
+    client = launch_shared()
+    return client, client.subscribe(Image, "masks")
+
+
+@pytest.mark.parametrize(("make", "reason"), [
+    (zero_width, "zero_size"),
+    (zero_height, "zero_size"),
+    (wrong_step, "bad_step"),
+    (short_data, "short_data"),
+    (unknown_encoding, "unknown_encoding"),
+    (nan_floats, "not_finite"),
+])
+def test_a_bad_image_is_counted_named_logged_once_and_survived(seen, make, reason):
+    client, masks = seen
+    key = f"dropped_{reason}"
+    before = client.counts()[key]
+    client.stream(lambda: make(client), lambda: client.counts()[key] >= before + 5, key)
+    assert len(client.logged(f"frame dropped, {reason}: ")) <= 2  # the first and the tenth
+    assert client.logged(f"frame dropped, {reason}: ")
+    assert reason in client.values()["last_fault"]
+    assert client.status().level in (WARN, ERROR)
+    masks.messages.clear()
+    message = good(client)
+    client.send(message)
+    wait_for(lambda: masks.messages, "the masks of the next good frame")
+    assert masks.last.header == message.header
+
+
+def test_a_truncated_jpeg_is_counted_and_survived(launch):
+    client = launch(compressed=True)
+    masks = client.subscribe(Image, "masks")
+    noisy = np.random.default_rng(1).integers(0, 256, (120, 160, 3), np.uint8)
+    data = cv2.imencode(".jpg", noisy)[1].tobytes()
+
+    def jpeg(content):
+        message = CompressedImage(format="jpeg", data=content)
+        message.header.stamp = client.stamp()
+        return message
+
+    client.stream(
+        lambda: jpeg(data[: len(data) // 2]), lambda: client.counts()["dropped_corrupt_image"] >= 3,
+        "dropped_corrupt_image", "image/compressed",
+    )
+    assert len(client.logged("frame dropped, corrupt_image: ")) <= 2
+    assert not masks.messages
+    client.stream(lambda: jpeg(data), lambda: masks.messages, "masks of the whole picture", "image/compressed")
+
+
+def test_a_zero_stamp_is_processed_and_noticed(launch):
+    client = launch()
+    masks = client.subscribe(Image, "masks")
+    client.stream(
+        lambda: image_message(picture((SQUARE,)), Time()), lambda: client.counts()["noticed_zero_stamp"] >= 3, "a notice"
+    )
+    assert masks.last.header.stamp == Time()
+    assert client.counts()["frames_processed"] >= 3
+    assert 0 <= float(client.values()["latency_p50_ms"]) < 5000  # from arrival, not from 1970
+    assert len(client.logged("zero_stamp: ")) <= 2
+
+
+def test_a_backward_stamp_is_dropped_once_and_time_goes_on_from_there(launch):
+    client = launch(max_frame_age_ms=60_000)
+    masks = client.subscribe(Image, "masks")
+    client.stream(lambda: good(client), lambda: masks.messages, "masks")
+    client.wait_count("frames_processed", len(masks))
+
+    def ten_seconds_ago():
+        message = good(client)
+        message.header.stamp.sec -= 10
+        return message
+
+    masks.messages.clear()
+    stamps = []
+
+    def sent():
+        message = ten_seconds_ago()
+        stamps.append(message.header.stamp)
+        return message
+
+    client.stream(sent, lambda: len(masks) >= 3, "masks after the jump")
+    assert masks.messages[0].header.stamp != stamps[0]
+    client.wait_count("dropped_backward_stamp", 1)
+    assert client.counts()["dropped_backward_stamp"] == 1
+    assert len(client.logged("frame dropped, backward_stamp: ")) == 1
+
+
+def test_an_old_frame_is_not_processed(launch):
+    client = launch(max_frame_age_ms=300)
+    masks = client.subscribe(Image, "masks")
+
+    def old():
+        message = good(client)
+        message.header.stamp.sec -= 2
+        return message
+
+    client.stream(old, lambda: client.counts()["dropped_stale"] >= 3, "dropped_stale")
+    assert not masks.messages
+    client.wait_log("frame dropped, stale: ", "at most 300 ms")
+    client.stream(lambda: good(client), lambda: masks.messages, "masks of a fresh frame")
+
+
+def test_a_camera_that_stops_and_returns(launch):
+    client = launch()
+    masks = client.subscribe(Image, "masks")
+    wait_for(lambda: client.status(), "diagnostics")
+    assert client.status().level == WARN and "no frame yet" in client.status().message
+    client.stream(lambda: good(client), lambda: masks.messages and client.status().level == OK, "a good status")
+    wait_for(lambda: client.status().level == STALE, "a stale status")
+    assert "camera stopped" in client.status().message
+    client.wait_log("camera stopped: no frame on", "/image")
+    before = len(masks)
+    client.stream(lambda: good(client), lambda: len(masks) > before and client.status().level == OK, "masks again")
+    client.wait_log("camera is back")
+
+
+def test_a_camera_that_changes_its_resolution(launch):
+    client = launch()
+    masks = client.subscribe(Image, "masks")
+    for size in ((120, 160), (90, 200), (240, 320)):
+        client.stream(
+            lambda size=size: image_message(picture((SQUARE,), size=size), client.stamp()),
+            lambda size=size: masks.messages and pixels_of(masks.last).shape == size, f"masks of {size}",
+        )
+        assert pixels_of(masks.last)[50, 50] == 1
+    wait_for(lambda: client.values().get("image_size") == "320x240", "the new size in diagnostics")
+
+
+def test_a_failing_model_is_an_error_in_diagnostics_and_not_the_end(launch):
+    client = launch(model="fragile")
+    masks = client.subscribe(Image, "masks")
+    client.stream(
+        lambda: image_message(picture(ground=(255, 0, 0)), client.stamp()),
+        lambda: client.status() and client.status().level == ERROR and client.status(), "an error status",
+    )
+    assert "inference failed" in client.status().message
+    assert "RuntimeError: red is too much" in client.values()["last_fault"]
+    assert len(client.logged("inference_error")) <= 2
+    client.stream(lambda: good(client), lambda: masks.messages, "masks of a good frame")
+
+
+def test_every_received_frame_is_accounted_for(seen):
+    client, _ = seen
+    for _ in range(5):
+        client.send(good(client))
+
+    def balanced():
+        counts = client.counts()
+        return counts["frames_received"] == counts["frames_processed"] + counts["frames_dropped"] > 5
+
+    wait_for(balanced, f"received = processed + dropped; {client.values()}")
+
+
+def test_simulated_time_that_jumps_back(launch):
+    client = launch(use_sim_time=True)
+    masks = client.subscribe(Image, "masks")
+
+    def frame_at(second, nanosec=0):
+        def make():
+            client.send(Clock(clock=Time(sec=second, nanosec=nanosec)), "/clock")
+            return image_message(picture((SQUARE,)), Time(sec=second, nanosec=nanosec))
+        return make
+
+    client.stream(frame_at(1000), lambda: masks.messages, "masks at 1000 s")
+    client.stream(frame_at(5), lambda: masks.last.header.stamp.sec == 5, "masks after the jump to 5 s")
+    client.wait_log("the clock jumped")

@@ -1,0 +1,106 @@
+"""Transitions over change_state, faults in them, and the end of the process."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from lifecycle_msgs.srv import ChangeState
+from ros_graph import image_message, picture, wait_for
+from sensor_msgs.msg import Image
+from std_srvs.srv import SetBool
+
+SQUARE = (20, 20, 60, 60)
+
+
+def frames(client):
+    return lambda: image_message(picture((SQUARE,)), client.stamp())
+
+
+def test_the_whole_circle_twice_by_a_lifecycle_manager(launch):
+    client = launch(wait_active=False, autostart=False)
+    for _ in range(2):
+        assert client.state() == "unconfigured"
+        assert client.change_state("configure") and client.state() == "inactive"
+        assert client.change_state("activate") and client.state() == "active"
+        masks = client.subscribe(Image, "masks")
+        client.stream(frames(client), lambda masks=masks: masks.messages, "masks")
+        assert client.change_state("deactivate") and client.state() == "inactive"
+        assert client.change_state("cleanup")
+        topic = f"/{client.namespace}/masks"
+        wait_for(lambda topic=topic: not client.node.count_publishers(topic), "the end of the topic masks")
+
+
+def test_deactivate_frees_the_model_and_activate_loads_it_again(launch):
+    client = launch()
+    masks = client.subscribe(Image, "masks")
+    client.stream(frames(client), lambda: masks.messages, "masks")
+    assert client.change_state("deactivate")
+    wait_for(lambda: not client.publisher(Image, "image").get_subscription_count(), "the end of the image subscription")
+    loads = len(client.logged("model bright loaded"))
+    assert client.change_state("activate")
+    before = len(masks)
+    # the old model refuses to work after close(), so a result proves a new one
+    client.stream(frames(client), lambda: len(masks) > before, "masks after the second activate")
+    wait_for(lambda: len(client.logged("model bright loaded")) == loads + 1, "a second load in the log")
+
+
+def test_a_model_that_cannot_be_loaded_fails_configure_and_says_why(launch):
+    client = launch(wait_active=False, autostart=False, model="absent")
+    assert not client.change_state("configure")
+    assert client.state() == "unconfigured"
+    assert client.wait_log("configure failed", "expected weights beside the model")
+    status = wait_for(lambda: client.values("model").get("last_error") and client.status("model"), "an error status")
+    assert status.level == b"\x02" and "expected weights beside the model" in status.message
+    # and it can be tried again
+    assert not client.change_state("configure")
+
+
+def test_autostart_with_a_model_that_cannot_be_loaded_says_what_to_call(launch):
+    client = launch(wait_active=False, model="absent")
+    line = client.wait_log("autostart stopped")
+    assert f"ros2 lifecycle set /{client.namespace}/perception configure" in line
+    assert client.state() == "unconfigured"
+
+
+def test_an_impossible_transition_does_not_end_the_node(launch):
+    client = launch()
+    activate = ChangeState.Request()
+    activate.transition.id = 3
+    # rclpy raises in the service and never answers
+    client.service(ChangeState, "perception/change_state").call_async(activate)
+    client.wait_log("a callback failed")
+    assert client.state() == "active"
+
+
+def test_enable_pauses_and_resumes(launch):
+    client = launch()
+    masks = client.subscribe(Image, "masks")
+    client.stream(frames(client), lambda: masks.messages, "masks")
+    paused = client.call(SetBool, "enable", SetBool.Request(data=False))
+    assert paused.success and "paused" in paused.message
+    before = client.wait_count("frames_processed", len(masks))["frames_processed"]
+    client.stream(frames(client), lambda: client.counts()["dropped_disabled"] >= 10, "dropped_disabled")
+    assert client.counts()["frames_processed"] <= before + 1  # one may have been on its way
+    assert client.call(SetBool, "enable", SetBool.Request(data=True)).success
+    before = len(masks)
+    client.stream(frames(client), lambda: len(masks) > before, "masks after enable")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("model", ["bright", "slow"])
+def test_a_signal_ends_the_process_cleanly_also_in_the_middle_of_an_inference(launch, model, number):
+    client = launch(model=model, max_frame_age_ms=5000)
+    masks = client.subscribe(Image, "masks")
+    client.stream(frames(client), lambda: client.counts()["frames_received"] >= 1, "a frame to arrive")
+    assert client.ros.end(number) == 0
+    assert "Traceback" not in client.ros.output
+    if model == "slow":
+        assert not masks.messages  # it did end inside the inference
+
+
+def test_start_parameters_that_are_not_valid_end_the_process_with_a_reason(launch):
+    client = launch(wait_active=False, enhance_above=0.1, enhance_below=0.4)
+    assert client.ros.process.wait(15) == 1
+    assert "enhance_below must not exceed enhance_above" in client.ros.output
+    assert "Traceback" not in client.ros.output

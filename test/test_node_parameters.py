@@ -1,0 +1,94 @@
+"""Parameters over the parameter services: descriptors, refusals, live changes, answers while the model works."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from rcl_interfaces.srv import SetParameters
+from rclpy.parameter import Parameter
+from ros_graph import image_message, picture, pixels_of, wait_for
+from sensor_msgs.msg import Image
+
+from glesam_ros import settings
+
+SQUARES = ((10, 10, 40, 40), (60, 10, 30, 30), (110, 10, 24, 24))
+
+
+@pytest.fixture(scope="module")
+def client(launch_shared):
+    return launch_shared()
+
+
+def test_descriptors_are_those_of_the_settings(client):
+    for name, descriptor in zip(settings.names(), client.describe(*settings.names())):
+        spec = settings.spec(name)
+        assert descriptor.name == name
+        assert descriptor.description.startswith(spec.help) and spec.unit in descriptor.description
+        assert descriptor.read_only == spec.read_only
+        assert all(choice in descriptor.additional_constraints for choice in spec.choices)
+        ranges = list(descriptor.floating_point_range) + list(descriptor.integer_range)
+        assert [(r.from_value, r.to_value) for r in ranges] == ([] if spec.low is None else [(spec.low, spec.high)])
+        if descriptor.integer_range:
+            assert descriptor.integer_range[0].step == spec.multiple_of
+
+
+@pytest.mark.parametrize(("name", "value", "reason"), [
+    ("score_threshold", 1.5, "score_threshold"),
+    ("processing_size", 500, "processing_size"),
+    ("max_instances", 0, "max_instances"),
+    ("enhancement", "sometimes", "expected one of off, always, auto; got 'sometimes'"),
+    ("enhance_below", 0.9, "enhance_below must not exceed enhance_above"),
+    ("score_threshold", "high", "Wrong parameter type"),
+    ("model", "other", "read-only"),
+    ("cameras", ["left"], "read-only"),
+])
+def test_a_wrong_value_is_refused_with_a_reason(client, name, value, reason):
+    result = client.set_parameters(**{name: value})[0]
+    assert not result.successful
+    assert reason in result.reason
+
+
+def test_a_set_is_taken_or_refused_as_a_whole(client):
+    # neither of the two would be valid alone with the defaults 0.15 and 0.25
+    assert client.set_atomically(enhance_below=0.5, enhance_above=0.6).successful
+    refused = client.set_atomically(enhance_below=0.1, enhance_above=0.05)
+    assert not refused.successful and "0.05" in refused.reason
+    assert client.set_atomically(enhance_below=0.15, enhance_above=0.25).successful
+
+
+def test_max_instances_takes_effect_on_the_next_frames(launch):
+    client = launch()
+    masks = client.subscribe(Image, "masks")
+
+    def frame():
+        return image_message(picture(SQUARES), client.stamp())
+
+    client.stream(frame, lambda: masks.messages and pixels_of(masks.last).max() == 3, "three instances")
+    assert client.set_parameters(max_instances=1)[0].successful
+    client.stream(frame, lambda: pixels_of(masks.last).max() == 1, "one instance")
+
+
+@pytest.mark.parametrize("model", ["slow", "busy"])
+def test_set_parameters_answers_within_200_ms_while_inference_takes_2_s(launch, model):
+    """`slow` sleeps as onnxruntime does (interpreter free), `busy` computes in Python (interpreter contended)."""
+    client = launch(model=model, max_frame_age_ms=10_000)
+    masks = client.subscribe(Image, "masks")
+    service = client.service(SetParameters, "perception/set_parameters")
+    client.stream(
+        lambda: image_message(picture(SQUARES), client.stamp()),
+        lambda: client.counts()["frames_received"] >= 1, "the first frame",
+    )
+    took = []
+    before = len(masks)
+    while len(masks) == before:  # until the inference that runs now is done
+        value = 0.3 + 0.01 * (len(took) % 10)
+        request = SetParameters.Request(parameters=[Parameter("score_threshold", value=value).to_parameter_msg()])
+        started = time.monotonic()
+        future = service.call_async(request)
+        wait_for(future.done, "set_parameters", 5)
+        took.append(time.monotonic() - started)
+        assert future.result().results[0].successful
+        time.sleep(0.05)
+    assert len(took) >= 3, "too few calls happened while the model was at work"
+    assert max(took) < 0.2

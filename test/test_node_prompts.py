@@ -1,0 +1,171 @@
+"""Prompts by every door, how long they hold, and how the wrong ones are answered."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from geometry_msgs.msg import Point, PointStamped
+from ros_graph import image_message, picture, pixels_of
+from sensor_msgs.msg import Image
+from std_srvs.srv import Trigger
+from vision_msgs.msg import Detection2D, Detection2DArray
+
+LEFT, RIGHT = (20, 20, 40, 60), (100, 20, 40, 60)
+IN_LEFT, IN_RIGHT = (40.0, 50.0), (120.0, 50.0)
+
+
+class Scene:
+    """A node that sees two squares, and the ids of its newest masks."""
+
+    def __init__(self, client):
+        self.client = client
+        self.masks = client.subscribe(Image, "masks")
+        self.size = (120, 160)
+        self.see("two objects", lambda m: m[50, 40] and m[50, 120])
+
+    def frame(self):
+        return image_message(picture((LEFT, RIGHT), size=self.size), self.client.stamp())
+
+    def see(self, what, condition):
+        """Stream until the newest masks fulfil `condition`."""
+        self.client.stream(
+            self.frame, lambda: self.masks.messages and condition(pixels_of(self.masks.last)), what
+        )
+
+    def point(self, xy, z=0.0, stamp=None):
+        message = PointStamped()
+        message.point = Point(x=xy[0], y=xy[1], z=z)
+        if stamp is not None:
+            message.header.stamp = stamp
+        self.client.send(message, "prompt/point")
+
+    def boxes(self, *xyxy):
+        message = Detection2DArray()
+        for x1, y1, x2, y2 in xyxy:
+            detection = Detection2D()
+            detection.bbox.center.position.x, detection.bbox.center.position.y = (x1 + x2) / 2, (y1 + y2) / 2
+            detection.bbox.size_x, detection.bbox.size_y = float(x2 - x1), float(y2 - y1)
+            message.detections.append(detection)
+        self.client.send(message, "prompt/boxes")
+
+    def clear(self):
+        return self.client.call(Trigger, "clear_prompts", Trigger.Request())
+
+
+def only_left(masks):
+    return masks[50, 40] == 1 and not masks[50, 120]
+
+
+@pytest.fixture
+def scene(launch):
+    return Scene(launch())
+
+
+def test_points_add_to_one_object_until_cleared(scene):
+    scene.point(IN_LEFT)
+    scene.see("the left square alone", only_left)
+    scene.point(IN_RIGHT)
+    scene.see("both squares as one object", lambda m: m[50, 40] == 1 and m[50, 120] == 1)
+    scene.point(IN_RIGHT, z=-1.0)
+    scene.see("the right square taken away", only_left)
+    answer = scene.clear()
+    assert answer.success and "3 points and 0 boxes" in answer.message
+    scene.see("everything again", lambda m: len({m[50, 40], m[50, 120], 0}) == 3)
+
+
+def test_a_click_in_rqt_image_view_is_a_positive_point(scene):
+    scene.client.send(Point(x=IN_LEFT[0], y=IN_LEFT[1]), "overlay_mouse_left")
+    scene.see("the left square alone", only_left)
+    # rqt rounds, so the last column and row may come as width and height
+    scene.client.send(Point(x=160.0, y=120.0), "overlay_mouse_left")
+    scene.client.wait_count("prompt_points", 2)
+    assert not scene.client.logged("refused")
+
+
+def test_boxes_are_objects_and_a_new_message_replaces_them(scene):
+    scene.boxes((16, 16, 48, 48), (80, 80, 120, 112))
+    scene.see("two boxes", lambda m: m[30, 30] == 1 and m[100, 100] == 2 and not m[50, 120])
+    scene.boxes((96, 16, 128, 48))
+    scene.see("the new box alone", lambda m: m[30, 100] == 1 and not m[30, 30] and not m[100, 100])
+    scene.point(IN_LEFT)
+    scene.see("the point's object first, then the box", lambda m: m[50, 40] == 1 and m[20, 98] == 2)
+    scene.boxes()
+    scene.see("the point alone", only_left)
+
+
+def test_a_prompt_expires(launch):
+    scene = Scene(launch(prompt_timeout_s=1.0))
+    scene.point(IN_LEFT)
+    scene.see("the left square alone", only_left)
+    scene.see("everything again", lambda m: len({m[50, 40], m[50, 120], 0}) == 3)
+
+
+def test_a_point_outside_is_refused_with_the_numbers(scene):
+    scene.point((200.0, 50.0))
+    scene.client.wait_log("refused", "expected 0 <= x < 160 and 0 <= y < 120, got (200, 50)")
+    scene.client.wait_count("noticed_refused_prompt", 1)
+
+
+def test_a_box_outside_and_an_empty_box_are_refused_with_the_numbers(scene):
+    scene.boxes((170, 10, 200, 40))
+    scene.client.wait_log("refused", "160x120", "(170, 10, 200, 40)")
+    scene.boxes((50, 50, 50, 60))
+    scene.client.wait_log("refused", "x1 < x2", "(50, 50, 50, 60)")
+
+
+def test_a_prompt_for_a_frame_that_is_gone_is_refused_with_its_age(scene):
+    stamp = scene.client.stamp()
+    stamp.sec -= 20
+    scene.point(IN_LEFT, stamp=stamp)
+    line = scene.client.wait_log("refused", "its frame is gone")
+    assert "at most 500 ms" in line and "got 20" in line
+    fresh = scene.client.stamp()
+    scene.point(IN_LEFT, stamp=fresh)
+    scene.see("the left square alone", only_left)
+
+
+def test_a_prompt_before_the_first_frame_is_refused(launch):
+    client = launch()
+    client.send(PointStamped(), "prompt/point")
+    client.wait_log("refused", f"no frame of /{client.namespace}/image was read yet")
+
+
+def test_a_negative_point_alone_has_no_effect_and_says_so(scene):
+    scene.point(IN_LEFT, z=-1.0)
+    scene.client.wait_log("negative point (40, 50) has no effect before a positive point")
+    before = len(scene.masks)
+    scene.see("everything still", lambda m: len(scene.masks) >= before + 2 and m[50, 40] and m[50, 120])
+
+
+def test_prompts_outside_of_a_new_resolution_are_dropped_with_a_warning(scene):
+    scene.point(IN_RIGHT)
+    scene.boxes((100, 16, 128, 48))
+    scene.see("the right square", lambda m: m[60, 120] == 1 and not m[50, 40])
+    scene.size = (90, 80)
+    scene.see("everything of the small image", lambda m: m.shape == (90, 80) and m[50, 40] == 1)
+    scene.client.wait_log("point (120, 50) dropped: the image is 80x90 now")
+    scene.client.wait_log("box (100, 16, 128, 48) dropped: the image is 80x90 now")
+
+
+def test_prompts_belong_to_their_camera(launch):
+    client = launch(cameras=["a", "b"])
+    masks = {name: client.subscribe(Image, f"{name}/masks") for name in "ab"}
+    for name in "ab":
+        client.stream(
+            lambda: image_message(picture((LEFT, RIGHT)), client.stamp()),
+            lambda name=name: masks[name].messages, f"masks of {name}", f"{name}/image",
+        )
+    message = PointStamped()
+    message.point = Point(x=IN_LEFT[0], y=IN_LEFT[1])
+    client.send(message, "a/prompt/point")
+    client.stream(
+        lambda: image_message(picture((LEFT, RIGHT)), client.stamp()),
+        lambda: only_left(pixels_of(masks["a"].last)), "the left square of a", "a/image",
+    )
+    before, started = len(masks["b"]), time.monotonic()
+    client.stream(
+        lambda: image_message(picture((LEFT, RIGHT)), client.stamp()),
+        lambda: len(masks["b"]) > before + 1, "masks of b", "b/image",
+    )
+    assert pixels_of(masks["b"].last)[50, 120], f"camera b lost its everything mode after {time.monotonic() - started:.1f} s"
