@@ -112,8 +112,11 @@ class Pipeline:
         height, width = embedding.size
         pixels = _areas(binary) * (height * width / max(1, binary.shape[1] * binary.shape[2]))
         order = np.flatnonzero(
-            # half: the exact area is known only at the size of the image
-            (found.scores >= s.score_threshold) & (stability >= s.stability_threshold) & (pixels >= s.min_area / 2)
+            (found.scores >= s.score_threshold)
+            & (stability >= s.stability_threshold)
+            # the exact area is known only at the size of the image, where interpolation makes at most fourfold of it
+            # and rounding to whole pixels at most twofold of that
+            & (pixels >= s.min_area / 8)
         )
         order = order[np.argsort(-found.scores[order], kind="stable")]
         keep = order[mask_nms(binary[order], s.nms_iou, len(order))]

@@ -169,7 +169,8 @@ def check_value(name: str, value: Any) -> None:
         return
     expected: tuple[type, ...] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}[kind]
     if not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool"):
-        raise ValueError(f"{name}: expected {'an' if kind == 'int' else 'a'} {kind}, got {value!r} ({type(value).__name__})")
+        article = "an" if kind == "int" else "a"
+        raise ValueError(f"{name}: expected {article} {kind}, got {value!r} ({type(value).__name__})")
     if s.choices and value not in s.choices:
         raise ValueError(f"{name}: expected one of {', '.join(s.choices)}; got {value!r}")
     if s.low is not None and not s.low <= value <= s.high:  # type: ignore[operator]  # low and high come together

@@ -49,7 +49,7 @@ def test_empty() -> None:
     assert none.confidence_map().dtype == np.float32 and not none.confidence_map().any()
 
 
-REFUSALS = {
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "masks of numbers": ({"masks": np.zeros((2, 8, 10), np.uint8)}, r"masks: expected \(K, H, W\) bool, got .*uint8"),
     "one mask": ({"masks": np.zeros((8, 10), np.bool_)}, r"got \(8, 10\)"),
     "too few boxes": ({"boxes": np.zeros((1, 4), np.float32)}, r"boxes: expected \(2, 4\) float32 for 2 masks"),
@@ -106,7 +106,7 @@ def test_random_label_maps_against_the_definition() -> None:
     for _ in range(20):
         count, height, width = 7, 9, 11
         masks = rng.random((count, height, width)) < 0.3
-        scores = rng.integers(0, 4, count).astype(np.float32) / 4
+        scores = (rng.integers(0, 4, count) / 4).astype(np.float32)
         ids = (1 + rng.permutation(count)).astype(np.int32)
         boxes = np.tile(np.array([0, 0, width, height], np.float32), (count, 1))
         labels = Instances(masks, boxes, scores, scores, ids, 0.0, False).label_map()
