@@ -13,7 +13,10 @@ from glesam_ros.overlay import PALETTE, draw_overlay, strip_height
 HEIGHT, WIDTH = 240, 400
 
 
-def instances(windows: list[tuple[int, int, int, int]], size: tuple[int, int] = (HEIGHT, WIDTH), **given: Any) -> Instances:
+Window = tuple[int, int, int, int]
+
+
+def instances(windows: list[Window], size: tuple[int, int] = (HEIGHT, WIDTH), **given: Any) -> Instances:
     """Rectangles xyxy as instances, best first."""
     count = len(windows)
     masks = np.zeros((count, *size), np.bool_)
@@ -116,8 +119,9 @@ def test_a_thin_ring_gets_no_number() -> None:
 
 def test_the_strip_tells_degradation_enhancement_and_count() -> None:
     image = picture()
+    rows = strip_height((HEIGHT, WIDTH))
     strips = [
-        draw_overlay(image, instances(WINDOWS[:count], degradation=level, enhanced=on), 0.5)[: strip_height((HEIGHT, WIDTH))]
+        draw_overlay(image, instances(WINDOWS[:count], degradation=level, enhanced=on), 0.5)[:rows]
         for count, level, on in ((0, 0.25, False), (0, 0.82, False), (0, 0.25, True), (1, 0.25, False))
     ]
     for a in range(4):

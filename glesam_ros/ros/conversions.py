@@ -43,7 +43,7 @@ class _Layout(NamedTuple):
     to_rgb: int | None  # cv2.cvtColor code once the channels are 8 bit; None where they are RGB already
 
 
-# ROS names a Bayer pattern by its first two pixels of rows 0 and 1 (rggb), OpenCV by those of row 1 shifted by one (BG).
+# ROS names a Bayer pattern by the first two pixels of rows 0 and 1 (rggb), OpenCV by pixels 1 and 2 of row 1 (BG).
 _BAYER = {
     "rggb": cv2.COLOR_BayerBG2RGB,
     "bggr": cv2.COLOR_BayerRG2RGB,
@@ -157,7 +157,7 @@ def compressed_to_rgb(msg: Any) -> UInt8Array:
         msg: sensor_msgs/CompressedImage of rclpy or rosbags; `data` may be array.array, bytes or a numpy array.
 
     Raises:
-        ConversionError: unknown_format (also compressedDepth), zero_size (no data), corrupt_image (truncated or broken).
+        ConversionError: unknown_format (also compressedDepth), zero_size (no data), corrupt_image (cut or broken).
     """
     stated = str(msg.format)
     source, _, coding = stated.rpartition(";")
@@ -175,15 +175,16 @@ def compressed_to_rgb(msg: Any) -> UInt8Array:
     if not data:
         raise ConversionError("zero_size", f"expected a picture ({stated!r}), got no data; check the camera driver")
     # the bytes decide: many drivers state one format and send the other
+    jpeg_end = 0
     if data[:2] == b"\xff\xd8":
-        _check_jpeg(data)
+        jpeg_end = _end_of_jpeg(data)
     elif data[:8] == b"\x89PNG\r\n\x1a\n":
         _check_png(data)
     else:
         raise ConversionError(
             "corrupt_image",
-            f"expected data that begins like a JPEG or PNG ({stated!r}), got {data[:8].hex(' ')}; the message was cut or "
-            "is of another format",
+            f"expected data that begins like a JPEG or PNG ({stated!r}), got {data[:8].hex(' ')}; the message was "
+            "cut or is of another format",
         )
     bayer = re.match(r"bayer_(\w{4})(8|16)$", source.strip())
     mosaic = bayer is not None and bayer[1] in _BAYER and "compressed bgr" not in coding
@@ -196,9 +197,15 @@ def compressed_to_rgb(msg: Any) -> UInt8Array:
     if pixels is None:
         raise ConversionError(
             "corrupt_image",
-            f"expected a whole picture ({stated!r}), got {len(data)} bytes that do not decode; check the network and the "
-            "camera driver",
+            f"expected a whole picture ({stated!r}), got {len(data)} bytes that do not decode; check the network and "
+            "the camera driver",
         )
+    if jpeg_end and (pixels[-2:, -2:] == 128).all():
+        # grey like the blocks for which data were missing; in a whole picture more data before the end change nothing
+        longer = data[:jpeg_end] + b"\x55" * 64 + data[jpeg_end:]
+        decoded: Any = cv2.imdecode(np.frombuffer(longer, np.uint8), flags)
+        if not np.array_equal(pixels, decoded):
+            raise _truncated("JPEG", len(data), "its last rows")
     if pixels.dtype == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)
     if mosaic and bayer is not None:
@@ -294,8 +301,8 @@ def _to_rgb(channels: np.ndarray[Any, Any], code: int | None) -> UInt8Array:
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
-def _check_jpeg(data: bytes) -> None:
-    """Refuse a JPEG without its end marker: OpenCV 4 decodes what is there and leaves the rest grey."""
+def _end_of_jpeg(data: bytes) -> int:
+    """Where the end marker is; a JPEG without it is refused, which OpenCV 4 would decode with the rest left grey."""
     at = 2
     while True:
         found = _JPEG_MARKER.search(data, at)
@@ -303,7 +310,7 @@ def _check_jpeg(data: bytes) -> None:
             raise _truncated("JPEG", len(data), "its end marker FF D9")
         marker, at = data[found.start() + 1], found.end()
         if marker == 0xD9:
-            return
+            return found.start()
         # segments with a length are jumped over: an EXIF thumbnail has an end marker of its own
         if marker not in (0x01, 0xD8):
             at += int.from_bytes(data[at : at + 2], "big")
@@ -331,6 +338,6 @@ def _check_png(data: bytes) -> None:
 def _truncated(kind: str, size: int, missing: str) -> ConversionError:
     return ConversionError(
         "corrupt_image",
-        f"expected a whole {kind}, got {size} bytes without {missing}; the message was truncated, check the network and "
-        "the camera driver",
+        f"expected a whole {kind}, got {size} bytes without {missing}; the message was truncated, check the network "
+        "and the camera driver",
     )
