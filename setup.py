@@ -24,7 +24,10 @@ ROS = [
         "std-srvs": "~=5.3",
     }.items()
 ]
-TEST = ["mypy>=1.11", "pytest>=8", "pyyaml>=5.4", "ruff>=0.6", "types-PyYAML", "types-tqdm"]
+TEST = [
+    "colcon-ros>=0.4", "mypy>=1.11", "pytest>=8", "pyyaml>=5.4", "ruff>=0.6", "setuptools>=71",
+    "types-PyYAML", "types-tqdm",
+]
 # torch 2.13.0 on PyPI is a CPU build; newer and older ones bring gigabytes of CUDA
 TRAIN = ["onnx>=1.16", "torch==2.13.0"]
 
@@ -37,7 +40,7 @@ setup(
     maintainer_email="maintainers@example.com",
     python_requires=">=3.10",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    package_data={PACKAGE: ["py.typed", "models/weights/*.onnx", "models/weights/*.json", "demo/*", "demo/*/*"]},
+    package_data={PACKAGE: ["py.typed", "models/weights/*.onnx", "models/weights/*.json", "demo/*"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (SHARE, ["package.xml"]),
