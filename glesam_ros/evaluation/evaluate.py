@@ -123,7 +123,8 @@ def table(result: dict[str, Any]) -> str:
     """Markdown: a row for each data set and condition, off / always / auto of each metric in per cent."""
     cells = {(r["set"], r["condition"], r["mode"], r["metric"]): r for r in result["rows"]}
     lines = [
-        "| set | condition | level | 3 points IoU off / always / auto | Dice | pixel accuracy | everything, mean best IoU |",
+        "| set | condition | level | 3 points IoU off / always / auto | Dice | pixel accuracy "
+        "| everything, mean best IoU |",
         "|---|---|---|---|---|---|---|",
     ]
     for set_name, condition in dict.fromkeys((r["set"], r["condition"]) for r in result["rows"]):

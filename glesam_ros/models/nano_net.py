@@ -217,7 +217,7 @@ def alpha_bar(timestep: int) -> float:
 
 
 class Enhancer(nn.Module):
-    """Restores the latent of a degraded image in one denoising step (GleSAM, sec. 3; formula in papers as x0-prediction).
+    """Restores the latent of a degraded image in one denoising step (GleSAM, sec. 3; x0-prediction).
 
     z_hat = (gamma z_L - sqrt(1 - abar_T) eps(gamma z_L, level)) / (gamma sqrt(abar_T)).
 

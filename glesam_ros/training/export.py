@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from glesam_ros.models.nano_net import HYPOTHESES, LATENT, TOKENS, NanoNet, kernel_weights, with_positions
+from glesam_ros.models.nano_net import HYPOTHESES, LATENT, NanoNet, kernel_weights, with_positions
 
 OPSET = 17
 SMALLEST_HALF = 256
@@ -39,7 +39,7 @@ class EncoderGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """latent -> features with positions (1, F + 5, 2h, 2w), trunk, grid, weights (gh, gw, M, F + 5), scores (gh, gw, M)."""
+    """latent -> features with positions (1, F + 5, 2h, 2w), trunk, grid, weights (gh, gw, M, F + 5), their scores."""
 
     def __init__(self, net: NanoNet) -> None:
         super().__init__()
@@ -64,7 +64,9 @@ class PromptGraph(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, features: Tensor, trunk: Tensor, grid: Tensor, xy: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, trunk: Tensor, grid: Tensor, xy: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
         out = self.net.decoder.prompt(features[:, :-5], trunk, grid, xy, labels)
         return kernel_weights(out[..., :-1]), out[..., -1].sigmoid()
 

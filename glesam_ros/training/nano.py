@@ -45,9 +45,11 @@ class Recipe:
     cells: int = 2
     base_steps: int = 2500
     pairs: int = 4000
+    level_steps: int = 4000
     enhance_steps: int = 5000
     decoder_steps: int = 1500
     seed: int = 10
+    log_every: int = 50
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, warm
 class Log:
     """Means of losses, printed and written to a CSV every `every` steps."""
 
-    def __init__(self, path: Path, stage: str, every: int = 50) -> None:
+    def __init__(self, path: Path, stage: str, every: int) -> None:
         self.file = path.open("w", newline="")
         self.writer: csv.DictWriter[str] | None = None
         self.stage, self.every, self.start = stage, every, time.monotonic()
@@ -198,7 +200,7 @@ def train_base(net: NanoNet, photographs: list[Photograph], r: Recipe, out: Path
         {"params": fresh, "peak": 1e-3, "weight_decay": 0.01},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    average, log = Average(tuned + fresh), Log(out / "base.csv", "base")
+    average, log = Average(tuned + fresh), Log(out / "base.csv", "base", r.log_every)
     net.train()
     backbone.eval()
     for step in range(r.base_steps):
@@ -268,10 +270,10 @@ def train_level(net: NanoNet, pairs: Pairs, r: Recipe, out: Path) -> None:
     statistics = torch.cat([pairs.statistics_clear, pairs.statistics_degraded])
     target = torch.cat([torch.zeros(len(pairs.clear)), pairs.number.float() / 3])
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.01)
-    log = Log(out / "level.csv", "level", every=500)
+    log = Log(out / "level.csv", "level", 10 * r.log_every)
     generator = torch.Generator().manual_seed(r.seed)
     head.train()
-    for step in range(4000):
+    for step in range(r.level_steps):
         chosen = torch.randint(len(target), (256,), generator=generator)
         loss = ((head(statistics[chosen]) - target[chosen]) ** 2).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -286,7 +288,7 @@ def train_enhancer(net: NanoNet, pairs: Pairs, r: Recipe, out: Path) -> None:
     net.enhancer.train()
     parameters = list(net.enhancer.parameters())
     optimizer = torch.optim.AdamW([{"params": parameters, "peak": 1e-3, "weight_decay": 0.01}], lr=1e-3)
-    average, log = Average(parameters), Log(out / "enhancer.csv", "enhancer")
+    average, log = Average(parameters), Log(out / "enhancer.csv", "enhancer", r.log_every)
     generator = torch.Generator().manual_seed(r.seed)
     for step in range(r.enhance_steps):
         learning_rates(optimizer, step, r.enhance_steps)
@@ -319,7 +321,7 @@ def train_decoder(net: NanoNet, photographs: list[Photograph], r: Recipe, out: P
     net.decoder.train()
     parameters = list(net.decoder.parameters())
     optimizer = torch.optim.AdamW([{"params": parameters, "peak": 3e-4, "weight_decay": 0.01}], lr=3e-4)
-    average, log = Average(parameters), Log(out / "decoder.csv", "decoder")
+    average, log = Average(parameters), Log(out / "decoder.csv", "decoder", r.log_every)
     for step in range(r.decoder_steps):
         learning_rates(optimizer, step, r.decoder_steps)
         batch = draw_batch(photographs, rng, r)

@@ -63,7 +63,7 @@ def box_prompt(box: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
 
 
 def draw_cells(region: Array, n: int, rng: np.random.Generator, stride: int = 4) -> Array:
-    """(n,) indices of grid cells (each `stride` cells of the region wide) whose centre lies inside, -1 where none does."""
+    """(n,) indices of grid cells (`stride` cells of the region wide) whose centre lies inside, -1 where none does."""
     centres = region[stride // 2 :: stride, stride // 2 :: stride]
     inside = np.flatnonzero(centres)
     return rng.choice(inside, n) if len(inside) else np.full(n, -1)

@@ -1,0 +1,114 @@
+"""The shipped model: what it promises on a picture that anyone can check by eye."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from glesam_ros import load_pipeline
+from glesam_ros.models.nano import WEIGHTS, Nano, model_size
+from glesam_ros.models.onnx_session import choose_device
+
+
+@pytest.fixture(scope="module")
+def scene() -> tuple[np.ndarray, np.ndarray]:
+    """A rendered picture of two discs and a bar on a soft ground, with their masks."""
+    rng = np.random.default_rng(5)
+    ground = cv2.resize(rng.integers(90, 130, (6, 8, 3)).astype(np.uint8), (640, 480), interpolation=cv2.INTER_CUBIC)
+    masks = np.zeros((3, 480, 640), np.uint8)
+    cv2.circle(masks[0], (170, 160), 80, 1, -1)
+    cv2.circle(masks[1], (460, 300), 110, 1, -1)
+    cv2.rectangle(masks[2], (80, 330), (260, 420), 1, -1)
+    for mask, colour in zip(masks, ((200, 60, 40), (40, 80, 190), (230, 210, 60))):
+        ground[mask > 0] = colour
+    noisy = np.clip(ground + rng.normal(0, 3, ground.shape), 0, 255).astype(np.uint8)
+    return noisy, masks.astype(bool)
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+def test_weights_fit_the_promised_size() -> None:
+    files = list(WEIGHTS.glob("nano_*.onnx"))
+    assert sorted(p.name for p in files) == [f"nano_{p}.onnx" for p in ("decoder", "encoder", "enhancer", "prompt")]
+    assert sum(p.stat().st_size for p in files) <= 20_000_000
+
+
+@pytest.mark.parametrize("enhancement", ["off", "always", "auto"])
+def test_everything_mode_finds_plain_objects(scene, enhancement: str) -> None:
+    image, masks = scene
+    found = load_pipeline("nano", enhancement=enhancement).segment(image).masks
+    for mask in masks:
+        assert max(iou(mask, m) for m in found) > 0.75
+
+
+def test_points_and_boxes_find_their_object(scene) -> None:
+    image, masks = scene
+    pipe = load_pipeline("nano", enhancement="auto")
+    embedding = pipe.encode(image)
+    inst = pipe.decode(embedding, points=[[170, 160], [140, 130], [200, 190]], labels=[1, 1, 1],
+                       boxes=[[350, 190, 570, 410], [80, 330, 260, 420]])
+    assert len(inst) == 3
+    assert [iou(a, b) > 0.75 for a, b in zip(inst.masks, masks)] == [True] * 3
+
+
+def test_degradation_level_rises_with_the_degradation_and_drives_auto(scene) -> None:
+    image, _ = scene
+    pipe = load_pipeline("nano", enhancement="auto")
+    worse = cv2.GaussianBlur(image, (0, 0), 4)
+    worse = np.clip(worse + np.random.default_rng(0).normal(0, 25, image.shape), 0, 255).astype(np.uint8)
+    clear, bad = pipe.encode(image), pipe.encode(worse)
+    assert bad.degradation > clear.degradation + 0.3
+    assert bad.enhanced and pipe.settings.enhance_above < bad.degradation
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 20), (200, 900), (1080, 1920), (10, 4000)])
+def test_any_picture_size_gives_masks_of_that_size(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+    inst = load_pipeline("nano", enhancement="always").segment(image)
+    assert inst.masks.shape[1:] == size
+    assert len(load_pipeline("nano").segment(image, points=[[0, 0]])) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "long", "expected"),
+    [((480, 640), 512, (384, 512)), ((720, 1280), 512, (288, 512)), ((640, 480), 256, (256, 192)), ((5, 4000), 512, (32, 512))],
+)
+def test_size_inside_the_model(size, long, expected) -> None:
+    assert model_size(size, long) == expected
+
+
+def test_an_embedding_can_be_decoded_again_with_the_same_result(scene) -> None:
+    image, _ = scene
+    pipe = load_pipeline("nano", enhancement="always")
+    embedding = pipe.encode(image)
+    first, again = pipe.decode(embedding), pipe.decode(embedding)
+    assert len(first) and np.array_equal(first.masks, again.masks) and np.array_equal(first.scores, again.scores)
+
+
+@pytest.mark.parametrize(
+    ("available", "expected"),
+    [
+        (["CPUExecutionProvider"], "cpu"),
+        (["CUDAExecutionProvider", "CPUExecutionProvider"], "cuda"),
+        (["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"], "tensorrt"),
+    ],
+)
+def test_auto_takes_the_fastest_device_at_hand(available: list[str], expected: str) -> None:
+    assert choose_device("auto", available) == expected
+
+
+def test_refusals_say_what_was_expected() -> None:
+    with pytest.raises(RuntimeError, match="onnxruntime-gpu"):
+        choose_device("cuda", ["CPUExecutionProvider"])
+    with pytest.raises(ValueError, match="expected auto"):
+        choose_device("tpu")
+    with pytest.raises(ValueError, match="fp16 needs device tensorrt"):
+        Nano("cpu", "fp16")
+
+
+def test_missing_weights_are_named(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="nano_encoder.onnx"):
+        Nano("cpu", weights=tmp_path)

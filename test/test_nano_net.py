@@ -1,0 +1,107 @@
+"""The network in torch: published numbers, the one-step formula, and what export must keep."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="training and export need torch; scripts/test.sh installs it")
+
+from glesam_ros.models import nano_net  # noqa: E402
+from glesam_ros.models.nano_net import FEATURES, KERNEL, Enhancer, NanoNet  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def net() -> NanoNet:
+    torch.manual_seed(3)
+    return NanoNet().eval()
+
+
+def test_schedule_has_the_published_value_at_timestep_1() -> None:
+    # GleSAM's scripts use T = 1 of Stable Diffusion's schedule: abar = 0.998296, sqrt(1 - abar) = 0.041279
+    assert nano_net.alpha_bar(1) == pytest.approx(0.998296, abs=1e-6)
+    assert math.sqrt(1 - nano_net.alpha_bar(1)) == pytest.approx(0.041279, abs=1e-6)
+
+
+def test_zero_noise_gives_the_scaled_latent_and_the_exact_noise_gives_the_clear_one() -> None:
+    enhancer = Enhancer().double().eval()
+    clear, noise = torch.randn(2, 1, nano_net.LATENT, 8, 8, dtype=torch.float64).unbind(0)
+    degraded = enhancer.signal * clear + enhancer.noise * noise
+    enhancer.predict_noise = lambda z, level: torch.zeros_like(z)  # type: ignore[method-assign]
+    level = torch.zeros(1, dtype=torch.float64)
+    assert torch.allclose(enhancer(degraded, level), degraded / math.sqrt(nano_net.alpha_bar(100)), atol=1e-12)
+    enhancer.predict_noise = lambda z, level: noise  # type: ignore[method-assign]
+    assert torch.allclose(enhancer(degraded, level), clear, atol=1e-12)
+
+
+def test_kernel_product_equals_the_formula_of_the_decoder() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(1, FEATURES, 6, 10, dtype=torch.float64)
+    kernel = torch.randn(KERNEL, dtype=torch.float64)
+    logits = (nano_net.kernel_weights(kernel) @ nano_net.with_positions(features)[0]).reshape(6, 10)
+    k, bias, cx, cy, ex, ey = kernel.split([FEATURES, 1, 1, 1, 1, 1])
+    for row, col in ((0, 0), (5, 9), (2, 7)):
+        x, y = (col + 0.5) / 10 * 2 - 1, (row + 0.5) / 6 * 2 - 1
+        expected = k @ features[0, :, row, col] + bias - ex.exp() * (x - cx) ** 2 - ey.exp() * (y - cy) ** 2
+        assert torch.allclose(logits[row, col], expected[0], atol=1e-9)
+
+
+def test_padding_points_change_nothing(net: NanoNet) -> None:
+    with torch.no_grad():
+        features, trunk, grid, _ = net.decoder(torch.randn(1, nano_net.LATENT, 16, 24))
+        xy = torch.tensor([[[[0.2, -0.3]]]])
+        padded = torch.tensor([[[[0.2, -0.3], [0.9, 0.9]]]])
+        alone = net.decoder.prompt(features, trunk, grid, xy, torch.tensor([[[1.0]]]))
+        beside = net.decoder.prompt(features, trunk, grid, padded, torch.tensor([[[1.0, -1.0]]]))
+    assert torch.allclose(alone, beside, atol=1e-5)
+
+
+def test_objects_of_one_call_do_not_influence_each_other(net: NanoNet) -> None:
+    with torch.no_grad():
+        features, trunk, grid, _ = net.decoder(torch.randn(1, nano_net.LATENT, 16, 24))
+        xy, labels = torch.rand(1, 3, 2, 2) * 2 - 1, torch.ones(1, 3, 2)
+        together = net.decoder.prompt(features, trunk, grid, xy, labels)
+        apart = [net.decoder.prompt(features, trunk, grid, xy[:, k : k + 1], labels[:, k : k + 1]) for k in range(3)]
+    assert torch.allclose(together, torch.cat(apart, 1), atol=1e-5)
+
+
+def test_backbone_takes_the_published_key_layout_and_names_what_is_missing(net: NanoNet) -> None:
+    state = {**net.encoder.backbone.state_dict(), "_fc.weight": torch.zeros(1000, 1280)}
+    assert "_blocks.15._project_conv.weight" in state and "_conv_stem.weight" in state
+    NanoNet().load_backbone(state)
+    del state["_blocks.3._bn1.running_var"]
+    with pytest.raises(RuntimeError, match=r"_blocks\.3\._bn1\.running_var"):
+        NanoNet().load_backbone(state)
+
+
+def test_same_padding_matches_tensorflow_on_even_sizes() -> None:
+    # TensorFlow pads a 3x3 stride-2 convolution of an even size by 0 before and 1 behind
+    padded = nano_net.same_pad(torch.ones(1, 1, 4, 4), 3, 2)
+    assert padded.shape[2:] == (5, 5)
+    assert padded[0, 0, 0, 0] == 1 and padded[0, 0, -1, -1] == 0
+
+
+@pytest.mark.parametrize("size", [(64, 96), (128, 64)])
+def test_exported_files_agree_with_torch_to_1e_3(net: NanoNet, size: tuple[int, int], tmp_path_factory) -> None:
+    pytest.importorskip("onnx", reason="export needs onnx; scripts/test.sh installs it")
+    import onnxruntime as ort
+
+    from glesam_ros.training.export import DecoderGraph, EncoderGraph, export
+
+    folder = tmp_path_factory.mktemp("weights")
+    assert max(export(net, folder).values()) < 1e-3
+    # the files are dynamic in size: compare on one that export did not trace, with the rounding of the weights in it
+    image = torch.randint(0, 256, (1, *size, 3), dtype=torch.uint8)
+    session = ort.InferenceSession(str(folder / "nano_encoder.onnx"), providers=["CPUExecutionProvider"])
+    latent, level = session.run(None, {"image": image.numpy()})
+    with torch.no_grad():
+        expected, expected_level = EncoderGraph(net)(image)
+    assert np.abs(latent - expected.numpy()).max() < 0.02 * float(expected.abs().max())
+    assert abs(float(level[0]) - float(expected_level)) < 0.01
+    session = ort.InferenceSession(str(folder / "nano_decoder.onnx"), providers=["CPUExecutionProvider"])
+    outputs = session.run(None, {"latent": latent})
+    with torch.no_grad():
+        shapes = [tuple(x.shape) for x in DecoderGraph(net)(torch.from_numpy(latent))]
+    assert [x.shape for x in outputs] == shapes
