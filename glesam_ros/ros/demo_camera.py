@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,12 @@ STORED_QUALITY = 95
 class DemoCamera(Node):
     """Publishes `image` (rgb8) or, with the parameter `compressed`, `image/compressed` (JPEG).
 
-    All frames are rendered at the start and kept as JPEG, so that playing costs a decode and a copy. The name of the
-    scene that plays is on `~/scene` (std_msgs/String, latched).
+    Frames are rendered once, the later scenes while the first one plays, and kept as JPEG, so that playing costs a
+    decode and a copy. The name of the scene that plays is on `~/scene` (std_msgs/String, latched).
 
     Raises:
         ValueError, rclpy.exceptions.ParameterException: a parameter is not valid.
+        FileNotFoundError: a photograph is not installed.
     """
 
     def __init__(self) -> None:
@@ -70,15 +72,14 @@ class DemoCamera(Node):
         self._frame_id = self._declare("frame_id", "demo_camera", "frame_id of the headers.")
         self._is_compressed = self._declare("compressed", False, "Publish image/compressed instead of image.")
 
-        scenes = SCENES if chosen == "cycle" else tuple((chosen, photo) for photo in dict(SCENES).values())
+        photographs = dict.fromkeys(photo for _, photo in SCENES)
+        plan = SCENES if chosen == "cycle" else tuple((chosen, photo) for photo in photographs)
         self._frames_per_scene = max(1, round(seconds * self._rate))
-        started = time.monotonic()
-        self._scenes = [(name, render(name, photo, level, size, seed)) for seed, (name, photo) in enumerate(scenes)]
-        frames = [f for _, sweep in self._scenes for f in sweep]
-        self.get_logger().info(
-            f"rendered {len(frames)} frames in {time.monotonic() - started:.1f} s, "
-            f"{sum(f.nbytes for f in frames) / 1e6:.0f} MB; playing {', '.join(name for name, _ in self._scenes)}"
-        )
+        self._scenes: list[tuple[str, list[UInt8Array]]] = []  # grows while the first scenes play
+        self._closing = threading.Event()
+        self._render(plan[:1], level, size)
+        self._renderer = threading.Thread(target=self._render, args=(plan[1:], level, size), name="renderer")
+        self._renderer.start()
         # reliable matches every subscriber; depth 1 never holds frames back
         profile = QoSProfile(depth=1, reliability=QoSReliabilityPolicy.RELIABLE)
         self._publisher = (
@@ -90,7 +91,7 @@ class DemoCamera(Node):
             depth=1, reliability=QoSReliabilityPolicy.RELIABLE, durability=QoSDurabilityPolicy.TRANSIENT_LOCAL
         )
         self._scene_publisher = self.create_publisher(String, "~/scene", latched)
-        self._count = 0
+        self._scene, self._position = 0, 0
         self.create_timer(1.0 / self._rate, self._publish)
 
     def _declare(self, name: str, default: Any, text: str, low: Any = None, high: Any = None) -> Any:
@@ -101,12 +102,31 @@ class DemoCamera(Node):
             descriptor.integer_range = [IntegerRange(from_value=low, to_value=high, step=1)]
         return self.declare_parameter(name, default, descriptor).value
 
+    def close(self) -> None:
+        """Stop rendering."""
+        self._closing.set()
+        self._renderer.join()
+
+    def _render(self, plan: Iterable[tuple[str, str]], level: int, size: tuple[int, int]) -> None:
+        for name, photograph in plan:
+            started = time.monotonic()
+            frames = render(name, photograph, level, size, seed=len(self._scenes), ended=self._closing)
+            if self._closing.is_set():
+                return
+            self._scenes.append((name, frames))
+            self.get_logger().info(
+                f"scene {name}: {len(frames)} frames, {sum(f.nbytes for f in frames) / 1e6:.1f} MB, "
+                f"rendered in {time.monotonic() - started:.1f} s"
+            )
+
     def _publish(self) -> None:
-        scene, position = divmod(self._count, self._frames_per_scene)
-        name, sweep = self._scenes[scene % len(self._scenes)]
-        if position == 0:
+        if self._position == self._frames_per_scene:
+            self._scene, self._position = (self._scene + 1) % len(self._scenes), 0
+        name, sweep = self._scenes[self._scene]
+        if self._position == 0:
             self._scene_publisher.publish(String(data=name))
-        self._count += 1
+        position = self._position
+        self._position += 1
         stored = sweep[forth_and_back(position, len(sweep))]
         if self._is_compressed:
             message = CompressedImage(header=self._header(), format="jpeg")
@@ -121,7 +141,9 @@ class DemoCamera(Node):
         return Header(stamp=self.get_clock().now().to_msg(), frame_id=self._frame_id)
 
 
-def render(name: str, photograph: str, level: int, size: tuple[int, int], seed: int) -> list[UInt8Array]:
+def render(
+    name: str, photograph: str, level: int, size: tuple[int, int], seed: int, ended: threading.Event
+) -> list[UInt8Array]:
     """The frames of one scene.
 
     Args:
@@ -130,6 +152,7 @@ def render(name: str, photograph: str, level: int, size: tuple[int, int], seed: 
         level: severity, 1 to 3.
         size: (width, height) in pixels.
         seed: of the weather.
+        ended: when set, rendering stops with what there is.
 
     Returns:
         `SWEEP_FRAMES` JPEG files as uint8 arrays.
@@ -143,6 +166,8 @@ def render(name: str, photograph: str, level: int, size: tuple[int, int], seed: 
         raise FileNotFoundError(f"expected a photograph at {path}, found none; install the package again")
     frames: list[UInt8Array] = []
     for k in range(SWEEP_FRAMES):
+        if ended.is_set():
+            break
         frame = _window(np.asarray(photo, np.uint8), size, k / (SWEEP_FRAMES - 1))
         if name != CLEAR:
             rgb = np.ascontiguousarray(frame[..., ::-1])
@@ -195,6 +220,7 @@ def main(args: list[str] | None = None) -> int:
             executor.spin_once(timeout_sec=0.2)
     except ExternalShutdownException:
         node.get_logger().info("ending: the context was shut down")
+    node.close()
     executor.shutdown()
     rclpy.try_shutdown()
     return 0
