@@ -74,7 +74,10 @@ def test_any_picture_size_gives_masks_of_that_size(size: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize(
     ("size", "long", "expected"),
-    [((480, 640), 512, (384, 512)), ((720, 1280), 512, (288, 512)), ((640, 480), 256, (256, 192)), ((5, 4000), 512, (32, 512))],
+    [
+        ((480, 640), 512, (384, 512)), ((720, 1280), 512, (288, 512)), ((640, 480), 256, (256, 192)),
+        ((5, 4000), 512, (32, 512)),
+    ],
 )
 def test_size_inside_the_model(size, long, expected) -> None:
     assert model_size(size, long) == expected

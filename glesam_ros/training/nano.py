@@ -101,8 +101,10 @@ def decoder_loss(net: NanoNet, latent: Tensor, batch: Batch, focal: bool) -> dic
     cells = batch.cells.clamp_min(0)[:, :, None, None].expand(-1, -1, *dense.shape[2:])
     at_cells = dense.float().gather(1, cells)
     kernels = torch.cat([prompted.reshape(b, -1, prompted.shape[-1]), at_cells.reshape(b, -1, dense.shape[-1])], 1)
-    logits = kernel_weights(kernels[..., :-1]) @ with_positions(features.float())
-    overlap = soft_iou(logits, batch.regions)
+    # the squares of positions cancel, which needs more digits than bf16 has
+    with torch.autocast("cpu", enabled=False):
+        logits = kernel_weights(kernels[..., :-1].float()) @ with_positions(features.float())
+        overlap = soft_iou(logits, batch.regions)
 
     def split(x: Tensor) -> tuple[Tensor, Tensor]:
         n = o * (1 + HYPOTHESES)
