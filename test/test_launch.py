@@ -1,0 +1,187 @@
+"""`perception.launch.py`, run by the real launch: names, topics, parameters, refusals, respawn."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rclpy", reason="needs rclpy (scripts/setup.sh, or a sourced ROS 2)")
+pytest.importorskip("launch_ros", reason="needs launch_ros, which has no wheel: ROS 2 from apt or source")
+
+from rcl_interfaces.srv import GetParameters  # noqa: E402
+from ros_graph import Client, image_message, picture, wait_for  # noqa: E402
+from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH_FILE = ROOT / "launch/perception.launch.py"
+SQUARE = (20, 20, 60, 60)
+RUNNER = """
+import sys
+from launch import LaunchDescription, LaunchService
+from launch.actions import IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+arguments = [a.split(":=", 1) for a in sys.argv[2:]]
+service = LaunchService()
+service.include_launch_description(LaunchDescription([
+    IncludeLaunchDescription(PythonLaunchDescriptionSource(sys.argv[1]), launch_arguments=arguments)
+]))
+sys.exit(service.run())
+"""
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory) -> Path:
+    """An ament prefix of the package whose node has the test models as well."""
+    root = tmp_path_factory.mktemp("prefix")
+    index = root / "share/ament_index/resource_index/packages"
+    programs = root / "lib/glesam_ros"
+    for folder in (index, programs, root / "share/glesam_ros"):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "resource/glesam_ros", index)
+    for folder in ("launch", "config"):
+        (root / "share/glesam_ros" / folder).symlink_to(ROOT / folder)
+    for name, program in (
+        ("perception_node", f"{ROOT}/test/nodes/model_node.py"),
+        ("demo_camera", f"{ROOT}/glesam_ros/ros/demo_camera.py"),
+    ):
+        script = programs / name
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')
+        script.chmod(0o755)
+    return root
+
+
+class LaunchProcess:
+    """A launch in its own process, with output kept in a file."""
+
+    def __init__(self, prefix: Path, arguments: dict[str, str]) -> None:
+        self._log = tempfile.TemporaryFile("w+")
+        environment = dict(os.environ)
+        for name, path in (("AMENT_PREFIX_PATH", prefix), ("PYTHONPATH", ROOT)):
+            environment[name] = os.pathsep.join(p for p in (str(path), environment.get(name, "")) if p)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", RUNNER, str(LAUNCH_FILE), *(f"{k}:={v}" for k, v in arguments.items())],
+            stdout=self._log, stderr=subprocess.STDOUT, env=environment,
+        )
+
+    @property
+    def output(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def wait(self) -> int:
+        return self.process.wait(60)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        self.wait()
+
+
+@pytest.fixture
+def launched(_ros, prefix):
+    """`launched(namespace, argument=value, ...)` starts the launch file and gives a `Client` of the namespace."""
+    clients = []
+
+    def start(namespace: str, **arguments: str) -> Client:
+        process = LaunchProcess(prefix, {"model": "bright", "namespace": namespace, **arguments})
+        clients.append(Client(namespace, process))
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        client.ros.end()
+        client.close()
+        print(client.ros.output)
+
+
+def parameters(client: Client, *names: str) -> list:
+    request = GetParameters.Request(names=list(names))
+    return client.call(GetParameters, "perception/get_parameters", request).values
+
+
+def test_two_cameras_are_remapped_and_answer_under_their_names(launched):
+    client = launched(
+        "launch_two", cameras="front,rear", image_topics="/launch_two_front/image_raw,/launch_two_rear/image_raw"
+    )
+    client.wait_state("active")
+    for camera in ("front", "rear"):
+        masks = client.subscribe(Image, f"{camera}/masks")
+        client.send(image_message(picture((SQUARE,)), client.stamp(), camera), f"/launch_two_{camera}/image_raw")
+        wait_for(lambda inbox=masks: inbox.messages, f"{camera}/masks\n{client.ros.output}")
+        assert masks.last.header.frame_id == camera
+
+
+def test_arguments_win_over_params_file_and_the_rest_of_it_counts(launched, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("/**:\n  ros__parameters:\n    model: absent\n    score_threshold: 0.25\n    compressed: true\n")
+    client = launched("launch_file", params_file=str(file), image_topic="/launch_file_camera/image_raw/compressed")
+    client.wait_state("active")
+    model, score, compressed, sim = parameters(client, "model", "score_threshold", "compressed", "use_sim_time")
+    assert model.string_value == "bright"
+    assert score.double_value == 0.25
+    assert compressed.bool_value is True
+    assert sim.bool_value is False
+    # the compressed topic of the camera is the one that the node listens to
+    client.publisher(CompressedImage, "/launch_file_camera/image_raw/compressed")
+
+
+def test_autostart_off_waits_and_use_sim_time_is_passed_on(launched):
+    client = launched("launch_wait", autostart="false", use_sim_time="true")
+    client.wait_state("unconfigured")
+    [sim] = parameters(client, "use_sim_time")
+    assert sim.bool_value is True
+    assert client.change_state("configure") and client.state() == "inactive"
+
+
+def test_demo_camera_feeds_the_node(launched):
+    client = launched("launch_demo", demo_camera="true")
+    client.wait_state("active")
+    masks = client.subscribe(Image, "masks")
+    wait_for(lambda: masks.messages, f"masks of the demo camera\n{client.ros.output}", 60)
+    assert (masks.last.width, masks.last.height) == (640, 480)
+
+
+def test_respawn_brings_the_node_back(launched):
+    client = launched("launch_again", respawn="true")
+    client.wait_state("active")
+    started = "process started with pid ["
+    assert client.ros.output.count(started) == 1
+    pid = int(client.ros.output.split(started)[1].split("]")[0])
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: client.ros.output.count(started) == 2, f"a second start\n{client.ros.output}")
+    wait_for(lambda: client.ros.output.count("activate done") == 2, f"a second activation\n{client.ros.output}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"image_topics": "/a,/b"}, "got 2 topics (/a, /b) for 1 cameras"),
+        ({"image_topic": "/a", "image_topics": "/b"}, "leave one out"),
+        ({"device": "tpu"}, "device: expected one of auto, cpu, cuda, tensorrt; got 'tpu'"),
+        ({"compressed": "perhaps"}, "compressed: expected true or false, got 'perhaps'"),
+        ({"rviz": "maybe"}, "maybe"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_the_reason(prefix, arguments, reason):
+    process = LaunchProcess(prefix, arguments)
+    assert process.wait() != 0
+    assert reason in process.output
+    assert "process started" not in process.output
+
+
+@pytest.mark.parametrize(("argument", "package"), [("rqt", "rqt_gui"), ("rviz", "rviz2")])
+def test_a_missing_viewer_is_named_with_its_package(prefix, argument, package):
+    from ament_index_python.packages import get_packages_with_prefixes
+
+    if package in get_packages_with_prefixes():
+        pytest.skip(f"{package} is installed")
+    process = LaunchProcess(prefix, {argument: "true"})
+    assert process.wait() != 0
+    assert f"{argument}:=true needs {package}: sudo apt install" in process.output
