@@ -352,10 +352,18 @@ def test_degraded_pictures_are_worse_and_repeat_by_seed(tmp_path):
     assert (one[0] != other[0]).any()
 
 
-def test_unknown_degradation_is_refused(tmp_path, capsys):
-    cv2.imwrite(str(tmp_path / "a.png"), bright_model.scene())
-    assert bag("--from-images", tmp_path, "--out", tmp_path / "out", "--degrade", "frogs") == 1
-    assert "--degrade frogs" in capsys.readouterr().err
+def test_unknown_degradation_is_refused_with_the_known_ones(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bag("--from-images", tmp_path, "--out", tmp_path / "out", "--degrade", "frogs")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "frogs" in said and "low_light" in said
+
+
+def test_nothing_is_left_of_a_bag_that_failed(tmp_path, capsys):
+    source = write_bag(tmp_path / "drive", drive())
+    assert main(["bag", str(source), "--out", str(tmp_path / "out"), "--model", "nosuch"]) == 1
+    assert "model: expected one of" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

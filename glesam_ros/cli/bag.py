@@ -42,7 +42,7 @@ examples:
   glesam bag drive --out masks --topic /front/image_raw --results-only
   glesam bag old.bag --out new --storage sqlite3              a ROS 1 bag becomes a ROS 2 bag
   glesam bag --from-images photos --rate 30 --out film        pictures become a bag
-  glesam bag --from-images photos --rate 30 --out dark --degrade night --level 2
+  glesam bag --from-images photos --rate 30 --out dark --degrade low_light --level 2
 
 result topics, with the header and the recording time of their picture:
   /glesam/masks       sensor_msgs/Image mono16, the value is the instance id, 0 background
@@ -87,9 +87,12 @@ def add_parser(commands: Any) -> None:
         "--rate", type=positive(float), default=30.0, metavar="HZ", help="pictures a second; default: 30"
     )
     pictures.add_argument("--compressed", action="store_true", help="write CompressedImage (JPEG) instead of Image")
-    pictures.add_argument("--degrade", metavar="NAME", help="make the pictures worse, see glesam_ros.degradation")
+    pictures.add_argument(
+        "--degrade", type=_degradation, metavar="NAME",
+        help="make the pictures worse: low_light, rain, fog, motion_blur, lq, ...; a wrong name is answered with all",
+    )
     pictures.add_argument("--level", type=int, choices=(1, 2, 3), default=2, help="how much worse; default: 2")
-    pictures.add_argument("--seed", type=int, default=0, metavar="N", help="of the degradation; default: 0")
+    pictures.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the degradation; default: 0")
     add_settings(parser, SETTINGS)
     parser.set_defaults(func=run, usage_error=parser.error)
 
@@ -212,7 +215,19 @@ def _degraded(image: UInt8Array, args: argparse.Namespace, number: int) -> UInt8
         return image
     from glesam_ros.degradation import degrade
 
-    try:
-        return degrade(image, args.degrade, args.level, args.seed, frame=number).image
-    except ValueError as error:
-        raise CommandError(f"--degrade {args.degrade}: {error}") from error
+    return degrade(image, args.degrade, args.level, args.seed, frame=number).image
+
+
+def _degradation(text: str) -> str:
+    from glesam_ros.degradation import names  # only when asked for: it takes longer to import than --help may take
+
+    if text not in names():
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(names())}; got {text!r}")
+    return text
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text}")
+    return value
