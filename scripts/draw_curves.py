@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""Draw the losses that a training run wrote: draw_curves.py runs/nano docs/images/nano_losses.png."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  # after the choice of the backend
+
+STAGES = {"base": ("prompt", "dense", "iou"), "level": ("loss",), "enhancer": ("loss", "unrestored"),
+          "decoder": ("prompt", "dense", "iou")}
+"""CSV file stem to the columns that are drawn."""
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder with base.csv, level.csv, enhancer.csv, decoder.csv")
+    parser.add_argument("picture", type=Path, help="PNG to write")
+    args = parser.parse_args()
+    figure, axes = plt.subplots(1, len(STAGES), figsize=(16, 3.6), constrained_layout=True)
+    for axis, (stage, columns) in zip(axes, STAGES.items()):
+        rows = list(csv.DictReader((args.folder / f"{stage}.csv").open()))
+        for column in columns:
+            axis.plot([int(r["step"]) for r in rows], [float(r[column]) for r in rows], label=column)
+        axis.set(title=stage, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.picture, dpi=80)
+
+
+if __name__ == "__main__":
+    main()
