@@ -91,7 +91,7 @@ def _watch(
     """Spin until the time is over or a signal came, and print the line.
 
     Raises:
-        CommandError: a child ended, or no masks came.
+        CommandError: a child ended, the node reports an error, or no masks came.
     """
     print(f"starting node and camera; logs in {out}", flush=True)
     started = time.monotonic()
@@ -104,6 +104,8 @@ def _watch(
             if child.poll() is not None and not ended.is_set():
                 raise CommandError(f"{module} ended with code {child.returncode}:\n{_last_lines(_log(out, module))}")
         if view.first is None:
+            if view.error:
+                raise CommandError(f"the node cannot work: {view.error}; its log is {_log(out, NODE)}")
             if now - started > START_TIMEOUT_S:
                 raise CommandError(
                     f"expected masks on /glesam/masks within {START_TIMEOUT_S:g} s, got none. The node says:\n"
@@ -134,6 +136,7 @@ class View:
 
     Attributes:
         first: when the first masks came (monotonic seconds), None before.
+        error: what the node reports as broken, "" where nothing is.
         pictures: what was written, by scene.
         total: number of masks received.
     """
@@ -146,6 +149,7 @@ class View:
         from std_msgs.msg import String
 
         self.first: float | None = None
+        self.error = ""
         self.pictures: dict[str, Path] = {}
         self.total = 0
         self._node, self._out, self._pid = node, out, pid
@@ -187,7 +191,7 @@ class View:
 
         while self._arrivals and self._arrivals[0][0] < now - WINDOW_S:
             self._arrivals.popleft()
-        span = min(WINDOW_S, max(now - (self.first or now), 1e-3))
+        span = min(WINDOW_S, max(now - (self.first or now), 1.0))
         latencies = [latency for _, latency in self._arrivals]
         p50, p95 = np.percentile(latencies, [50, 95]) if latencies else (float("nan"), float("nan"))
         labels = np.frombuffer(self._masks.data, np.uint16)
@@ -227,6 +231,8 @@ class View:
 
     def _on_diagnostics(self, message: Any) -> None:
         for status in message.status:
+            if status.name == "glesam/perception: model":
+                self.error = status.message if status.level == type(status).ERROR else ""
             values = {pair.key: pair.value for pair in status.values}
             if status.name.startswith("glesam/perception") and "input_rate_hz" in values:
                 self._diagnosed = values
