@@ -113,7 +113,8 @@ def test_a_zero_stamp_is_processed_and_noticed(launch):
     client = launch()
     masks = client.subscribe(Image, "masks")
     client.stream(
-        lambda: image_message(picture((SQUARE,)), Time()), lambda: client.counts()["noticed_zero_stamp"] >= 3, "a notice"
+        lambda: image_message(picture((SQUARE,)), Time()),
+        lambda: client.counts()["noticed_zero_stamp"] >= 3, "a notice",
     )
     assert masks.last.header.stamp == Time()
     assert client.counts()["frames_processed"] >= 3

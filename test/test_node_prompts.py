@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from geometry_msgs.msg import Point, PointStamped
 from ros_graph import image_message, picture, pixels_of
@@ -163,9 +161,9 @@ def test_prompts_belong_to_their_camera(launch):
         lambda: image_message(picture((LEFT, RIGHT)), client.stamp()),
         lambda: only_left(pixels_of(masks["a"].last)), "the left square of a", "a/image",
     )
-    before, started = len(masks["b"]), time.monotonic()
+    before = len(masks["b"])
     client.stream(
         lambda: image_message(picture((LEFT, RIGHT)), client.stamp()),
         lambda: len(masks["b"]) > before + 1, "masks of b", "b/image",
     )
-    assert pixels_of(masks["b"].last)[50, 120], f"camera b lost its everything mode after {time.monotonic() - started:.1f} s"
+    assert pixels_of(masks["b"].last)[50, 120]

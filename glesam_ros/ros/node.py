@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -431,27 +433,28 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         Exit code: 0, or 1 when the parameters it was started with are not valid.
     """
-    # rclpy's own handlers raise KeyboardInterrupt in the middle of callbacks; here a signal only asks to end
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    try:
-        node = PerceptionNode()
-    except (ValueError, ParameterException, InvalidParameterException) as error:
-        rclpy.logging.get_logger(NODE_NAME).fatal(f"start parameters are not valid: {error}")
+    with _end_requests() as (wait_for_end, request_end):
+        # rclpy's own handlers raise KeyboardInterrupt in the middle of callbacks; here a signal only asks to end
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+        try:
+            node = PerceptionNode()
+        except (ValueError, ParameterException, InvalidParameterException) as error:
+            rclpy.logging.get_logger(NODE_NAME).fatal(f"start parameters are not valid: {error}")
+            rclpy.try_shutdown()
+            return 1
+        executor = MultiThreadedExecutor(num_threads=4)
+        executor.add_node(node)
+        ended = threading.Event()
+        spin = functools.partial(_spin, executor, node, ended, request_end)
+        spinner = threading.Thread(target=spin, name="executor", daemon=True)
+        spinner.start()
+        wait_for_end()
+        ended.set()
+        node.get_logger().info("ending")
+        is_idle = node.close()
+        executor.shutdown(timeout_sec=EXIT_TIMEOUT_S)
+        spinner.join(EXIT_TIMEOUT_S)
         rclpy.try_shutdown()
-        return 1
-    executor = MultiThreadedExecutor(num_threads=4)
-    executor.add_node(node)
-    spinner = threading.Thread(target=_spin, args=(executor, node, ended), name="executor", daemon=True)
-    spinner.start()
-    ended.wait()
-    node.get_logger().info("ending")
-    is_idle = node.close()
-    executor.shutdown(timeout_sec=EXIT_TIMEOUT_S)
-    spinner.join(EXIT_TIMEOUT_S)
-    rclpy.try_shutdown()
     if not is_idle:
         # a thread is inside the model: the interpreter would wait for it, or tear the model down under it
         sys.stdout.flush()
@@ -460,13 +463,32 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def _spin(executor: MultiThreadedExecutor, node: PerceptionNode, ended: threading.Event) -> None:
+@contextlib.contextmanager
+def _end_requests() -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Functions that wait for, and that make, a request to end the process; SIGINT and SIGTERM are such requests."""
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        writer.setblocking(False)
+        # a byte comes whichever thread the system hands the signal to; a lock wakes only if it is the main thread
+        previous = signal.set_wakeup_fd(writer.fileno())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        try:
+            yield lambda: reader.recv(1), lambda: writer.send(b"\0")
+        finally:
+            signal.set_wakeup_fd(previous)
+
+
+def _spin(
+    executor: MultiThreadedExecutor, node: PerceptionNode, ended: threading.Event, request_end: Callable[[], Any]
+) -> None:
     """Run callbacks; a callback that raises (rclpy hands that to here) costs one log line and not the process."""
     while not ended.is_set():
         try:
             executor.spin_once()
         except ExternalShutdownException:
-            ended.set()
+            request_end()
+            return
         except Exception:  # noqa: BLE001  # whatever a callback raises
             if not ended.is_set():
                 node.get_logger().error(f"a callback failed:\n{traceback.format_exc().rstrip()}")

@@ -62,7 +62,11 @@ class Outputs:
         return frozenset(n for n, p in self._publishers.items() if p.get_subscription_count() > 0)
 
     def publish_masks(self, wanted: frozenset[str], header: Header, instances: Instances) -> LabelMap | None:
-        """Publish `masks`, `confidence` and `detections` where wanted, with `header` as it came; the label map if made."""
+        """Publish `masks`, `confidence` and `detections` where wanted, with `header` as it came.
+
+        Returns:
+            The label map, None when it was not needed.
+        """
         labels = None
         if wanted & {"masks", "confidence"}:
             labels = instances.label_map()
