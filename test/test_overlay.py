@@ -109,12 +109,23 @@ def test_numbers_only_where_there_is_room() -> None:
     assert (out[SMALL] == 90).all()
 
 
-def test_a_thin_ring_gets_no_number() -> None:
+def test_a_thin_cross_gets_no_number() -> None:
     found = instances([(50, 50, 200, 200)])
-    found.masks[0, 56:194, 56:194] = False
+    for rows in (slice(50, 121), slice(129, 200)):
+        found.masks[0, rows, 50:121] = found.masks[0, rows, 129:200] = False
     image = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
     out = draw_overlay(image, found, 0.0)
     assert {tuple(p) for p in out[50:200, 50:200].reshape(-1, 3).tolist()} == {(90, 90, 90), tuple(PALETTE[0].tolist())}
+
+
+def test_letters_stay_inside_of_a_mask_with_fine_holes() -> None:
+    found = instances([(48, 48, 200, 200)])
+    found.masks[0, :, 50::4] = False
+    image = picture()
+    out = draw_overlay(image, found, 0.0)
+    outside = ~found.masks[0]
+    outside[: strip_height(found.size)] = False
+    np.testing.assert_array_equal(out[outside], image[outside])
 
 
 def test_the_strip_tells_degradation_enhancement_and_count() -> None:

@@ -193,6 +193,7 @@ class TestEverything:
         model = Known(rectangles((0, 0, 2, 2), (10, 10, 30, 30)), [0.9, 0.8])
         found = pipeline(model, max_instances=1, min_area=5).segment(picture())
         assert found.areas.tolist() == [400]
+        assert found.masks.sum() == 400
 
     def test_at_most_max_instances_best_first(self) -> None:
         windows = [(8 * k, 0, 8 * k + 6, 6) for k in range(6)]
@@ -230,6 +231,13 @@ class TestNms:
         assert mask_nms(masks, 0.4, 9).tolist() == [0, 3]
         assert mask_nms(masks, 1.0, 9).tolist() == [0, 1, 2, 3, 4]
         assert mask_nms(masks, 0.89, 2).tolist() == [0, 1]
+
+    def test_exactly_the_threshold_stays_whatever_the_shape(self) -> None:
+        masks = np.zeros((2, 3, 3), np.bool_)
+        for k, corner in enumerate([(0, 2), (2, 0)]):
+            masks[k, [0, 2, corner[0]], [0, 2, corner[1]]] = True  # 2 pixels in common, 4 in all
+        assert mask_nms(masks, 0.5, 9).tolist() == [0, 1]
+        assert mask_nms(masks, 0.49, 9).tolist() == [0]
 
     def test_a_dropped_mask_drops_nothing(self) -> None:
         masks = rectangles((0, 0, 10, 10), (0, 3, 10, 13), (0, 6, 10, 16)) > 0
