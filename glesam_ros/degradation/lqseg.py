@@ -283,7 +283,7 @@ def poisson_noise(image: UInt8Array, gray: bool, rng: np.random.Generator) -> Fl
     accept, alias = _poisson_tables(counts)
     bits = np.frombuffer(rng.bytes(4 * image.size), "<u4").reshape(image.shape)
     column = (bits & (_COLUMNS - 1)).astype(np.int32)
-    cell = column + image * np.int32(_COLUMNS)
+    cell = column + image.astype(np.int32) * _COLUMNS
     drawn = np.where((bits >> _COLUMN_BITS) < accept.take(cell), column, alias.take(cell)).astype(np.float32)
     drawn *= np.float32(255.0 / counts)
     return np.subtract(drawn, image, out=drawn, dtype=np.float32)
