@@ -238,7 +238,8 @@ def glare(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array,
     angle = np.arctan2(y, x)
     rays = (0.5 + 0.5 * np.cos(6 * angle + np.float32(scene.uniform(0, 6.28)))) ** 24 * 0.05 / (np.sqrt(r2) + 0.06)
     light = (halo + rays)[..., None] * np.array([1.0, 0.93, 0.8], np.float32)
-    for along, radius, colour in ((0.6, 0.05, (0.2, 0.5, 0.3)), (1.3, 0.09, (0.5, 0.25, 0.35)), (1.7, 0.04, (0.2, 0.3, 0.6))):
+    ghosts = ((0.6, 0.05, (0.2, 0.5, 0.3)), (1.3, 0.09, (0.5, 0.25, 0.35)), (1.7, 0.04, (0.2, 0.3, 0.6)))
+    for along, radius, colour in ghosts:
         gx, gy = (0.5 - cx) * along * aspect, (0.5 - cy) * along  # ghosts lie on the line through the centre
         ghost = np.clip((radius - np.hypot(x - gx, y - gy)) / 0.012, 0, 1)
         light += ghost[..., None] * np.array(colour, np.float32) * 0.15
