@@ -265,7 +265,8 @@ def test_point_spread_functions_sum_to_one() -> None:
         assert psf.sum() == pytest.approx(1, abs=1e-5)
         assert psf.min() >= 0 and psf.shape[0] == psf.shape[1] and psf.shape[0] % 2 == 1
     line = robot.trajectory_psf(21.0, 0.0, 0.0)
-    assert line.sum(1).argmax() == line.shape[0] // 2 and np.count_nonzero(line.sum(0) > 1e-6) == pytest.approx(22, abs=2)
+    assert line.sum(1).argmax() == line.shape[0] // 2
+    assert np.count_nonzero(line.sum(0) > 1e-6) == pytest.approx(22, abs=2)
 
 
 def test_gaussian_noise_has_its_sigma() -> None:
