@@ -203,7 +203,7 @@ def test_vision_msgs_definitions_agree_with_the_interface_files():
 def test_results_only_and_chosen_results(tmp_path):
     source = write_bag(tmp_path / "drive", drive())
     arguments = ["--results-only", "--result", "masks", "--result", "detections", "--namespace", "seen/"]
-    assert bag(source, "--out", tmp_path / "out", *arguments) == 0
+    assert bag(source / "drive.mcap", "--out", tmp_path / "out", *arguments) == 0  # the file does as well as its folder
     assert set(read(tmp_path / "out")) == {"/seen/masks", "/seen/detections"}
 
 

@@ -59,7 +59,7 @@ _VISION_MSGS = {
 
 UNREADABLE = (AnyReaderError, ValueError, IndexError, AssertionError, struct.error)
 """What the versions of rosbags raise for a message whose bytes do not fit its type."""
-_ENDLESS = QosTime(2147483647, 4294967295)
+_ENDLESS = QosTime(9223372036, 854775807)  # as rosbag2 records it
 RESULT_QOS = Qos(
     QosHistory.KEEP_LAST, 5, QosReliability.RELIABLE, QosDurability.VOLATILE, _ENDLESS, _ENDLESS,
     QosLiveliness.AUTOMATIC, _ENDLESS, avoid_ros_namespace_conventions=False,
