@@ -67,17 +67,21 @@ def load_bsds(folder: Path, split: str) -> list[Photograph]:
     photographs = []
     for name in (folder / f"{split}.txt").read_text().split():
         paths = sorted((folder / "regions").glob(f"{name}_*.png"))
-        layers = [cv2.imread(str(p), cv2.IMREAD_UNCHANGED).astype(np.int16) for p in paths]
+        layers = [_read(p, cv2.IMREAD_UNCHANGED).astype(np.int16) for p in paths]
         photographs.append(Photograph(name, read_rgb(folder / "images" / f"{name}.jpg"), layers, True))
     return photographs
 
 
 def read_rgb(path: Path) -> np.ndarray[Any, Any]:
     """(H, W, 3) uint8 RGB. Raises FileNotFoundError when the file is missing or no picture."""
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    return np.asarray(cv2.cvtColor(_read(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB))
+
+
+def _read(path: Path, flags: int) -> np.ndarray[Any, Any]:
+    image = cv2.imread(str(path), flags)
     if image is None:
-        raise FileNotFoundError(f"expected a picture at {path}")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        raise FileNotFoundError(f"expected a picture at {path}, found none that can be read")
+    return image
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray[Any, Any]:

@@ -41,7 +41,7 @@ class Nano:
     """
 
     name = "nano"
-    classes = ("object",)
+    classes: tuple[str, ...] = ("object",)
 
     def __init__(self, device: str = "auto", precision: str = "auto", weights: Path | None = None) -> None:
         folder = WEIGHTS if weights is None else weights
@@ -85,13 +85,14 @@ class Nano:
     def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray) -> Candidates:
         features, trunk, grid, _, _ = self._shared(embedding)
         height, width = embedding.size
-        xy = (points + np.float32(0.5) * (labels < 2)[..., None]) / np.array([width, height], np.float32) * 2 - 1
-        xy, labels = _with_box_centres(xy.astype(np.float32), labels)
+        # a point names a pixel, so its centre is meant; box corners lie between pixels
+        centred = points + 0.5 * (labels < 2)[..., None]
+        xy, labels = _with_box_centres((centred / (width, height) * 2 - 1).astype(np.float32), labels)
         inputs = {"features": features, "trunk": trunk, "grid": grid, "xy": xy[None], "labels": labels[None]}
         weights, scores = self._prompt.run(None, inputs)
         # a lone point may mean several things, the most convincing wins; anything more has one answer
-        lone = ((labels >= 0).sum(1) == 1)[:, None]
-        choice = np.where(lone[:, 0], 1 + scores[0, :, 1:].argmax(1), 0)
+        lone = (labels >= 0).sum(1) == 1
+        choice = np.where(lone, 1 + scores[0, :, 1:].argmax(1), 0)
         rows = np.arange(len(choice))
         return Candidates(_masks(weights[0, rows, choice], features), scores[0, rows, choice])
 
@@ -115,13 +116,14 @@ def model_size(size: tuple[int, int], processing_size: int) -> tuple[int, int]:
 
 def _grid_maximum(scores: FloatArray) -> FloatArray:
     """Largest score among the 3x3 neighbours on the grid, (gh, gw, M) for each hypothesis apart."""
-    return np.asarray(cv2.dilate(scores, np.ones((3, 3), np.uint8))).reshape(scores.shape)
+    return np.asarray(cv2.dilate(scores, np.ones((3, 3), np.uint8)), np.float32).reshape(scores.shape)
 
 
 def _masks(weights: FloatArray, features: FloatArray) -> FloatArray:
     """Kernels (K, F + 5) times features (1, F + 5, h, w) -> logits (K, h, w)."""
     _, f, h, w = features.shape
-    return (weights @ features.reshape(f, h * w)).reshape(len(weights), h, w)
+    masks: FloatArray = (weights @ features.reshape(f, h * w)).reshape(len(weights), h, w)
+    return masks
 
 
 def _with_box_centres(xy: FloatArray, labels: FloatArray) -> tuple[FloatArray, FloatArray]:
