@@ -32,6 +32,7 @@ from rclpy.qos import QoSProfile, QoSReliabilityPolicy
 from sensor_msgs.msg import Image
 
 from glesam_ros.cli.bench import demo_photograph, processor, usable_cores
+from glesam_ros.cli.demo import FAST_DDS_PROFILE, FAST_DDS_VARIABLES
 from glesam_ros.cli.segment import find_pictures, read_picture
 
 NAMESPACE = "/glesam"
@@ -74,11 +75,17 @@ def main() -> int:
     parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME:=VALUE", help="of the node")
     parser.add_argument("--subscribe", nargs="+", choices=OUTPUTS, default=["masks"], help="default: masks only")
     parser.add_argument("--cores", type=int, help="bind all processes to so many cores; default: all there are")
+    parser.add_argument(
+        "--small-segments", action="store_true",
+        help="leave Fast DDS its shared memory of 512 KB; default: the demo's profile, unless the environment has one",
+    )
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument("--publish", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
+    if not args.small_segments and not any(name in os.environ for name in FAST_DDS_VARIABLES):
+        os.environ.update(dict.fromkeys(FAST_DDS_VARIABLES, str(FAST_DDS_PROFILE)))
     if args.publish:
         return publish(args)
     seconds = args.seconds if args.seconds is not None else 60 * args.minutes
@@ -167,6 +174,7 @@ def summary(watch: Watch, seconds: float, args: argparse.Namespace, parameters: 
         "camera": f"{args.size} at {args.rate:g} Hz",
         "parameters": parameters,
         "subscribed": args.subscribe,
+        "fast_dds_profile": os.environ.get(FAST_DDS_VARIABLES[0], "default"),
         "seconds": seconds,
         "frames": len(watch.latency_ms),
         "rate_hz": round(len(watch.latency_ms) / seconds, 1),
