@@ -236,11 +236,11 @@ def film(folder: Path | None, width: int, height: int) -> list[Any]:
         return [cv2.resize(read_picture(path), (width, height), interpolation=cv2.INTER_AREA) for path in paths]
     photograph = read_picture(demo_photograph())
     scale = 1.25 * max(width / photograph.shape[1], height / photograph.shape[0])
-    photograph = cv2.resize(photograph, None, fx=scale, fy=scale)
-    room_y, room_x = photograph.shape[0] - height, photograph.shape[1] - width
+    enlarged = cv2.resize(photograph, None, fx=scale, fy=scale)
+    room_y, room_x = enlarged.shape[0] - height, enlarged.shape[1] - width
     way = 0.5 - 0.5 * np.cos(np.linspace(0, 2 * np.pi, FILM_FRAMES, endpoint=False))
     corners = [(int(s * room_y), int(s * room_x)) for s in way]
-    return [photograph[y : y + height, x : x + width] for y, x in corners]
+    return [enlarged[y : y + height, x : x + width] for y, x in corners]
 
 
 def camera_message(rgb: Any) -> Image:
