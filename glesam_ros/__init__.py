@@ -5,9 +5,27 @@
 >>> instances = pipe.segment(image)  # image: (H, W, 3) uint8 RGB
 """
 
-from glesam_ros.instances import Instances
-from glesam_ros.pipeline import EnhancementGate, Pipeline, load_pipeline
-from glesam_ros.settings import Settings
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glesam_ros.instances import Instances
+    from glesam_ros.pipeline import EnhancementGate, Pipeline, load_pipeline
+    from glesam_ros.settings import Settings
 
 __version__ = "0.1.0"
 __all__ = ["EnhancementGate", "Instances", "Pipeline", "Settings", "load_pipeline"]
+
+_HOMES = {
+    "EnhancementGate": "pipeline", "Instances": "instances", "Pipeline": "pipeline", "Settings": "settings",
+    "load_pipeline": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # on first use: `glesam --help` and the launch file need neither numpy nor OpenCV
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
