@@ -68,7 +68,7 @@ class NodeProcess:
         command = [sys.executable, str(ROOT / "test/nodes/model_node.py"), "--ros-args", "-r", f"__ns:=/{namespace}"]
         for name, value in {"model": "bright", **parameters}.items():
             command += ["-p", f"{name}:={_yaml(value)}"]
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
+        self._log = tempfile.TemporaryFile("w+")  # lives as long as the process
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             command + arguments, stdout=self._log, stderr=subprocess.STDOUT,

@@ -61,7 +61,7 @@ def nan_floats(client):
 @pytest.fixture(scope="module")
 def seen(launch_shared):
     """A node and its masks."""
-    client = launch_shared()
+    client = launch_shared(max_frame_age_ms=60_000)
     return client, client.subscribe(Image, "masks")
 
 
@@ -84,8 +84,7 @@ def test_a_bad_image_is_counted_named_logged_once_and_survived(seen, make, reaso
     assert client.status().level in (WARN, ERROR)
     masks.messages.clear()
     message = good(client)
-    client.send(message)
-    wait_for(lambda: masks.messages, "the masks of the next good frame")
+    client.stream(lambda: message, lambda: masks.messages, "the masks of the next good frame")
     assert masks.last.header == message.header
 
 
@@ -204,12 +203,11 @@ def test_a_failing_model_is_an_error_in_diagnostics_and_not_the_end(launch):
 
 def test_every_received_frame_is_accounted_for(seen):
     client, _ = seen
-    for _ in range(5):
-        client.send(good(client))
+    client.stream(lambda: good(client), lambda: client.counts()["frames_received"] > 10, "frames received", rate_hz=100)
 
     def balanced():
         counts = client.counts()
-        return counts["frames_received"] == counts["frames_processed"] + counts["frames_dropped"] > 5
+        return counts["frames_received"] == counts["frames_processed"] + counts["frames_dropped"] > 10
 
     wait_for(balanced, f"received = processed + dropped; {client.values()}")
 

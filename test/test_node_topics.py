@@ -18,7 +18,7 @@ LARGE, SMALL = (20, 20, 60, 60), (100, 40, 40, 40)
 @pytest.fixture(scope="module")
 def results(launch_shared):
     """One frame with two squares, and one message of every output."""
-    client = launch_shared()
+    client = launch_shared(max_frame_age_ms=60_000)
     inboxes = {
         "masks": client.subscribe(Image, "masks"),
         "confidence": client.subscribe(Image, "confidence"),
@@ -27,9 +27,7 @@ def results(launch_shared):
         "quality": client.subscribe(Classification, "quality"),
     }
     sent = image_message(picture((LARGE, SMALL)), client.stamp(), "front_optical")
-    client.send(sent)
-    for name, inbox in inboxes.items():
-        wait_for(lambda inbox=inbox: inbox.messages, f"{name}\n{client.ros.output}")
+    client.stream(lambda: sent, lambda: all(inbox.messages for inbox in inboxes.values()), "a message of every output")
     return sent, {name: inbox.last for name, inbox in inboxes.items()}
 
 
@@ -89,8 +87,9 @@ def test_quality_carries_the_level_and_whether_enhancement_ran(results):
 def test_a_dark_image_is_enhanced(launch):
     client = launch(enhancement="auto")
     quality = client.subscribe(Classification, "quality")
-    client.send(image_message(picture(ground=(51, 51, 51)), client.stamp()))
-    wait_for(lambda: quality.messages, "quality")
+    client.stream(
+        lambda: image_message(picture(ground=(51, 51, 51)), client.stamp()), lambda: quality.messages, "quality"
+    )
     scores = {r.class_id: r.score for r in quality.last.results}
     assert scores["degradation"] == pytest.approx(0.8)
     assert scores["enhanced"] == 1.0
@@ -106,13 +105,12 @@ def test_label_info_waits_for_late_subscribers(launch):
 
 
 def test_compressed_input(launch):
-    client = launch(compressed=True)
+    client = launch(compressed=True, max_frame_age_ms=60_000)
     masks = client.subscribe(Image, "masks")
     data = cv2.imencode(".png", picture((LARGE,))[..., ::-1])[1].tobytes()
     message = CompressedImage(format="png", data=data)
     message.header.stamp, message.header.frame_id = client.stamp(), "jpeg_camera"
-    client.send(message, "image/compressed")
-    wait_for(lambda: masks.messages, f"masks\n{client.ros.output}")
+    client.stream(lambda: message, lambda: masks.messages, "masks", "image/compressed")
     assert masks.last.header == message.header
     assert pixels_of(masks.last)[50, 50] == 1
 
@@ -132,6 +130,19 @@ def test_nothing_is_inferred_without_a_subscriber_and_only_what_is_subscribed_is
     client.wait_count("frames_processed", 3)
     # without a topic that shows masks the mask decoder does not run
     assert client.values()["decode_p50_ms"] == "0.0"
+
+
+def test_without_vision_msgs_the_rest_runs_and_one_warning_says_what_to_install(launch, tmp_path, monkeypatch):
+    package = tmp_path / "vision_msgs"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('not on this machine')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    client = launch()
+    client.wait_log("vision_msgs cannot be imported", "apt install ros-$ROS_DISTRO-vision-msgs")
+    assert len(client.logged("vision_msgs")) == 1
+    assert not client.node.count_publishers(f"/{client.namespace}/detections")
+    masks = client.subscribe(Image, "masks")
+    client.stream(lambda: image_message(picture((LARGE,)), client.stamp()), lambda: masks.messages, "masks")
 
 
 def test_two_cameras_take_turns_though_one_is_much_faster(launch):

@@ -145,7 +145,7 @@ class PerceptionNode(LifecycleNode):
         self._is_in_transition = True
         try:
             action()
-        except Exception as error:  # noqa: BLE001  # any fault of a transition is logged
+        except Exception as error:  # any fault of a transition is logged
             self._last_error = f"{name}: {type(error).__name__}: {error}"
             self.get_logger().error(f"{name} failed: {error}\n{traceback.format_exc().rstrip()}")
             if undo is None:
@@ -195,6 +195,7 @@ class PerceptionNode(LifecycleNode):
                 f"the model did not finish a frame within {STOP_TIMEOUT_S:g} s, so its memory cannot be freed; "
                 "restart the node if it does not recover"
             )
+        self._forget_frames("disabled")
         if pipeline is not None:
             pipeline.close()
         del worker, pipeline
@@ -280,11 +281,14 @@ class PerceptionNode(LifecycleNode):
             self.get_logger().error(text)
 
     def _on_clock_jump(self, _jump: Any) -> None:
-        for name in self._frames.clear():
-            self._cameras[name].ledger.dropped("clock_jump")
-        for camera in self._cameras.values():
+        self._forget_frames("clock_jump")
+        for camera in list(self._cameras.values()):
             camera.forget_time()
         self.get_logger().info("the clock jumped: stamps and enhancement gates start anew")
+
+    def _forget_frames(self, reason: str) -> None:
+        for name in self._frames.clear():
+            self._cameras[name].ledger.dropped(reason)
 
     # Prompts.
 
@@ -344,8 +348,7 @@ class PerceptionNode(LifecycleNode):
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         self._is_enabled = request.data
         if not request.data:
-            for name in self._frames.clear():
-                self._cameras[name].ledger.dropped("disabled")
+            self._forget_frames("disabled")
         response.success = True
         response.message = "inference runs" if request.data else "inference is paused; frames are counted as disabled"
         self.get_logger().info(response.message)
@@ -487,8 +490,9 @@ def _spin(
         try:
             executor.spin_once()
         except ExternalShutdownException:
-            request_end()
+            if not ended.is_set():
+                request_end()
             return
-        except Exception:  # noqa: BLE001  # whatever a callback raises
+        except Exception:  # whatever a callback raises
             if not ended.is_set():
                 node.get_logger().error(f"a callback failed:\n{traceback.format_exc().rstrip()}")

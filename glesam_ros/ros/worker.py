@@ -71,7 +71,7 @@ class Worker(threading.Thread):
                 self._process(camera, frame)
             except (DroppedFrame, ConversionError) as error:
                 self._drop(camera, error.reason, error)
-            except Exception as error:  # noqa: BLE001  # one bad frame must not end the node
+            except Exception as error:  # one bad frame must not end the node
                 self._drop(camera, "internal_error", error)
 
     def _process(self, camera: Camera, frame: Frame) -> None:
@@ -140,7 +140,7 @@ class Worker(threading.Thread):
         if age_ms > limit_ms:
             raise DroppedFrame(
                 "stale", f"expected an age of at most {limit_ms} ms (max_frame_age_ms), got {age_ms:.0f} ms; "
-                "use_sim_time must be set for a bag or simulation, and clocks of two machines must agree",
+                "the model is too slow for this machine, use_sim_time is not set for a bag, or two clocks disagree",
             )
         if age_ms < -limit_ms:
             self._notice(camera, "future_stamp", f"the stamp is {-age_ms:.0f} ms ahead of the node's clock; "
