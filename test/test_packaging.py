@@ -121,7 +121,7 @@ def install(tmp_path_factory) -> Path:
     workspace = tmp_path_factory.mktemp("workspace")
     copy_sources(workspace / "src" / "glesam_ros")
     output = run(sys.executable, "-m", "colcon", "build", cwd=workspace)
-    assert "1 package finished" in output
+    assert "Finished <<< glesam_ros" in output
     return workspace / "install"
 
 
