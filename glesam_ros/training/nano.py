@@ -316,7 +316,7 @@ def train_enhancer(net: NanoNet, pairs: Pairs, r: Recipe, out: Path) -> None:
 def train_decoder(net: NanoNet, photographs: list[Photograph], r: Recipe, out: Path) -> None:
     """Stage 2: the decoder on restored latents with Dice and focal loss; the encoder is frozen.
 
-    The enhancer follows at a tenth of the rate, so that it restores what masks need (the paper freezes it). A third of
+    The enhancer follows at half the rate, so that it restores what masks need (the paper freezes it). A third of
     the crops stay clear and half of those skip the enhancer, as automatic mode will have it.
     """
     rng = np.random.default_rng(r.seed + 2)
@@ -326,7 +326,7 @@ def train_decoder(net: NanoNet, photographs: list[Photograph], r: Recipe, out: P
     parameters = decoder + enhancer
     groups = [
         {"params": decoder, "peak": 3e-4, "weight_decay": 0.01},
-        {"params": enhancer, "peak": 3e-5, "weight_decay": 0.01},
+        {"params": enhancer, "peak": 1.5e-4, "weight_decay": 0.01},
     ]
     optimizer = torch.optim.AdamW(groups, lr=3e-4)
     average, log = Average(parameters), Log(out / "decoder.csv", "decoder", r.log_every)
