@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 
 from glesam_ros.validation import BoolArray, FloatArray
@@ -100,8 +101,12 @@ class Instances:
             labels: a label map of these instances already at hand, to save making it again.
         """
         labels = self.label_map() if labels is None else labels
-        table = np.zeros(int(self.ids.max(initial=0)) + 1, np.float32)
+        largest = int(self.ids.max(initial=0))
+        table = np.zeros(max(256, largest + 1), np.float32)
         table[self.ids] = self.scores * self.stability
+        if largest < 256:
+            # twice as fast as np.take
+            return np.asarray(cv2.LUT(labels.astype(np.uint8), table[:256]), np.float32)
         return np.take(table, labels)
 
     def _back_to_front(self) -> list[int]:
