@@ -141,3 +141,15 @@ def test_select_keeps_ids_and_facts() -> None:
 def test_fields_cannot_be_replaced() -> None:
     with pytest.raises(AttributeError):
         Instances(**fields()).degradation = 0.9  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("count", [3, 300])
+def test_confidence_is_right_for_few_and_for_more_than_255_instances(count: int) -> None:
+    # one row of pixels an instance
+    masks = np.eye(count, dtype=bool)[:, :, None].repeat(4, 2)
+    rows = np.arange(count, dtype=np.float32)
+    boxes = np.stack([0 * rows, rows, 0 * rows + 4, rows + 1], 1).astype(np.float32)
+    scores = np.linspace(0.2, 0.9, count, dtype=np.float32)
+    ids = np.arange(1, count + 1, dtype=np.int32)
+    found = Instances(masks, boxes, scores, np.full(count, 0.5, np.float32), ids, 0.0, False)
+    np.testing.assert_allclose(found.confidence_map(), (scores * 0.5)[:, None].repeat(4, 1), rtol=1e-6)
