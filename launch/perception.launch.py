@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 from ament_index_python.packages import PackageNotFoundError, get_package_prefix, get_package_share_directory
-from launch import LaunchContext, LaunchDescription
-from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch import Action, LaunchContext, LaunchDescription
+from launch.actions import DeclareLaunchArgument, OpaqueFunction, TimerAction
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode, Node
 
@@ -17,6 +17,8 @@ NODE_NAME = "perception"
 VIEW_NAMESPACE = "/glesam/"
 """Prefix of topics in the rqt perspective and the RViz view, replaced where the launch uses another."""
 RESPAWN_DELAY_S = 2.0
+RQT_DELAY_S = 5.0
+"""rqt shows the sliders of the nodes that are there when it starts; later ones wait for its Refresh button."""
 CONFIG = Path(get_package_share_directory("glesam_ros")) / "config"
 
 MIRRORED = ("model", "device", "cameras", "compressed", "autostart")
@@ -53,7 +55,7 @@ def _mirrored_text(name: str) -> str:
     return f"{spec.help}{choices} Empty: as in params_file, which comes with {shown!r}."
 
 
-def _start(context: LaunchContext) -> list[Node]:
+def _start(context: LaunchContext) -> list[Action]:
     given = {name: LaunchConfiguration(name).perform(context).strip() for name in _ARGUMENTS}
     changes = {name: _value(name, given[name]) for name in MIRRORED if given[name]}
     use_sim_time = given["use_sim_time"] == "true"
@@ -62,7 +64,7 @@ def _start(context: LaunchContext) -> list[Node]:
     topics = _topics(given["image_topic"], given["image_topics"], cameras)
     respawn = {"respawn": True, "respawn_delay": RESPAWN_DELAY_S} if given["respawn"] == "true" else {}
 
-    nodes: list[Node] = [
+    nodes: list[Action] = [
         LifecycleNode(
             package="glesam_ros",
             executable="perception_node",
@@ -95,7 +97,8 @@ def _start(context: LaunchContext) -> list[Node]:
     if given["rqt"] == "true":
         _require("rqt", "rqt_gui", "rqt ros-$ROS_DISTRO-rqt-common-plugins ros-$ROS_DISTRO-rqt-runtime-monitor")
         view = _view("perception.perspective", base, shown)
-        nodes.append(Node(package="rqt_gui", executable="rqt_gui", arguments=["--perspective-file", view]))
+        rqt = Node(package="rqt_gui", executable="rqt_gui", arguments=["--perspective-file", view])
+        nodes.append(TimerAction(period=RQT_DELAY_S, actions=[rqt]))
     if given["rviz"] == "true":
         _require("rviz", "rviz2", "rviz2")
         view = _view("perception.rviz", base, shown)
