@@ -32,8 +32,8 @@ from rclpy.qos import QoSProfile, QoSReliabilityPolicy
 from sensor_msgs.msg import Image
 
 from glesam_ros.cli.bench import demo_photograph, processor, usable_cores
-from glesam_ros.cli.demo import FAST_DDS_PROFILE, FAST_DDS_VARIABLES
 from glesam_ros.cli.segment import find_pictures, read_picture
+from glesam_ros.ros import shared_memory
 
 NAMESPACE = "/glesam"
 OUTPUTS = ("masks", "confidence", "overlay")
@@ -84,8 +84,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
-    if not args.small_segments and not any(name in os.environ for name in FAST_DDS_VARIABLES):
-        os.environ.update(dict.fromkeys(FAST_DDS_VARIABLES, str(FAST_DDS_PROFILE)))
+    if not args.small_segments:
+        shared_memory.enlarge()
     if args.publish:
         return publish(args)
     seconds = args.seconds if args.seconds is not None else 60 * args.minutes
@@ -174,7 +174,7 @@ def summary(watch: Watch, seconds: float, args: argparse.Namespace, parameters: 
         "camera": f"{args.size} at {args.rate:g} Hz",
         "parameters": parameters,
         "subscribed": args.subscribe,
-        "fast_dds_profile": os.environ.get(FAST_DDS_VARIABLES[0], "default"),
+        "fast_dds_profile": os.environ.get(shared_memory.VARIABLES[0], "default"),
         "seconds": seconds,
         "frames": len(watch.latency_ms),
         "rate_hz": round(len(watch.latency_ms) / seconds, 1),

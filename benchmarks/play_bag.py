@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import array
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from rosbags.highlevel import AnyReader
 from rosbags.typesys import Stores, get_typestore
 from sensor_msgs.msg import CompressedImage, Image
 
-from glesam_ros.cli.demo import FAST_DDS_PROFILE, FAST_DDS_VARIABLES
+from glesam_ros.ros import shared_memory
 
 KINDS = {"sensor_msgs/msg/Image": Image, "sensor_msgs/msg/CompressedImage": CompressedImage}
 
@@ -41,8 +40,7 @@ def main() -> int:
     if args.speed <= 0:
         parser.error(f"--speed: expected a number above 0, got {args.speed}")
 
-    if not any(name in os.environ for name in FAST_DDS_VARIABLES):
-        os.environ.update(dict.fromkeys(FAST_DDS_VARIABLES, str(FAST_DDS_PROFILE)))
+    shared_memory.enlarge()
     with AnyReader([args.bag], default_typestore=get_typestore(Stores.ROS2_JAZZY)) as reader:
         kinds = {c.topic: c.msgtype for c in reader.connections if c.msgtype in KINDS}
         topic = args.topic or min(kinds, default="")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from glesam_ros.cli.options import CommandError, add_settings
+from glesam_ros.ros import shared_memory
 
 START_TIMEOUT_S = 90.0
 """How long the first masks may take: loading the model, warming up, rendering the camera's frames."""
@@ -28,9 +29,6 @@ SETTLE_S = 1.2
 """A scene plays this long before its picture is taken."""
 FRAMES_KEPT = 60
 """Camera frames that wait for the overlay with their stamp."""
-FAST_DDS_PROFILE = Path(__file__).parents[1] / "demo" / "fastdds.xml"
-FAST_DDS_VARIABLES = ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE")
-"""The first for Fast DDS 2, the second from 2.14 on."""
 NODE, CAMERA = "glesam_ros.ros", "glesam_ros.ros.demo_camera"
 
 EPILOG = """\
@@ -71,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
             "Pictures and bags need no ROS: glesam segment, glesam bag"
         ) from error
     args.out.mkdir(parents=True, exist_ok=True)
-    if not any(name in os.environ for name in FAST_DDS_VARIABLES):
-        os.environ.update(dict.fromkeys(FAST_DDS_VARIABLES, str(FAST_DDS_PROFILE)))
+    shared_memory.enlarge()
     with _ended_by_signal() as ended, _children(args.out, args.model) as children:
         rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
         view = View(rclpy.create_node("glesam_demo"), args.out, children[NODE].pid)

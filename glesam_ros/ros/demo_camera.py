@@ -24,6 +24,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header, String
 
 from glesam_ros import degradation
+from glesam_ros.ros import shared_memory
 from glesam_ros.ros.conversions import array_to_image
 from glesam_ros.validation import UInt8Array
 
@@ -203,6 +204,7 @@ def _window(photo: UInt8Array, size: tuple[int, int], progress: float) -> UInt8A
 def main(args: list[str] | None = None) -> int:
     """Run the camera until SIGINT or SIGTERM; 1 when its parameters are not valid, else 0."""
     cv2.setNumThreads(1)  # the cores are the perception node's
+    shared_memory.enlarge()
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
