@@ -99,19 +99,19 @@ class Settings:
         0.7, "Of two masks that overlap more than this, the lower score is dropped in everything mode.",
         low=0.0, high=1.0,
     )
-    max_instances: int = _param(64, "At most this many instances a frame, best scores first.", low=1, high=1000)
+    max_instances: int = _param(64, "At most this many instances a frame, best scores first.", low=1, high=256)
     min_area: int = _param(
-        100, "Smaller instances are dropped in everything mode.", low=0, high=1_000_000, unit="px"
+        100, "Smaller instances are dropped in everything mode.", low=0, high=100_000, unit="px"
     )
     processing_size: int = _param(
         512, "Long side of the image inside the model; smaller is faster, larger finds smaller things.",
         low=256, high=1024, unit="px", multiple_of=32,
     )
     max_frame_age_ms: int = _param(
-        500, "A frame older than this is dropped, not processed.", low=1, high=60_000, unit="ms"
+        500, "A frame older than this is dropped, not processed.", low=1, high=10_000, unit="ms"
     )
     prompt_timeout_s: float = _param(
-        30.0, "A prompt expires after this time; 0 keeps it until it is cleared.", low=0.0, high=86_400.0, unit="s"
+        30.0, "A prompt expires after this time; 0 keeps it until it is cleared.", low=0.0, high=3600.0, unit="s"
     )
     overlay_alpha: float = _param(0.5, "Opacity of the mask colours in the overlay.", low=0.0, high=1.0)
 

@@ -18,7 +18,7 @@ LARGE, SMALL = (20, 20, 60, 60), (100, 40, 40, 40)
 @pytest.fixture(scope="module")
 def results(launch_shared):
     """One frame with two squares, and one message of every output."""
-    client = launch_shared(max_frame_age_ms=60_000)
+    client = launch_shared(max_frame_age_ms=10_000)
     inboxes = {
         "masks": client.subscribe(Image, "masks"),
         "confidence": client.subscribe(Image, "confidence"),
@@ -105,7 +105,7 @@ def test_label_info_waits_for_late_subscribers(launch):
 
 
 def test_compressed_input(launch):
-    client = launch(compressed=True, max_frame_age_ms=60_000)
+    client = launch(compressed=True, max_frame_age_ms=10_000)
     masks = client.subscribe(Image, "masks")
     data = cv2.imencode(".png", picture((LARGE,))[..., ::-1])[1].tobytes()
     message = CompressedImage(format="png", data=data)

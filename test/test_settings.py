@@ -48,7 +48,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "number for a truth": ({"compressed": 1}, "compressed: expected a bool, got 1"),
     "fraction for an integer": ({"min_area": 1.5}, "min_area: expected an int, got 1.5"),
     "nan": ({"nms_iou": float("nan")}, "nms_iou: expected 0 .. 1, got nan"),
-    "infinity": ({"prompt_timeout_s": float("inf")}, "0 .. 86400 s, got inf"),
+    "infinity": ({"prompt_timeout_s": float("inf")}, "0 .. 3600 s, got inf"),
     "choice": ({"enhancement": "on"}, "enhancement: expected one of off, always, auto; got 'on'"),
     "device": ({"device": "gpu"}, "expected one of auto, cpu, cuda, tensorrt"),
     "multiple": ({"processing_size": 500}, "processing_size: expected a multiple of 32, got 500"),
