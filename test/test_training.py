@@ -40,10 +40,12 @@ def test_dice_loss_known_answer() -> None:
     assert float(losses.dice_loss(logits, target, smooth=0)) == pytest.approx(0.5, abs=1e-6)
 
 
-def test_focal_loss_known_answer() -> None:
-    # p = 0.5 everywhere: alpha (1 - p)^2 ln 2 inside, (1 - alpha) p^2 ln 2 outside
-    value = losses.focal_loss(torch.zeros(2), torch.tensor([1.0, 0.0]))
-    assert float(value) == pytest.approx((0.25 + 0.75) / 2 * 0.25 * math.log(2), rel=1e-5)
+def test_mask_loss_known_answer_whatever_the_size_of_the_object() -> None:
+    # p = 0.5 everywhere: each pixel costs ln 2, and inside and outside are averaged apart
+    for inside in (1, 30):
+        target = (torch.arange(100) < inside).float()
+        dice = 1 - (inside + 1) / (50 + inside + 1)
+        assert float(losses.mask_loss(torch.zeros(100), target)) == pytest.approx(dice + math.log(2), rel=1e-5)
 
 
 def test_soft_iou_known_answer() -> None:

@@ -1,4 +1,4 @@
-"""Losses of GleSAM's stage 2 (Dice and focal) and what the base training adds."""
+"""Losses of masks, and the IoU that scores learn."""
 
 from __future__ import annotations
 
@@ -13,17 +13,8 @@ def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
     return 1 - (2 * (p * target).sum(-1) + smooth) / (p.sum(-1) + target.sum(-1) + smooth)
 
 
-def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:
-    """Focal loss (Lin et al. 2017) averaged over the pixels of each mask: (..., P) -> (...)."""
-    ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    p = logits.sigmoid()
-    right = p * target + (1 - p) * (1 - target)
-    weight = alpha * target + (1 - alpha) * (1 - target)
-    return (weight * (1 - right) ** gamma * ce).mean(-1)
-
-
 def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Dice and cross-entropy balanced between inside and outside, (..., P) -> (...): steadier from a cold start."""
+    """Dice and cross-entropy balanced between inside and outside, (..., P) -> (...)."""
     ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     inside = (ce * target).sum(-1) / target.sum(-1).clamp_min(1)
     outside = (ce * (1 - target)).sum(-1) / (1 - target).sum(-1).clamp_min(1)

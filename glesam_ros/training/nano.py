@@ -25,7 +25,7 @@ from glesam_ros.datasets import Photograph, load_bsds, load_coco
 from glesam_ros.degradation import degrade, degrade_lqseg
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, pooled_statistics, with_positions
 from glesam_ros.training.crops import draw_crop
-from glesam_ros.training.losses import dice_loss, focal_loss, mask_loss, soft_iou
+from glesam_ros.training.losses import mask_loss, soft_iou
 from glesam_ros.training.prompts import draw_cells, draw_prompt
 
 ROBOT_KINDS = ("low_light", "motion_blur", "defocus", "rain", "fog")
@@ -47,7 +47,7 @@ class Recipe:
     pairs: int = 4000
     level_steps: int = 4000
     enhance_steps: int = 4000
-    decoder_steps: int = 1500
+    decoder_steps: int = 1400
     seed: int = 10
     log_every: int = 50
 
@@ -90,7 +90,7 @@ def to_network(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float()
 
 
-def decoder_loss(net: NanoNet, latent: Tensor, batch: Batch, focal: bool) -> dict[str, Tensor]:
+def decoder_loss(net: NanoNet, latent: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Loss of prompted and dense masks on the targets of `batch`.
 
     Of several hypotheses only the best is trained (segment-anything); each score learns the IoU that its mask has.
@@ -118,16 +118,13 @@ def decoder_loss(net: NanoNet, latent: Tensor, batch: Batch, focal: bool) -> dic
     iou_p, iou_d = split(overlap)
     truth = batch.regions.gather(1, batch.target[..., None].expand(-1, -1, batch.regions.shape[-1]))
 
-    def each(x: Tensor, t: Tensor) -> Tensor:
-        return dice_loss(x, t) + 20 * focal_loss(x, t) if focal else mask_loss(x, t)
-
-    error_p = each(logit_p, truth[:, :, None].expand_as(logit_p))
+    error_p = mask_loss(logit_p, truth[:, :, None].expand_as(logit_p))
     best_single = error_p[:, :, 1:].min(2).values
     loss_prompt = torch.where(batch.single, best_single, error_p[:, :, 0]).mean()
     count = batch.cells.shape[1] // o
     truth_d = truth.repeat_interleave(count, 1)[:, :, None].expand_as(logit_d)
     valid = (batch.cells >= 0).float()
-    loss_dense = (each(logit_d, truth_d).min(2).values * valid).sum() / valid.sum().clamp_min(1)
+    loss_dense = (mask_loss(logit_d, truth_d).min(2).values * valid).sum() / valid.sum().clamp_min(1)
     own = batch.target[:, :, None, None].expand(-1, -1, 1 + HYPOTHESES, 1)
     iou_target = iou_p.gather(3, own).squeeze(3)
     loss_score = ((score_p - iou_target) ** 2).mean()
@@ -211,7 +208,7 @@ def train_base(net: NanoNet, photographs: list[Photograph], r: Recipe, out: Path
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 early = backbone.early((to_network(batch.images) - 127.0) / 128.0)
-            losses = decoder_loss(net, net.encoder.neck(backbone.late(*early)), batch, focal=False)
+            losses = decoder_loss(net, net.encoder.neck(backbone.late(*early)), batch)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(tuned + fresh, 5.0)
@@ -314,10 +311,11 @@ def train_enhancer(net: NanoNet, pairs: Pairs, r: Recipe, out: Path) -> None:
 
 
 def train_decoder(net: NanoNet, photographs: list[Photograph], r: Recipe, out: Path) -> None:
-    """Stage 2: the decoder on restored latents with Dice and focal loss; the encoder is frozen.
+    """Stage 2: the decoder on restored latents; the encoder is frozen.
 
-    The enhancer follows at half the rate, so that it restores what masks need (the paper freezes it). A third of
-    the crops stay clear and half of those skip the enhancer, as automatic mode will have it.
+    The enhancer trains on, so that it restores what masks need (the paper freezes it), and the loss stays that of the
+    base: the paper's focal loss made the masks of this small decoder shrink. A third of the crops stay clear and half
+    of those skip the enhancer, as automatic mode will have it.
     """
     rng = np.random.default_rng(r.seed + 2)
     net.eval()
@@ -325,10 +323,10 @@ def train_decoder(net: NanoNet, photographs: list[Photograph], r: Recipe, out: P
     decoder, enhancer = list(net.decoder.parameters()), list(net.enhancer.parameters())
     parameters = decoder + enhancer
     groups = [
-        {"params": decoder, "peak": 3e-4, "weight_decay": 0.01},
-        {"params": enhancer, "peak": 1.5e-4, "weight_decay": 0.01},
+        {"params": decoder, "peak": 2e-4, "weight_decay": 0.01},
+        {"params": enhancer, "peak": 5e-4, "weight_decay": 0.01},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=3e-4)
+    optimizer = torch.optim.AdamW(groups, lr=2e-4)
     average, log = Average(parameters), Log(out / "decoder.csv", "decoder", r.log_every)
     for step in range(r.decoder_steps):
         learning_rates(optimizer, step, r.decoder_steps)
@@ -342,7 +340,7 @@ def train_decoder(net: NanoNet, photographs: list[Photograph], r: Recipe, out: P
         with torch.autocast("cpu", torch.bfloat16):
             restored = net.enhancer(latent, net.encoder.level(statistics).detach()).float()
             latent = torch.where(skip[:, None, None, None], latent, restored)
-            losses = decoder_loss(net, latent, batch, focal=True)
+            losses = decoder_loss(net, latent, batch)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(parameters, 5.0)
