@@ -105,11 +105,16 @@ def evaluate(
 
 
 def rank_correlation(measured: dict[str, list[float]]) -> float:
-    """Spearman's correlation of measured level and true level (0 clear, 1..3) over the clear and "lq" conditions."""
+    """Spearman's correlation of measured level and true level (0 clear, 1..3) over the clear and "lq" conditions.
+
+    0 where either does not vary.
+    """
     wanted = {"clear": 0, "lq-1": 1, "lq-2": 2, "lq-3": 3}
     true = np.concatenate([np.full(len(measured[n]), k) for n, k in wanted.items() if n in measured])
     seen = np.concatenate([measured[n] for n in wanted if n in measured])
-    return float(np.corrcoef(mean_ranks(true), mean_ranks(seen))[0, 1]) if len(set(true.tolist())) > 1 else 0.0
+    if len(set(true.tolist())) == 1 or len(set(seen.tolist())) == 1:
+        return 0.0
+    return float(np.corrcoef(mean_ranks(true), mean_ranks(seen))[0, 1])
 
 
 def mean_ranks(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
