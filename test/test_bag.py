@@ -17,8 +17,8 @@ from rosbags.rosbag1 import Writer as Writer1
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
-from glesam_ros.cli.bag import RESULTS
 from glesam_ros.cli.bagfile import message_types
+from glesam_ros.cli.result_topics import RESULTS
 from glesam_ros.cli.main import main
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)

@@ -17,21 +17,12 @@ from glesam_ros.cli.options import (
     open_pipeline,
     positive,
 )
+from glesam_ros.cli.result_topics import RESULTS
 
 if TYPE_CHECKING:
     from glesam_ros.cli.bagfile import BagSource, ResultWriter
     from glesam_ros.validation import UInt8Array
 
-IMAGE = "sensor_msgs/msg/Image"
-COMPRESSED = "sensor_msgs/msg/CompressedImage"
-RESULTS = {
-    "masks": IMAGE,
-    "confidence": IMAGE,
-    "overlay": IMAGE,
-    "detections": "vision_msgs/msg/Detection2DArray",
-    "quality": "vision_msgs/msg/Classification",
-}
-"""Result topics, as the node publishes them, with their types."""
 SETTINGS = (*MODEL_SETTINGS, *SELECTION_SETTINGS, "overlay_alpha")
 NAMED_FRAMES = 5
 """So many bad frames are named for each reason; all are counted."""

@@ -31,8 +31,8 @@ from rosbags.rosbag2.enums import CompressionFormat, CompressionMode
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
-from glesam_ros.cli.bag import COMPRESSED, IMAGE, RESULTS
 from glesam_ros.cli.options import CommandError
+from glesam_ros.cli.result_topics import COMPRESSED, IMAGE, RESULTS
 from glesam_ros.instances import Instances
 from glesam_ros.overlay import draw_overlay
 from glesam_ros.pipeline import EnhancementGate, Pipeline
