@@ -18,8 +18,8 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
 from glesam_ros.cli.bagfile import message_types
-from glesam_ros.cli.result_topics import RESULTS
 from glesam_ros.cli.main import main
+from glesam_ros.cli.result_topics import RESULTS
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
