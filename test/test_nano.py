@@ -48,10 +48,11 @@ def test_points_and_boxes_find_their_object(scene) -> None:
     image, masks = scene
     pipe = load_pipeline("nano", enhancement="auto")
     embedding = pipe.encode(image)
-    inst = pipe.decode(embedding, points=[[170, 160], [140, 130], [200, 190]], labels=[1, 1, 1],
-                       boxes=[[350, 190, 570, 410], [80, 330, 260, 420]])
+    inst = pipe.decode(embedding, points=[[170, 375], [145, 362], [195, 387]], labels=[1, 1, 1],
+                       boxes=[[90, 80, 250, 240], [350, 190, 570, 410]])
     assert len(inst) == 3
-    assert [iou(a, b) > 0.75 for a, b in zip(inst.masks, masks)] == [True] * 3
+    assert iou(inst.masks[0], masks[2]) > 0.6
+    assert iou(inst.masks[1], masks[0]) > 0.85 and iou(inst.masks[2], masks[1]) > 0.85
 
 
 def test_degradation_level_rises_with_the_degradation_and_drives_auto(scene) -> None:
