@@ -66,8 +66,9 @@ def main() -> int:
             time.sleep(0.1)
         times = measure(publishers, frame, instances, args.frames)
     finally:
-        other.terminate()
-        other.wait(10)
+        # it holds nothing, and rclpy can miss a SIGTERM that comes while it waits
+        other.kill()
+        other.wait()
         node.destroy_node()
         rclpy.try_shutdown()
     own = ("conversion in", "label map", "masks message", "masks publish", "confidence map", "confidence message",
