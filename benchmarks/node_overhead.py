@@ -30,6 +30,7 @@ from std_msgs.msg import Header
 from glesam_ros.cli.bench import load_frame, processor, quantiles, usable_cores
 from glesam_ros.instances import Instances
 from glesam_ros.overlay import draw_overlay
+from glesam_ros.ros import shared_memory
 from glesam_ros.ros.conversions import array_to_image, image_to_rgb
 
 NAMESPACE = "/glesam_overhead"
@@ -47,6 +48,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument("--subscribe", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    shared_memory.enlarge()  # as the node does
     rclpy.init()
     if args.subscribe:
         return subscribe()

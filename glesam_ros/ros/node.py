@@ -36,7 +36,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import SetBool, Trigger
 
 from glesam_ros.pipeline import Pipeline, load_pipeline
-from glesam_ros.ros import diagnostics, parameters, qos
+from glesam_ros.ros import diagnostics, parameters, qos, shared_memory
 from glesam_ros.ros.camera import Camera
 from glesam_ros.ros.outputs import VISION_MSGS_MISSING, Outputs, vision
 from glesam_ros.ros.scheduling import Frame, NewestFrames
@@ -437,7 +437,8 @@ def main(args: list[str] | None = None) -> int:
         Exit code: 0, or 1 when the parameters it was started with are not valid.
     """
     with _end_requests() as (wait_for_end, request_end):
-        # rclpy's own handlers raise KeyboardInterrupt in the middle of callbacks; here a signal only asks to end
+        shared_memory.enlarge()
+    # rclpy's own handlers raise KeyboardInterrupt in the middle of callbacks; here a signal only asks to end
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         try:
             node = PerceptionNode()
