@@ -208,13 +208,15 @@ def demo(start, tmp_path):
 def test_demo_shows_rates_writes_pictures_and_ends_its_children(demo):
     process, out, children = demo
     wait_for(lambda: list(out.glob("*.jpg")), f"a picture\n{process.log.read_text()}", 120)
+    pattern = (
+        r"in +([\d.]+) Hz, out +([\d.]+) Hz \| latency (\d+) ms, p95 (\d+) ms \| (\w+): degradation ([\d.]+), "
+        r"(?:not )?enhanced, \d+ instances \| skipped \d+, faults \d+ \| node (\d+) MB"
+    )
+    wait_for(lambda: re.search(pattern, process.log.read_text()), "a line with all figures", 60)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
     text = process.log.read_text()
-    line = re.search(
-        r"in +([\d.]+) Hz, out +([\d.]+) Hz \| latency (\d+) ms, p95 (\d+) ms \| (\w+): degradation ([\d.]+), "
-        r"(?:not )?enhanced, \d+ instances \| skipped \d+, faults \d+ \| node (\d+) MB", text
-    )
+    line = re.search(pattern, text)
     assert line, text
     assert float(line[2]) > 0 and int(line[3]) <= int(line[4]) and 0 <= float(line[6]) <= 1 and int(line[7]) > 10
     assert "contact_sheet.jpg" in text

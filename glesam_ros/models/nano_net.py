@@ -343,6 +343,7 @@ class PromptDecoder(nn.Module):
     """
 
     outputs = 1 + HYPOTHESES
+    frequencies: Tensor
 
     def __init__(self, layers: int = 3, heads: int = 4) -> None:
         super().__init__()
@@ -353,7 +354,7 @@ class PromptDecoder(nn.Module):
         self.mask_tokens = nn.Parameter(torch.randn(self.outputs, TOKENS) * 0.02)
         self.layers = nn.ModuleList(PromptLayer(heads) for _ in range(layers))
         self.to_kernel = nn.Sequential(nn.Linear(TOKENS, TOKENS), nn.ReLU(True), nn.Linear(TOKENS, KERNEL + 1))
-        nn.init.normal_(self.to_kernel[2].weight, std=0.02)
+        nn.init.normal_(self.to_kernel[2].weight, std=0.02)  # type: ignore[arg-type]  # a linear layer's
 
     def encode_xy(self, xy: Tensor) -> Tensor:
         """Random Fourier features of positions in -1..1, (..., 2) -> (..., TOKENS); as segment-anything."""

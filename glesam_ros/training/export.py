@@ -87,7 +87,8 @@ def export(net: NanoNet, folder: Path) -> dict[str, float]:
     weights, so the difference is the graphs' alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    net = fold_batchnorm(copy.deepcopy(net).eval())
+    net = copy.deepcopy(net).eval()
+    fold_batchnorm(net)
     for p in net.parameters():
         if p.numel() >= SMALLEST_HALF:
             p.data = p.data.half().float()
@@ -124,7 +125,7 @@ def export(net: NanoNet, folder: Path) -> dict[str, float]:
     return difference
 
 
-def fold_batchnorm(module: nn.Module) -> nn.Module:
+def fold_batchnorm(module: nn.Module) -> None:
     """Merge each batch normalisation into the convolution before it, so that what is rounded is what runs."""
     children = list(module.named_children())
     for (name, conv), (following, norm) in zip(children, children[1:], strict=False):
@@ -133,7 +134,6 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
             setattr(module, following, nn.Identity())
     for _, child in module.named_children():
         fold_batchnorm(child)
-    return module
 
 
 def store_half(path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,8 @@ def decoder_loss(net: NanoNet, latent: Tensor, batch: Batch) -> dict[str, Tensor
 class Average:
     """Exponential moving average of the trained parameters; what is saved."""
 
-    def __init__(self, parameters: list[Tensor], decay: float = 0.998) -> None:
-        self.live, self.decay, self.steps = parameters, decay, 0
+    def __init__(self, parameters: Sequence[Tensor], decay: float = 0.998) -> None:
+        self.live, self.decay, self.steps = list(parameters), decay, 0
         self.mean = [p.detach().clone() for p in parameters]
 
     def update(self) -> None:
