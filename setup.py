@@ -25,7 +25,7 @@ ROS = [
     }.items()
 ]
 TEST = [
-    "colcon-ros>=0.4", "mypy>=1.11", "pytest>=8", "pyyaml>=5.4", "ruff>=0.6", "setuptools>=71",
+    "colcon-metadata>=0.2", "colcon-ros>=0.4", "mypy>=1.11", "pytest>=8", "pyyaml>=5.4", "ruff>=0.6", "setuptools>=71",
     "types-PyYAML", "types-tqdm",
 ]
 # torch 2.13.0 on PyPI is a CPU build; newer and older ones bring gigabytes of CUDA
