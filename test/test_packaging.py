@@ -115,9 +115,13 @@ def test_pip_puts_glesam_into_bin(wheel, tmp_path):
 @pytest.fixture(scope="module")
 def install(tmp_path_factory) -> Path:
     """The install folder of `colcon build`."""
-    missing = [m for m in ("colcon_core", "colcon_metadata", "colcon_ros") if importlib.util.find_spec(m) is None]
+    needed = ("colcon_core", "colcon_metadata", "colcon_ros")
+    missing = [m for m in needed if importlib.util.find_spec(m) is None]
     if missing:
-        pytest.skip(f"needs {' and '.join(missing)}: pip install colcon-ros colcon-metadata, or apt: python3-colcon-common-extensions")
+        pytest.skip(
+            f"needs {' and '.join(missing)}: pip install colcon-ros colcon-metadata, "
+            "or apt: python3-colcon-common-extensions"
+        )
     workspace = tmp_path_factory.mktemp("workspace")
     copy_sources(workspace / "src" / "glesam_ros")
     output = run(sys.executable, "-m", "colcon", "build", cwd=workspace)
