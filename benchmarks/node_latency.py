@@ -184,6 +184,7 @@ def summary(watch: Watch, seconds: float, args: argparse.Namespace, parameters: 
         },
         "backward": sum(m < 0 for m in watch.missed),
         "rss_mb": {
+            "quarters": [round(float(part.mean()), 1) for part in np.array_split(rss[:, 1], 4)],
             "first": round(rss[0, 1], 1), "last": round(rss[-1, 1], 1), "max": round(rss[:, 1].max(), 1),
             "per_minute": round(slope, 2),
         },
@@ -203,6 +204,7 @@ def table(report: dict[str, Any]) -> str:
         "pictures skipped per answer": f"median {skipped['median']:g}, at most {skipped['max']}",
         "answers out of order": str(report["backward"]),
         "memory, first / last / most": f"{rss['first']} / {rss['last']} / {rss['max']} MB",
+        "memory, mean of each quarter": " / ".join(f"{mb:.1f}" for mb in rss["quarters"]) + " MB",
         "memory growth": f"{rss['per_minute']} MB a minute",
         "CPU of the node": f"{report['cpu_cores']} cores",
     }
