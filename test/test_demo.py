@@ -205,6 +205,11 @@ def demo(start, tmp_path):
     return process, out, _children(process.pid)
 
 
+def details(picture):
+    grey = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY).astype(np.float32)
+    return cv2.Laplacian(cv2.GaussianBlur(grey, (0, 0), 1.5), cv2.CV_32F)
+
+
 def test_demo_shows_rates_writes_pictures_and_ends_its_children(demo):
     process, out, children = demo
     wait_for(lambda: list(out.glob("*.jpg")), f"a picture\n{process.log.read_text()}", 120)
@@ -223,9 +228,9 @@ def test_demo_shows_rates_writes_pictures_and_ends_its_children(demo):
     [pair] = [p for p in out.glob("*.jpg") if p.stem in dict(demo_camera.SCENES)][:1]
     picture = cv2.imread(str(pair))
     assert picture.shape[1] > 2 * 640 and picture.shape[0] > 480
-    left, right = picture[-480:, :640].astype(int), picture[-480:, -640:].astype(int)
-    # same frame on both sides: below the status strip, most of it differs by the masks' colours at most
-    assert np.corrcoef(left[60:].ravel(), right[60:].ravel())[0, 1] > 0.3
+    # same frame on both sides: its details show through the masks' colours; those of other frames correlate below 0.02
+    left, right = (details(side[60:]) for side in (picture[-480:, :640], picture[-480:, -640:]))
+    assert np.corrcoef(left.ravel(), right.ravel())[0, 1] > 0.05
     assert cv2.imread(str(out / "contact_sheet.jpg")) is not None
     assert not any(map(_is_running, children))
 

@@ -44,8 +44,12 @@ def test_a_changed_default_is_found_and_mended(copy, name):
     file = copy / name
     original = file.read_text()
     number = str(settings.default("max_frame_age_ms"))
-    assert number in original
-    file.write_text(original.replace(number, "123"))
+    # the table's row in the README, the value's own line in the YAML
+    lines = original.splitlines(keepends=True)
+    [row] = [k for k, line in enumerate(lines) if line.lstrip().startswith(("max_frame_age_ms:", "| `max_frame_age_ms`"))]
+    assert number in lines[row]
+    lines[row] = lines[row].replace(number, "123")
+    file.write_text("".join(lines))
     done = generate(copy, "--check")
     assert done.returncode == 1 and done.stdout.startswith(name)
     assert generate(copy).returncode == 0
