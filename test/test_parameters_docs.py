@@ -46,7 +46,8 @@ def test_a_changed_default_is_found_and_mended(copy, name):
     number = str(settings.default("max_frame_age_ms"))
     # the table's row in the README, the value's own line in the YAML
     lines = original.splitlines(keepends=True)
-    [row] = [k for k, line in enumerate(lines) if line.lstrip().startswith(("max_frame_age_ms:", "| `max_frame_age_ms`"))]
+    starts = ("max_frame_age_ms:", "| `max_frame_age_ms`")
+    [row] = [k for k, line in enumerate(lines) if line.lstrip().startswith(starts)]
     assert number in lines[row]
     lines[row] = lines[row].replace(number, "123")
     file.write_text("".join(lines))
