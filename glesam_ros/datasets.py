@@ -1,15 +1,21 @@
-"""Photographs with ground-truth regions, from COCO instance files and BSDS500-style region sets."""
+"""Photographs with ground-truth regions, from COCO instance files, BSDS500-style region sets and LQSeg data sets."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
+
+LQSEG_FORMAT = 1
+"""Version of the layout that `glesam lqseg build` writes."""
+LQSEG_INFO = "dataset.json"
+LQSEG_MANIFEST = "manifest.jsonl"
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,22 @@ class Photograph:
     image: np.ndarray[Any, Any]
     layers: list[np.ndarray[Any, Any]]
     alternatives: bool
+
+
+@dataclass(frozen=True)
+class LqsegPair:
+    """A photograph, clear and degraded.
+
+    Attributes:
+        clear, degraded: the same name, size and layers.
+        kind: of the degradation.
+        level: 1..3.
+    """
+
+    clear: Photograph
+    degraded: Photograph
+    kind: str
+    level: int
 
 
 def load_coco(folder: Path, split: str) -> list[Photograph]:
@@ -70,6 +92,58 @@ def load_bsds(folder: Path, split: str) -> list[Photograph]:
         layers = [_read(p, cv2.IMREAD_UNCHANGED).astype(np.int16) for p in paths]
         photographs.append(Photograph(name, read_rgb(folder / "images" / f"{name}.jpg"), layers, True))
     return photographs
+
+
+def load_lqseg(folder: Path, level: int | None = None, kind: str | None = None) -> Iterator[LqsegPair]:
+    """Pairs of an LQSeg data set, read one after the other in the order of its manifest.
+
+    Args:
+        folder: what `glesam lqseg build` wrote.
+        level: 1, 2 or 3; None for all.
+        kind: of the degradation; None for all.
+
+    Raises:
+        FileNotFoundError: there is no data set, or a file of it is missing.
+        ValueError: the build was not finished, or it has no such level or kind.
+    """
+    settings = read_lqseg_info(folder)["settings"]
+    for what, wanted, there in (("level", level, settings["levels"]), ("kind", kind, settings["kinds"])):
+        if wanted is not None and wanted not in there:
+            raise ValueError(f"{what}: expected one of {', '.join(map(str, there))} in {folder}, got {wanted!r}")
+    return _lqseg_pairs(folder, level, kind)
+
+
+def _lqseg_pairs(folder: Path, level: int | None, kind: str | None) -> Iterator[LqsegPair]:
+    with (folder / LQSEG_MANIFEST).open(encoding="utf-8") as lines:
+        for entry in map(json.loads, lines):
+            layers = [_read(folder / name, cv2.IMREAD_UNCHANGED).astype(np.int16) for name in entry["layers"]]
+            clear = Photograph(entry["id"], read_rgb(folder / entry["image"]), layers, entry["alternatives"])
+            for item in entry["degraded"]:
+                if level in (None, item["level"]) and kind in (None, item["kind"]):
+                    degraded = replace(clear, image=read_rgb(folder / item["file"]))
+                    yield LqsegPair(clear, degraded, item["kind"], item["level"])
+
+
+def read_lqseg_info(folder: Path) -> dict[str, Any]:
+    """dataset.json of a finished LQSeg data set.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read, is of another format, or the build was not finished.
+    """
+    path = folder / LQSEG_INFO
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: expected an LQSeg data set, found no {LQSEG_INFO}")
+    try:
+        info: dict[str, Any] = json.loads(path.read_bytes())
+        version, complete = info["settings"]["format"], info["complete"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected the description of a data set; build it again") from error
+    if version != LQSEG_FORMAT:
+        raise ValueError(f"{path}: expected format {LQSEG_FORMAT}, got {version}; build it again")
+    if not complete:
+        raise ValueError(f"{folder}: expected a finished data set; run its `glesam lqseg build` again, it goes on")
+    return info
 
 
 def read_rgb(path: Path) -> np.ndarray[Any, Any]:

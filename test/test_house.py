@@ -95,7 +95,7 @@ def test_arrows(file: str) -> None:
     else:
         may = reachable(room_of(file))
     for name in imports(ROOT / file):
-        if name.split(".")[0] != "glesam_ros":
+        if name.split(".")[0] != "glesam_ros" or name == "glesam_ros.__version__":  # a number, no room's work
             continue
         target = path_of(name)
         # what the front door shows comes from the pipeline

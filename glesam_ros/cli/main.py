@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from glesam_ros import __version__
-from glesam_ros.cli import bag, bench, demo, segment
+from glesam_ros.cli import bag, bench, demo, lqseg, segment
 from glesam_ros.cli.options import CommandError
 
 _CLI = "pip install 'glesam_ros[cli]'"
@@ -23,6 +23,7 @@ examples:
   glesam segment photo.jpg --out result         masks, overlay and JSON of one picture
   glesam segment photos/ -r --out result        a folder and the folders below
   glesam bag drive.mcap --out drive_masks       a recorded bag, with the result topics added
+  glesam lqseg verify lqseg_train               a data set of degraded pictures, see its --help
   glesam bench                                  how fast the model is on this machine
 
 `glesam COMMAND --help` explains a command with its own examples.
@@ -39,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"glesam {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (demo, segment, bag, bench):
+    for module in (demo, segment, bag, bench, lqseg):
         module.add_parser(commands)
     return parser
 

@@ -1,0 +1,1 @@
+"""LQSeg data sets on disk: clear pictures, their degraded versions and their masks, from annotated sources."""

@@ -1,0 +1,530 @@
+"""What a data set is built from: COCO and LVIS JSON, folders of masks, ADE20K label maps, BSDS region sets.
+
+An index lists the pictures without opening them; `read_picture` and `read_truth` then read one at a time. Whatever is
+malformed becomes a `Fault` that names its file and annotation, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlparse
+
+import cv2
+import numpy as np
+
+from glesam_ros.datasets import decode_segmentation
+from glesam_ros.validation import BoolArray, UInt8Array
+
+KINDS = ("coco", "folder", "ade20k", "bsds")
+"""Sources that `read_index` knows; coco is LVIS, too."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+"""Endings that count as pictures and as masks."""
+MAX_LABEL = 32767
+"""Largest label; what reads the data set holds label maps as int16."""
+BOX_TOLERANCE = 1.0
+"""Pixels by which a COCO box may stick out: its numbers are rounded."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something malformed in a source.
+
+    Attributes:
+        kind: short name, the same for all faults of a kind.
+        file: file name.
+        annotation: id in that file; None where the file as a whole is meant.
+        message: what was expected and what came.
+    """
+
+    kind: str
+    file: str
+    annotation: int | str | None
+    message: str
+
+
+class Malformed(ValueError):
+    """A picture or an annotation that cannot be used; `kind` as in `Fault`."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Source:
+    """One picture and where its masks are.
+
+    Attributes:
+        id: name in the data set, unique, safe as a file name.
+        source_id: its name in the source.
+        image: path of the clear picture.
+        annotations: entries of a COCO file.
+        masks: label map files.
+        size: (height, width) that the source claims.
+        licence: as the source gives it.
+    """
+
+    id: str
+    source_id: int | str
+    image: Path
+    annotations: tuple[dict[str, Any], ...] = ()
+    masks: tuple[Path, ...] = ()
+    size: tuple[int, int] | None = None
+    licence: Any = None
+
+
+@dataclass
+class Index:
+    """All pictures of a source.
+
+    Attributes:
+        kind: one of `KINDS`.
+        annotations: name of the annotation file or folder.
+        fingerprint: sha256 of the annotation file, or of the names of pictures and masks.
+        split_list: name of the file that chose the pictures, None when all were taken.
+        binary: masks are grey pictures of one object.
+        sources: in the order of the source.
+        faults: found so far.
+        categories: {id: name}; None when the source names none, then none is checked.
+        crowd: crowd annotations, which are left out.
+        without_masks: pictures without annotations, which are left out.
+    """
+
+    kind: str
+    annotations: str
+    fingerprint: str = ""
+    split_list: str | None = None
+    binary: bool = False
+    sources: list[Source] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    categories: dict[int, str] | None = None
+    crowd: int = 0
+    without_masks: int = 0
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The masks of one picture.
+
+    Attributes:
+        layers: label maps (H, W) uint16, 0 unlabeled.
+        instances: for each label: label, layer, id, category, area in pixels, bbox [x, y, width, height].
+        alternatives: each layer is a whole segmentation of its own.
+        faults: annotations that are left out.
+    """
+
+    layers: list[np.ndarray[Any, Any]]
+    instances: list[dict[str, Any]]
+    alternatives: bool
+    faults: list[Fault]
+
+
+def read_index(kind: str, images: Path, annotations: Path, split: str, binary: bool = False) -> Index:
+    """List the pictures of a source.
+
+    Args:
+        kind: one of `KINDS`.
+        images: folder of the clear pictures.
+        annotations: COCO file, or folder of masks.
+        split: a file `<split>.txt` beside `images` chooses the pictures (not for coco); without it all are taken.
+        binary: masks of `folder` are grey pictures, above 127 is the object.
+
+    Raises:
+        FileNotFoundError: `images` or `annotations` is missing.
+        ValueError: unknown kind, or the annotation file as a whole cannot be read.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"source: expected one of {', '.join(KINDS)}; got {kind!r}")
+    if not images.is_dir():
+        raise FileNotFoundError(f"{images}: expected a folder of pictures")
+    if kind == "coco" and not annotations.is_file():
+        raise FileNotFoundError(f"{annotations}: expected a COCO or LVIS JSON file")
+    if kind != "coco" and not annotations.is_dir():
+        raise FileNotFoundError(f"{annotations}: expected a folder of masks")
+    index = Index(kind, annotations.name, binary=binary)
+    if kind == "coco":
+        _index_coco(index, images, annotations)
+    else:
+        _index_folder(index, images, annotations, split)
+    return index
+
+
+def read_picture(source: Source) -> tuple[bytes, UInt8Array]:
+    """The bytes of the file and (H, W, 3) uint8 RGB.
+
+    Raises:
+        Malformed: missing, not a picture, cut short, or of another size than the source claims.
+    """
+    try:
+        data = source.image.read_bytes()
+    except FileNotFoundError as error:
+        raise Malformed("image_missing", f"expected a picture at {source.image.name}, found none") from error
+    except OSError as error:
+        raise Malformed("image_unreadable", f"expected a picture: {error.strerror}") from error
+    if is_cut_short(data):
+        raise Malformed("image_unreadable", f"expected a whole picture, got one cut short after {len(data)} bytes")
+    pixels = _decode(data, cv2.IMREAD_COLOR)
+    if pixels is None:
+        raise Malformed("image_unreadable", f"expected a picture ({' '.join(SUFFIXES)}), OpenCV cannot decode it")
+    if source.size and pixels.shape[:2] != source.size:
+        raise Malformed("image_size", f"expected height and width {source.size}, got {pixels.shape[:2]}")
+    return data, np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def is_cut_short(data: bytes) -> bool:
+    """Whether a JPEG lacks its end marker or a PNG its end chunk; decoders fill such a picture with grey in silence."""
+    if data.startswith(b"\xff\xd8"):
+        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+    return data.startswith(b"\x89PNG") and b"IEND" not in data[-4096:]
+
+
+def read_truth(index: Index, source: Source, size: tuple[int, int]) -> Truth:
+    """Masks of one picture of `size` (height, width); what is malformed is left out and named in `faults`."""
+    truth = Truth([], [], index.kind == "bsds", [])
+    if index.kind == "coco":
+        _read_annotations(index, source, size, truth)
+    else:
+        _read_label_maps(index, source, size, truth)
+    return truth
+
+
+def coco_mask(annotation: dict[str, Any], size: tuple[int, int], categories: dict[int, str] | None) -> BoolArray:
+    """(H, W) bool of a COCO annotation, by pycocotools' rasterisation.
+
+    Raises:
+        Malformed: anything in the annotation that does not fit a picture of `size` (height, width).
+    """
+    category = annotation.get("category_id")
+    if categories is not None and (not isinstance(category, int) or category not in categories):
+        raise Malformed("category_unknown", f"expected a category_id of the categories, got {category!r}")
+    if annotation.get("bbox") is not None:
+        _check_box(annotation["bbox"], size)
+    segmentation = annotation.get("segmentation")
+    if not segmentation:
+        raise Malformed("segmentation_empty", f"expected polygons or RLE, got {segmentation!r}")
+    if isinstance(segmentation, list):
+        for polygon in segmentation:
+            _check_polygon(polygon, size)
+    elif isinstance(segmentation, dict):
+        _check_rle(segmentation, size)
+    else:
+        raise Malformed("segmentation_malformed", f"expected polygons or RLE, got {type(segmentation).__name__}")
+    mask = decode_segmentation(segmentation, *size)
+    if not mask.any():
+        raise Malformed("segmentation_empty", "expected at least one pixel inside the picture, got none")
+    return mask
+
+
+def rle_counts(text: str | bytes) -> list[int]:
+    """Run lengths of a compressed COCO RLE, unchecked: pycocotools trusts them, so they are looked at before.
+
+    Raises:
+        ValueError: not such a text.
+    """
+    data = text.encode("ascii") if isinstance(text, str) else text
+    counts: list[int] = []
+    value = shift = 0
+    for byte in data:
+        code = byte - 48
+        if not 0 <= code < 64:
+            raise ValueError(f"character {chr(byte)!r}")
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << shift
+        counts.append(value + counts[-2] if len(counts) > 2 else value)
+        value = shift = 0
+    if shift:
+        raise ValueError("cut short")
+    return counts
+
+
+def _index_coco(index: Index, images: Path, path: Path) -> None:
+    data = path.read_bytes()
+    index.fingerprint = hashlib.sha256(data).hexdigest()
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected COCO or LVIS JSON: {error}") from error
+    if not isinstance(document, dict) or not all(isinstance(document.get(k), list) for k in ("images", "annotations")):
+        raise ValueError(f'{path}: expected a COCO or LVIS JSON object with the lists "images" and "annotations"')
+    try:
+        if document.get("categories"):
+            index.categories = {int(c["id"]): str(c.get("name", "")) for c in document["categories"]}
+        licences = {str(item["id"]): item for item in document.get("licenses") or []}
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: expected categories and licenses with an id each: {error!r}") from error
+    annotations = _annotations_by_image(index, path.name, document)
+    seen: set[str] = set()
+    for entry in _unique_images(index, path.name, document["images"]):
+        own = annotations.get(entry["id"], [])
+        if not own:
+            index.without_masks += 1
+            continue
+        try:
+            name = _coco_name(entry)
+            size = _claimed_size(entry)
+        except Malformed as error:
+            index.faults.append(Fault(error.kind, path.name, f"image {entry['id']}", str(error)))
+            continue
+        identity = _safe(str(name.with_suffix("")))
+        if identity in seen:
+            text = f"expected each file name once, {name} is there again"
+            index.faults.append(Fault("image_duplicate", path.name, f"image {entry['id']}", text))
+            continue
+        seen.add(identity)
+        image = images / name
+        if not image.exists() and entry.get("file_name") is None:  # COCO as downloaded: images/train2017/1.jpg
+            image = images.joinpath(*PurePosixPath(urlparse(entry["coco_url"]).path).parts[-2:])
+        licence = licences.get(str(entry.get("license")), entry.get("license"))
+        index.sources.append(
+            Source(identity, entry["id"], image, annotations=tuple(own), size=size, licence=licence)
+        )
+
+
+def _unique_images(index: Index, file: str, entries: list[Any]) -> list[dict[str, Any]]:
+    """Entries with an id of their own, the first of each."""
+    unique: dict[Any, dict[str, Any]] = {}
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), (int, str)):
+            text = "expected an object with an id, a number or a text"
+            index.faults.append(Fault("image_malformed", file, f"images[{position}]", text))
+        elif entry["id"] in unique:
+            text = f"expected each image id once, {entry['id']} is there again"
+            index.faults.append(Fault("image_duplicate", file, f"image {entry['id']}", text))
+        else:
+            unique[entry["id"]] = entry
+    return list(unique.values())
+
+
+def _annotations_by_image(index: Index, file: str, document: dict[str, Any]) -> dict[Any, list[dict[str, Any]]]:
+    images = {e.get("id") for e in document["images"] if isinstance(e, dict) and isinstance(e.get("id"), (int, str))}
+    seen: set[Any] = set()
+    by_image: dict[Any, list[dict[str, Any]]] = {}
+    for position, annotation in enumerate(document["annotations"]):
+        place = f"annotations[{position}]"
+        identity = annotation.get("id", place) if isinstance(annotation, dict) else place
+        if not isinstance(annotation, dict) or not isinstance(identity, (int, str)):
+            text = "expected an object with an id, a number or a text"
+            index.faults.append(Fault("annotation_malformed", file, place, text))
+        elif identity in seen:
+            text = f"expected each annotation id once, {identity} is there again ({place}); the first is taken"
+            index.faults.append(Fault("annotation_duplicate", file, identity, text))
+        elif not isinstance(annotation.get("image_id"), (int, str)) or annotation["image_id"] not in images:
+            text = f"expected the id of an image, got image_id {annotation.get('image_id')!r}"
+            index.faults.append(Fault("annotation_image", file, identity, text))
+        elif annotation.get("iscrowd"):
+            index.crowd += 1
+        else:
+            by_image.setdefault(annotation["image_id"], []).append({**annotation, "id": identity})
+        if isinstance(identity, (int, str)):
+            seen.add(identity)
+    return by_image
+
+
+def _coco_name(entry: dict[str, Any]) -> PurePosixPath:
+    """File name of a COCO image; LVIS has only the address."""
+    name = entry.get("file_name")
+    if name is None and isinstance(entry.get("coco_url"), str):
+        name = PurePosixPath(urlparse(entry["coco_url"]).path).name
+    if not isinstance(name, str) or not name:
+        raise Malformed("image_malformed", f"expected file_name or coco_url, got {name!r}")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise Malformed("image_malformed", f"expected a file_name below the folder of pictures, got {name!r}")
+    return path
+
+
+def _claimed_size(entry: dict[str, Any]) -> tuple[int, int] | None:
+    size = (entry.get("height"), entry.get("width"))
+    if size == (None, None):
+        return None
+    if not all(isinstance(side, int) and side > 0 for side in size):
+        raise Malformed("image_malformed", f"expected height and width of at least 1 pixel, got {size}")
+    return size  # type: ignore[return-value]
+
+
+def _index_folder(index: Index, images: Path, annotations: Path, split: str) -> None:
+    pictures, masks = _files(images), _files(annotations)
+    if images.resolve() == annotations.resolve():  # MSRA10K: 1.jpg is the picture, 1.png its mask
+        pictures = [p for p in pictures if p.suffix.lower() != ".png"]
+        masks = [p for p in masks if p.suffix.lower() == ".png"]
+    by_name: dict[str, list[Path]] = {}
+    for mask in masks:
+        name = mask.stem
+        if index.kind == "bsds":
+            match = re.fullmatch(r"(.+)_\d+", name)
+            if not match:
+                text = "expected a name such as 100007_0.png: picture, underscore, number of the annotator"
+                index.faults.append(Fault("mask_name", mask.name, None, text))
+                continue
+            name = match[1]
+        by_name.setdefault(name, []).append(mask)
+    by_picture: dict[str, Path] = {}
+    for picture in pictures:
+        if picture.stem in by_picture:
+            text = f"expected one picture of each name, {by_picture[picture.stem].name} is there, too"
+            index.faults.append(Fault("image_duplicate", picture.name, None, text))
+        by_picture.setdefault(picture.stem, picture)
+    chosen_by = images.parent / f"{split}.txt"
+    if chosen_by.is_file():
+        index.split_list = chosen_by.name
+        chosen = list(dict.fromkeys(chosen_by.read_text(encoding="utf-8").split()))
+    else:
+        chosen = list(by_picture)
+        for name in by_name.keys() - by_picture.keys():
+            index.faults.append(Fault("image_missing", by_name[name][0].name, None, "expected a picture of this name"))
+        index.faults.sort(key=lambda fault: fault.file)
+    digest = hashlib.sha256()
+    seen: set[str] = set()
+    for name in chosen:
+        own = sorted(by_name.get(name, []), key=lambda p: (len(p.name), p.name))  # 2 before 10
+        digest.update(json.dumps([name, [p.name for p in own]]).encode())
+        identity = _safe(name)
+        if name not in by_picture:
+            index.faults.append(Fault("image_missing", chosen_by.name, name, "expected a picture of this name"))
+        elif not own:
+            index.faults.append(Fault("mask_missing", by_picture[name].name, None, "expected a mask of this name"))
+        elif len(own) > 1 and index.kind != "bsds":
+            text = f"expected one mask of each name, got {', '.join(p.name for p in own)}"
+            index.faults.append(Fault("mask_duplicate", by_picture[name].name, None, text))
+        elif identity in seen:
+            text = f"expected names that differ in letters, digits, '.', '-' or '_', {identity} is there again"
+            index.faults.append(Fault("image_duplicate", by_picture[name].name, None, text))
+        else:
+            seen.add(identity)
+            index.sources.append(Source(identity, name, by_picture[name], masks=tuple(own)))
+    index.fingerprint = digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name)
+
+
+def _read_annotations(index: Index, source: Source, size: tuple[int, int], truth: Truth) -> None:
+    """Label maps, as many as overlapping instances need."""
+    for annotation in source.annotations:
+        try:
+            mask = coco_mask(annotation, size, index.categories)
+            if len(truth.instances) == MAX_LABEL:
+                raise Malformed("too_many", f"expected at most {MAX_LABEL} instances in a picture")
+        except Malformed as error:
+            truth.faults.append(Fault(error.kind, index.annotations, annotation["id"], str(error)))
+            continue
+        instance = _measured(mask, len(truth.instances) + 1)
+        x, y, width, height = instance["bbox"]
+        inside = mask[y : y + height, x : x + width]
+        free = (k for k, item in enumerate(truth.layers) if not item[y : y + height, x : x + width][inside].any())
+        layer = next(free, len(truth.layers))
+        if layer == len(truth.layers):
+            truth.layers.append(np.zeros(size, np.uint16))
+        truth.layers[layer][mask] = instance["label"]
+        category = annotation.get("category_id")
+        truth.instances.append({**instance, "layer": layer, "id": annotation["id"], "category": category})
+
+
+def _read_label_maps(index: Index, source: Source, size: tuple[int, int], truth: Truth) -> None:
+    for path in source.masks:
+        try:
+            labels = _label_map(path, size, index.kind == "folder", index.binary)
+        except Malformed as error:
+            truth.faults.append(Fault(error.kind, path.name, None, str(error)))
+            continue
+        for label in np.unique(labels[labels > 0]).tolist():
+            category = label if index.kind == "ade20k" else None
+            instance = _measured(labels == label, label)
+            truth.instances.append({**instance, "layer": len(truth.layers), "id": label, "category": category})
+        truth.layers.append(labels)
+
+
+def _label_map(path: Path, size: tuple[int, int], may_be_binary: bool, binary: bool) -> np.ndarray[Any, Any]:
+    """(H, W) uint16; a mask of one value besides 0, or with `binary` one above 127, gets the label 1."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Malformed("mask_unreadable", f"expected a mask: {error.strerror}") from error
+    labels = None if is_cut_short(data) else _decode(data, cv2.IMREAD_UNCHANGED)
+    if labels is None:
+        raise Malformed("mask_unreadable", "expected a picture of labels, OpenCV cannot decode it")
+    if labels.ndim == 3:
+        if not (labels[..., :3] == labels[..., :1]).all():
+            raise Malformed("mask_colour", "expected grey labels, got colours; save the label numbers themselves")
+        labels = labels[..., 0]
+    if labels.shape != size:
+        raise Malformed("mask_size", f"expected height and width {size} as the picture, got {labels.shape}")
+    if labels.dtype not in (np.uint8, np.uint16):
+        raise Malformed("mask_values", f"expected labels of 8 or 16 bit, got {labels.dtype}")
+    if binary:
+        labels = labels > 127
+    elif may_be_binary and len(np.unique(labels[labels > 0])) == 1:
+        labels = labels > 0
+    if labels.max() > MAX_LABEL:
+        raise Malformed("mask_values", f"expected labels up to {MAX_LABEL}, got {labels.max()}")
+    if not labels.any():
+        raise Malformed("mask_empty", "expected at least one labeled pixel, got none")
+    return labels.astype(np.uint16)
+
+
+def _measured(mask: BoolArray, label: int) -> dict[str, Any]:
+    box = cv2.boundingRect(mask.astype(np.uint8))
+    return {"label": label, "area": int(np.count_nonzero(mask)), "bbox": [int(v) for v in box]}
+
+
+def _decode(data: bytes, flags: int) -> np.ndarray[Any, Any] | None:
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    except cv2.error:
+        return None
+
+
+def _numbers(values: Any, what: str) -> list[float]:
+    if not isinstance(values, list) or not all(isinstance(v, (int, float)) and v is not True for v in values):
+        raise Malformed("segmentation_malformed", f"{what}: expected a list of numbers, got {str(values)[:60]}")
+    if not all(math.isfinite(v) for v in values):
+        raise Malformed("not_finite", f"{what}: expected finite numbers, got {str(values)[:60]}")
+    return values
+
+
+def _check_box(box: Any, size: tuple[int, int]) -> None:
+    x, y, width, height = _numbers(box, "bbox") if isinstance(box, list) and len(box) == 4 else (0, 0, 0, 0)
+    if width <= 0 or height <= 0:
+        raise Malformed("bbox_malformed", f"expected bbox [x, y, width, height] with an area, got {str(box)[:60]}")
+    if min(x, y) < -BOX_TOLERANCE or x + width > size[1] + BOX_TOLERANCE or y + height > size[0] + BOX_TOLERANCE:
+        raise Malformed("bbox_outside", f"expected bbox inside a picture of {size[1]}x{size[0]}, got {box}")
+
+
+def _check_polygon(polygon: Any, size: tuple[int, int]) -> None:
+    points = _numbers(polygon, "polygon")
+    if len(points) % 2:
+        raise Malformed("polygon_odd", f"expected x, y pairs, got {len(points)} numbers")
+    if len(points) < 6:
+        raise Malformed("polygon_points", f"expected at least 3 points, got {len(points) // 2}")
+    for values, side in ((points[::2], size[1]), (points[1::2], size[0])):
+        if min(values) < -side or max(values) > 2 * side:  # far points also cost memory to rasterise
+            raise Malformed("polygon_outside", f"expected points near a picture of {size[1]}x{size[0]}")
+
+
+def _check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
+    if rle.get("size") != list(size):
+        raise Malformed("rle_size", f"expected size {list(size)} (height, width), got {rle.get('size')!r}")
+    counts = rle.get("counts")
+    try:
+        runs = rle_counts(counts) if isinstance(counts, str) else counts
+    except ValueError as error:
+        raise Malformed("rle_counts", f"expected compressed RLE counts: {error}") from error
+    if not isinstance(runs, list) or not all(isinstance(run, int) and run >= 0 for run in runs):
+        raise Malformed("rle_counts", f"expected run lengths of at least 0, got {str(counts)[:60]}")
+    if sum(runs) != size[0] * size[1]:
+        raise Malformed("rle_size", f"expected runs over {size[0] * size[1]} pixels, got {sum(runs)}")
