@@ -267,7 +267,7 @@ b.build(b.BuildOptions("coco", Path(sys.argv[1]), Path(sys.argv[2]), (1, 3), ("l
 """
 
 
-@pytest.mark.parametrize("writes", [1, 2, 4, 21, 32, 33, 34])
+@pytest.mark.parametrize("writes", [1, 2, 4, 21, 32, 33])
 def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path: Path, writes: int) -> None:
     """Killed in the middle of a file: the description, of the first, a later and the last picture, the manifest."""
     options = many(tmp_path)

@@ -100,25 +100,42 @@ def build(options: BuildOptions, out: Path, workers: int = 1, track: Track = lam
         line = known.get(source.id)
         return line if line and _is_intact(out, json.loads(line)) else _build_one(options, index, source, out)
 
-    lines: list[str] = []
     faults = list(index.faults)
+    counts: Counter[str] = Counter(images=0, degraded=0, instances=0)
+    digest = hashlib.sha256()
+    part = out / (LQSEG_MANIFEST + PART)  # in the order of the source; the journal is what outlives a kill
     pool = ThreadPoolExecutor(workers)
     try:
-        with (out / JOURNAL).open("a", encoding="utf-8") as journal:
+        with part.open("w", encoding="utf-8") as manifest, (out / JOURNAL).open("a", encoding="utf-8") as journal:
             for result in track(pool.map(entry_of, sources), len(sources)):
                 if isinstance(result, Fault):
                     faults.append(result)
                     continue
                 entry = json.loads(result)
                 faults += [Fault(**item) for item in entry["left_out"]]
-                if entry["instances"]:
-                    lines.append(result)
                 if known.get(entry["id"]) != result:
                     journal.write(result)
                     journal.flush()
+                if entry["instances"]:
+                    manifest.write(result)
+                    digest.update(result.encode())
+                    counts.update(images=1, degraded=len(entry["degraded"]), instances=len(entry["instances"]))
     finally:
         pool.shutdown(cancel_futures=True)
-    return _finish(out, settings, index, lines, faults)
+    os.replace(part, out / LQSEG_MANIFEST)
+    write_file(out / ERRORS, "".join(json.dumps(asdict(fault)) + "\n" for fault in faults).encode())
+    summary = Summary(
+        {
+            **counts, "crowd_left_out": index.crowd, "images_without_masks": index.without_masks,
+            "faults": dict(sorted(Counter(fault.kind for fault in faults).items())),
+        },
+        faults,
+    )
+    categories = [{"id": number, "name": name} for number, name in (index.categories or {}).items()]
+    document = {"settings": settings, "complete": True, "counts": summary.counts, "manifest_sha256": digest.hexdigest()}
+    write_file(out / LQSEG_INFO, _pretty({**document, "categories": categories}))
+    (out / JOURNAL).unlink()
+    return summary
 
 
 def file_seed(seed: int, image_id: str, kind: str, level: int) -> int:
@@ -259,27 +276,6 @@ def _png(image: np.ndarray[Any, Any]) -> bytes:
     if not done:
         raise OSError("OpenCV could not encode a PNG")
     return data.tobytes()
-
-
-def _finish(out: Path, settings: dict[str, Any], index: Index, lines: list[str], faults: list[Fault]) -> Summary:
-    manifest = "".join(lines).encode()
-    entries = [json.loads(line) for line in lines]
-    counts = {
-        "images": len(lines),
-        "degraded": sum(len(entry["degraded"]) for entry in entries),
-        "instances": sum(len(entry["instances"]) for entry in entries),
-        "crowd_left_out": index.crowd,
-        "images_without_masks": index.without_masks,
-        "faults": dict(sorted(Counter(fault.kind for fault in faults).items())),
-    }
-    write_file(out / LQSEG_MANIFEST, manifest)
-    write_file(out / ERRORS, "".join(json.dumps(asdict(fault)) + "\n" for fault in faults).encode())
-    categories = [{"id": number, "name": name} for number, name in (index.categories or {}).items()]
-    digest = hashlib.sha256(manifest).hexdigest()
-    document = {"settings": settings, "complete": True, "counts": counts, "manifest_sha256": digest}
-    write_file(out / LQSEG_INFO, _pretty({**document, "categories": categories}))
-    (out / JOURNAL).unlink()
-    return Summary(counts, faults)
 
 
 def _pretty(document: dict[str, Any]) -> bytes:
