@@ -281,14 +281,15 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path: Path, writes: int) -
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_what_is_there_is_not_built_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [1, 200])
+def test_what_is_there_is_not_built_again(tmp_path: Path, cut: int) -> None:
     options = many(tmp_path)
     build(options, tmp_path / "out")
     whole = content(tmp_path / "out")
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.png")}
     lines = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines(True)
     (tmp_path / "out" / "manifest.jsonl").unlink()
-    (tmp_path / "out" / JOURNAL).write_text("".join(lines[:3]) + lines[3][: len(lines[3]) // 2])
+    (tmp_path / "out" / JOURNAL).write_text("".join(lines[:3]) + lines[3][:-cut])
     (tmp_path / "out" / "masks" / "2_0.png").unlink()
     (tmp_path / "out" / "lq" / "lq-1" / "3.png").write_bytes(b"")
     build(options, tmp_path / "out")

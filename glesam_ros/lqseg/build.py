@@ -33,7 +33,6 @@ from glesam_ros.lqseg.sources import Fault, Index, Malformed, Source, read_index
 
 JOURNAL = "manifest.journal"
 ERRORS = "errors.jsonl"
-FOLDERS = ("images", "lq", "masks")
 PART = ".part"
 """Ending of a file that is being written."""
 
@@ -200,9 +199,6 @@ def _prepare(out: Path, settings: dict[str, Any]) -> dict[str, str]:
     ]
     if changed:
         raise ValueError(f"{out}: built with other settings: {'; '.join(changed)}; build into another folder")
-    for folder in FOLDERS:
-        for part in (out / folder).rglob(f"*{PART}"):
-            part.unlink()
     known: dict[str, str] = {}
     for name in (LQSEG_MANIFEST, JOURNAL):
         path = out / name

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 from glesam_ros.datasets import LQSEG_MANIFEST, read_lqseg_info
-from glesam_ros.lqseg.build import FOLDERS, Track
+from glesam_ros.lqseg.build import Track
+
+FOLDERS = ("images", "lq", "masks")
 
 
 def verify(folder: Path, track: Track = lambda items, total: items) -> list[str]:
