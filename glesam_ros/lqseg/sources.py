@@ -178,7 +178,7 @@ def read_picture(source: Source) -> tuple[bytes, UInt8Array]:
 
 
 def is_cut_short(data: bytes) -> bool:
-    """Whether a JPEG lacks its end marker or a PNG its end chunk; OpenCV 4 fills such a picture with grey in silence."""
+    """Whether a JPEG lacks its end marker or a PNG its end chunk; OpenCV 4 fills the rest with grey in silence."""
     if data.startswith(b"\xff\xd8"):
         return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
     return data.startswith(b"\x89PNG") and b"IEND" not in data[-4096:]
