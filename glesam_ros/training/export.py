@@ -17,10 +17,9 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from glesam_ros.models.nano_net import FEATURES, HYPOTHESES, LATENT, NanoNet, kernel_weights, with_positions
+from glesam_ros.models.nano_net import HYPOTHESES, LATENT, NanoNet, kernel_weights, with_positions
 
 OPSET = 17
 SMALLEST_HALF = 256
@@ -39,13 +38,6 @@ class EncoderGraph(nn.Module):
         return latent, level
 
 
-def smooth(features: Tensor) -> Tensor:
-    """3x3 binomial filter of mask features: takes the checker pattern of the pixel shuffle out of every mask."""
-    line = torch.tensor([0.25, 0.5, 0.25], dtype=features.dtype)
-    kernel = (line[:, None] * line).expand(FEATURES, 1, 3, 3)
-    return F.conv2d(F.pad(features, (1, 1, 1, 1), mode="replicate"), kernel, groups=FEATURES)
-
-
 class DecoderGraph(nn.Module):
     """latent -> features with positions (1, F + 5, 2h, 2w), trunk, grid, weights (gh, gw, M, F + 5), their scores."""
 
@@ -55,7 +47,6 @@ class DecoderGraph(nn.Module):
 
     def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
         features, trunk, grid, dense = self.net.decoder(latent)
-        features = smooth(features)
         h, w = features.shape[2:]
         gh, gw = grid.shape[2:]
         flat = with_positions(features)
