@@ -33,6 +33,7 @@ class Nano:
         device: "auto", "cpu", "cuda" or "tensorrt".
         precision: "auto" (fp32), "fp32", or "fp16" (TensorRT only).
         weights: folder with the four ONNX files; the shipped one where None.
+        threads: of each operator on the CPU; 0 is one a core.
 
     Raises:
         FileNotFoundError: a model file is missing.
@@ -43,7 +44,9 @@ class Nano:
     name = "nano"
     classes: tuple[str, ...] = ("object",)
 
-    def __init__(self, device: str = "auto", precision: str = "auto", weights: Path | None = None) -> None:
+    def __init__(
+        self, device: str = "auto", precision: str = "auto", weights: Path | None = None, threads: int = 0
+    ) -> None:
         folder = WEIGHTS if weights is None else weights
         device = choose_device(device)
         if precision == "fp16" and device != "tensorrt":
@@ -51,7 +54,7 @@ class Nano:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "glesam_ros" / "tensorrt"
 
         def open_part(part: str) -> Any:
-            return open_session(folder / f"nano_{part}.onnx", device, precision == "fp16", cache)
+            return open_session(folder / f"nano_{part}.onnx", device, precision == "fp16", cache, threads)
 
         self._encoder, self._enhancer = open_part("encoder"), open_part("enhancer")
         self._decoder, self._prompt = open_part("decoder"), open_part("prompt")

@@ -41,12 +41,15 @@ def choose_device(device: str, available: list[str] | None = None) -> str:
     return device
 
 
-def open_session(path: Path, device: str, fp16: bool, cache: Path | None = None) -> ort.InferenceSession:
+def open_session(
+    path: Path, device: str, fp16: bool, cache: Path | None = None, threads: int = 0
+) -> ort.InferenceSession:
     """Open an ONNX file on `device` ("cpu", "cuda", "tensorrt"); operators that it lacks fall back step by step.
 
     Args:
         fp16: half precision, for TensorRT.
         cache: folder for TensorRT engines, so that only the first start builds them.
+        threads: of an operator on the CPU; 0 is one a core.
 
     Raises:
         FileNotFoundError: the model file is missing.
@@ -55,6 +58,7 @@ def open_session(path: Path, device: str, fp16: bool, cache: Path | None = None)
         raise FileNotFoundError(f"expected the model file {path}; reinstall the package, its weights are missing")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
     # idle threads that spin would take the cores of the other sessions and of the rest of the robot
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     names = list(PROVIDERS)
