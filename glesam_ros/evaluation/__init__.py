@@ -1,25 +1,39 @@
-"""Evaluation: masks against truth. numpy only."""
+"""Evaluation: masks against truth, baselines, figures and pictures of the result."""
 
 from glesam_ros.evaluation.metrics import (
     average_recall,
     best_iou,
     bootstrap_interval,
+    boundary,
+    boundary_iou,
     dice,
     iou,
+    mask_boxes,
     mean_best_iou,
+    mean_ranks,
     pairwise_iou,
     pixel_accuracy,
+    region_recall,
+    relative_gain,
     sample_points,
+    spearman,
 )
 
 __all__ = [
     "average_recall",
     "best_iou",
     "bootstrap_interval",
+    "boundary",
+    "boundary_iou",
     "dice",
     "iou",
+    "mask_boxes",
     "mean_best_iou",
+    "mean_ranks",
     "pairwise_iou",
     "pixel_accuracy",
+    "region_recall",
+    "relative_gain",
     "sample_points",
+    "spearman",
 ]
