@@ -21,6 +21,8 @@ Picture = np.ndarray[Any, Any]
 
 RATES = {1: 1, 2: 2, 3: 4}
 """Down-sampling rate of LQ-1, LQ-2, LQ-3."""
+MIXED_RATES = (1, 2, 3, 3, 4, 4, 4, 4)
+"""Rates that the released training code draws from, each entry as likely; 3 is of no level."""
 KERNEL_SIZES = tuple(range(7, 22, 2))
 FAMILIES = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
 FAMILY_PROBABILITIES = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
@@ -102,9 +104,38 @@ def degrade_lqseg(
     if isinstance(level, bool) or level not in RATES:
         raise ValueError(f"level: expected 1, 2 or 3, got {level!r}")
     rng = np.random.default_rng(seed)
-    noise = noise or rng
+    degraded, parameters = _chain(image, RATES[level], rng, noise or rng)
+    return Degraded(degraded, level, parameters)
+
+
+def degrade_lqseg_mixed(
+    image: Any, seed: int | np.random.Generator, *, noise: np.random.Generator | None = None
+) -> Degraded:
+    """Degrade an image as mixed training does: the rate is drawn from `MIXED_RATES`, then the chain runs with it.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        seed: as in `degrade_lqseg`; draws the rate, too.
+        noise: as in `degrade_lqseg`.
+
+    Returns:
+        `parameters["rate"]` is the drawn rate, 1 to 4; `level` is 1, 2, 3, 3 for it (3 lies between LQ-2 and LQ-3,
+        nearer to LQ-3 in octaves).
+
+    Raises:
+        TypeError, ValueError: `image` is not such an array.
+    """
+    image = check_image(image)
+    rng = np.random.default_rng(seed)
+    rate = MIXED_RATES[int(rng.integers(len(MIXED_RATES)))]
+    degraded, parameters = _chain(image, rate, rng, noise or rng)
+    return Degraded(degraded, min(rate, 3), parameters)
+
+
+def _chain(
+    image: UInt8Array, rate: int, rng: np.random.Generator, noise: np.random.Generator
+) -> tuple[UInt8Array, dict[str, Any]]:
     height, width = image.shape[:2]
-    rate = RATES[level]
     parameters: dict[str, Any] = {"rate": rate}
     out: Picture = cv2.cvtColor(image, cv2.COLOR_RGB2BGR).astype(np.float32)  # BGR, 0..255: what the JPEG codec takes
     for name, order, divisor in (("first", FIRST, 1), ("second", SECOND, rate)):
@@ -121,7 +152,7 @@ def degrade_lqseg(
     else:
         compressed = _jpeg(out, SECOND, rng, sampled).astype(np.float32)
         result = _to_uint8(_resize_back(compressed, (height, width), rng, sampled))
-    return Degraded(np.asarray(cv2.cvtColor(result, cv2.COLOR_BGR2RGB), np.uint8), level, parameters)
+    return np.asarray(cv2.cvtColor(result, cv2.COLOR_BGR2RGB), np.uint8), parameters
 
 
 def gaussian_kernel(

@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from glesam_ros.degradation.h264 import h264
 from glesam_ros.degradation.lqseg import Degraded, degrade_lqseg, jpeg
 from glesam_ros.validation import UInt8Array, check_image
 
@@ -26,6 +27,12 @@ Effect = Callable[[UInt8Array, int, Rng, Rng], tuple[Array, dict[str, Any]]]
 """
 
 LEVELS = (1, 2, 3)
+TRAINING_KINDS = ("lq", "low_light", "motion_blur", "defocus", "rain", "fog")
+"""What training may show to a network."""
+HELD_OUT_KINDS = (
+    "snow", "glare", "lens_drops", "iso_noise", "gaussian_noise", "jpeg", "rolling_shutter", "dead_pixels", "h264",
+)
+"""What training never shows, so that tests on it say how far a network carries over."""
 
 
 def degrade(image: Any, name: str, level: int, seed: int, frame: int = 0) -> Degraded:
@@ -255,6 +262,65 @@ def jpeg_blocks(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[
     return jpeg(np.ascontiguousarray(image[..., ::-1]), quality)[..., ::-1], {"quality": quality}
 
 
+def h264_blocks(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
+    """A starved video link: H.264 at a high QP, its macroblocks smeared from their neighbours."""
+    qp = {1: 40, 2: 45, 3: 50}[level]
+    return h264(image, qp), {"qp": qp}
+
+
+def rolling_shutter(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
+    """Wobble: the camera shakes while the rows are read one after another, and each frame meets the shake elsewhere.
+
+    No pixel moves farther than `shift`, 5 pixels at a long side of 640, so masks of the still picture hold.
+    """
+    shift = {1: 1.5, 2: 3.0, 3: 5.0}[level] * _scale(image)
+    direction = float(scene.uniform(-0.4, 0.4))  # mostly sideways, where it shows
+    waves = scene.uniform((0.7, 2.0, 4.0), (1.5, 3.5, 7.0))  # in the time that a frame is read
+    phases = scene.uniform(0, 1, 3)
+    start = float(frame.uniform(0, 20))
+    height, width = image.shape[:2]
+    time = start + np.arange(height) / height
+    path = shift * np.sin(2 * math.pi * (time[:, None] * waves + phases)) @ np.array([0.55, 0.3, 0.15])
+    x = np.arange(width)[None, :] + math.cos(direction) * path[:, None]
+    y = np.broadcast_to((np.arange(height) + math.sin(direction) * path)[:, None], x.shape)
+    out = cv2.remap(
+        image, x.astype(np.float32), y.astype(np.float32), cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT
+    )
+    return out, {"shift": shift, "direction": direction, "waves": waves.tolist(), "start": start}
+
+
+def dead_pixels(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
+    """A worn sensor: dead, hot and stuck photosites, faulty columns, spread by demosaicing; the noise stays small."""
+    share, per_width = {1: (0.0005, 2), 2: (0.002, 5), 3: (0.008, 12)}[level]
+    height, width = image.shape[:2]
+    sites, columns = max(1, round(share * height * width)), max(1, round(per_width * width / 640))
+    value, weight = np.zeros((2, height, width), np.float32)
+    for x, top, strength in zip(
+        scene.integers(0, width, columns), scene.integers(0, height, columns), scene.uniform(0.3, 0.8, columns)
+    ):
+        column = slice(0 if scene.random() < 0.5 else top, None), x  # a broken line is lost from there on
+        value[column], weight[column] = 255.0 * scene.integers(0, 2), strength
+    where = scene.integers(0, height, sites), scene.integers(0, width, sites)
+    stuck = scene.uniform(0, 255, sites)
+    value[where] = np.choose(scene.choice(3, sites, p=(0.4, 0.35, 0.25)), (0.0, 255.0, stuck))
+    weight[where] = 1.0
+    out = image + _normal(frame, image.shape) * np.float32(1.5)
+    for channel, own in enumerate(_bayer(height, width)):
+        # bilinear demosaicing: a site tells the pixels around it what lies between it and the next of its colour
+        kernel = np.array([[0, 1, 0], [1, 4, 1], [0, 1, 0]] if channel == 1 else [[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 4
+        faulty = cv2.filter2D(weight * own, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
+        seen = cv2.filter2D(weight * own * value, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
+        out[..., channel] += seen - faulty * out[..., channel]
+    return _to_uint8(out), {"sites": sites, "columns": columns}
+
+
+def _bayer(height: int, width: int) -> Array:
+    """Which photosites see red, green and blue, (3, H, W) bool, in the order RGGB."""
+    odd_row, odd_column = (np.arange(n) % 2 == 1 for n in (height, width))
+    blue, red = odd_row[:, None] & odd_column, ~odd_row[:, None] & ~odd_column
+    return np.stack([red, ~(red | blue), blue])
+
+
 def gaussian_noise(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
     """White Gaussian noise, the same in all channels' strength."""
     sigma = {1: 12.0, 2: 25.0, 3: 45.0}[level]
@@ -291,6 +357,9 @@ EFFECTS: dict[str, Effect] = {
     "jpeg": jpeg_blocks,
     "gaussian_noise": gaussian_noise,
     "iso_noise": iso_noise,
+    "rolling_shutter": rolling_shutter,
+    "dead_pixels": dead_pixels,
+    "h264": h264_blocks,
     "lq": lq,
 }
 
