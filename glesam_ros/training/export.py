@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from glesam_ros.models.nano_net import HYPOTHESES, LATENT, NanoNet, kernel_weights, with_positions
+from glesam_ros.training.graphs import simplify
 
 OPSET = 17
 SMALLEST_HALF = 256
@@ -111,6 +112,7 @@ def export(net: NanoNet, folder: Path) -> dict[str, float]:
             module.eval(), inputs, str(path), input_names=list(axes), output_names=outputs,
             dynamic_axes=axes, opset_version=OPSET, dynamo=False,
         )
+        onnx.save(simplify(onnx.load(path)), path)
         store_half(path)
         difference[name] = compare(path, module, inputs, list(axes))
     return difference
