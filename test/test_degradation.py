@@ -1,4 +1,4 @@
-"""LQSeg and robot weather: known answers, published ranges, reproducibility, refusals."""
+"""LQSeg, robot weather, H.264: known answers, published ranges, reproducibility, refusals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ import cv2
 import numpy as np
 import pytest
 
-from glesam_ros.degradation import degrade, degrade_lqseg, lqseg, names, robot
+from glesam_ros.degradation import (
+    HELD_OUT_KINDS,
+    TRAINING_KINDS,
+    degrade,
+    degrade_lqseg,
+    degrade_lqseg_mixed,
+    h264,
+    lqseg,
+    names,
+    robot,
+)
 
 
 def scene(seed: int, height: int = 192, width: int = 256) -> np.ndarray:
@@ -224,7 +234,36 @@ def test_sampled_parameters_are_in_the_published_ranges_and_shares() -> None:
     assert any(a["kernel_size"] != b["kernel_size"] for a, b in zip(first, second) if b["blur"])  # kernel of its own
 
 
+def test_mixed_rates_have_the_published_shares() -> None:
+    image = scene(0, 16, 16)
+    drawn = [degrade_lqseg_mixed(image, seed) for seed in range(400)]
+    rates = np.bincount([d.parameters["rate"] for d in drawn], minlength=6)
+    for rate, share in enumerate((0, 1 / 8, 1 / 8, 2 / 8, 4 / 8, 0)):
+        assert rates[rate] / 400 == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 400))
+    assert {(d.parameters["rate"], d.level) for d in drawn} == {(1, 1), (2, 2), (3, 3), (4, 3)}
+    assert len({d.parameters["second"]["factor"] for d in drawn}) > 200  # the rest of the chain is drawn, too
+
+
+def test_mixed_is_the_chain_at_the_drawn_rate() -> None:
+    image = scene(0)
+    for seed in range(12):
+        mixed = degrade_lqseg_mixed(image, seed)
+        np.testing.assert_array_equal(mixed.image, degrade_lqseg_mixed(image, np.random.default_rng(seed)).image)
+        if mixed.parameters["rate"] == 3:
+            continue
+        rng = np.random.default_rng(seed)
+        rng.integers(8)  # the rate
+        same = degrade_lqseg(image, mixed.level, rng)
+        np.testing.assert_array_equal(mixed.image, same.image)
+        assert mixed.parameters == same.parameters
+
+
 # robot weather
+
+
+def test_training_and_held_out_kinds_split_the_names() -> None:
+    assert sorted((*TRAINING_KINDS, *HELD_OUT_KINDS)) == sorted(names())  # also: none is in both
+    assert TRAINING_KINDS == ("lq", "low_light", "motion_blur", "defocus", "rain", "fog")
 
 
 @pytest.mark.parametrize("name", names())
@@ -251,12 +290,12 @@ def test_effect_gets_worse_with_the_level(name: str) -> None:
 def test_weather_of_a_film_is_stable(name: str) -> None:
     image = scene(1)
     first, second = (degrade(image, name, 2, 3, frame=f) for f in (0, 1))
-    moving = {"motion_blur": {"angle", "bend"}}.get(name, set())
+    moving = {"motion_blur": {"angle", "bend"}, "rolling_shutter": {"start"}}.get(name, set())
     assert {k: v for k, v in first.parameters.items() if k not in moving} == {
         k: v for k, v in second.parameters.items() if k not in moving
     }
     assert abs(psnr(first.image, image) - psnr(second.image, image)) < 1.5
-    still = name in ("defocus", "lens_drops", "fog", "glare", "jpeg")
+    still = name in ("defocus", "lens_drops", "fog", "glare", "jpeg", "h264")
     assert np.array_equal(first.image, second.image) == still
 
 
@@ -294,6 +333,176 @@ def test_fog_goes_to_the_air_light_and_hides_the_far_more() -> None:
     assert out[:40].std(1).mean() < 0.5 * out[-40:].std(1).mean()
 
 
+@pytest.mark.parametrize("level", robot.LEVELS)
+def test_fog_by_depth_is_koschmieders_law(level: int) -> None:
+    # grey stripes in two colours; contrast in linear light falls by exp(-beta d), 2 % is left at the visibility
+    visibility = degrade(scene(0), "fog", level, 1, depth=np.ones((192, 256))).parameters["visibility"]
+    image = np.full((160, 160, 3), 60, np.uint8)
+    image[:, 80:] = 200
+    contrast = []
+    for distance in (0.1, 0.2 * visibility, np.inf):
+        out = robot._to_linear(degrade(image, "fog", level, 1, depth=np.full((160, 160), distance)).image)
+        contrast.append(float(out[:, 150].mean() - out[:, 10].mean()))
+    clear = robot._to_linear(image)
+    full = float(clear[0, 150].mean() - clear[0, 10].mean())
+    assert contrast[0] == pytest.approx(full, rel=0.05)
+    assert full * 0.02**0.3 < contrast[1] < full * 0.02**0.1  # 0.02 ** 0.2, in banks of fog
+    assert contrast[2] == pytest.approx(0, abs=0.004)
+
+
+def test_fog_takes_what_the_depth_sensor_missed_as_infinitely_far() -> None:
+    depth = np.full((192, 256), 3.0)
+    far = depth.copy()
+    far[:50] = np.inf
+    for nothing in (0.0, np.nan):
+        holes = depth.copy()
+        holes[:50] = nothing
+        np.testing.assert_array_equal(
+            degrade(scene(1), "fog", 2, 0, depth=holes).image, degrade(scene(1), "fog", 2, 0, depth=far).image
+        )
+    assert not np.array_equal(
+        degrade(scene(1), "fog", 2, 0, depth=depth).image, degrade(scene(1), "fog", 2, 0, depth=far).image
+    )
+
+
+def _edges(seed: int, level: int, frame: int = 0) -> np.ndarray:
+    """Column of an upright edge at 320 in each row, to a part of a pixel, after the rolling shutter."""
+    image = np.zeros((480, 640, 3), np.uint8)
+    image[:, 320:] = 255
+    return 640 - degrade(image, "rolling_shutter", level, seed, frame).image[..., 0].sum(1) / 255.0
+
+
+@pytest.mark.parametrize(("level", "largest"), [(1, 1.5), (2, 3.0), (3, 5.0)])
+def test_rolling_shutter_shifts_rows_smoothly_and_by_the_documented_pixels(level: int, largest: float) -> None:
+    moved = np.array([_edges(seed, level) - 320 for seed in range(6)])
+    assert np.abs(moved).max() <= largest + 0.3  # the rounding of cubic interpolation
+    assert np.abs(moved).max() > 0.6 * largest
+    assert np.abs(np.diff(moved)).max() < 0.5
+    assert all(np.count_nonzero(np.diff(np.sign(row))) >= 2 for row in moved)  # wobble, not a slant
+
+
+def test_rolling_shutter_of_a_film_is_one_shake_met_at_other_times() -> None:
+    first, second = _edges(3, 3, 0) - 320, _edges(3, 3, 1) - 320
+    assert np.abs(first - second).max() > 1
+    assert 0.5 < first.std() / second.std() < 2
+
+
+def test_defects_of_a_sensor_stay_and_keep_their_colours() -> None:
+    grey = np.full((240, 320, 3), 100, np.uint8)
+    frames = np.stack([degrade(grey, "dead_pixels", 2, 4, frame=f).image for f in range(12)]).astype(float)
+    defect = np.abs(frames.mean(0) - 100) > 20
+    assert 0.001 < defect.any(-1).mean() < 0.1
+    assert frames.std(0)[~defect].mean() == pytest.approx(math.sqrt(1.5**2 + 1 / 12), rel=0.1)  # small, and rounded
+    assert np.abs(frames - frames.mean(0))[:, defect].max() < 12  # what is bright stays bright
+    other = np.abs(degrade(grey, "dead_pixels", 2, 5).image.astype(float) - 100) > 20
+    assert (defect & other).sum() < 0.3 * defect.sum()  # another sensor
+
+
+def test_a_hot_site_is_seen_through_its_colour_filter_and_spread_by_demosaicing() -> None:
+    np.testing.assert_array_equal(robot._bayer(2, 2).argmax(0), [[0, 1], [1, 2]])  # RGGB
+    assert (robot._bayer(5, 4).sum(0) == 1).all()
+    grey = np.full((320, 320, 3), 100, np.uint8)
+    out = degrade(grey, "dead_pixels", 1, 2).image.astype(float)
+    own = robot._bayer(320, 320)
+    seen = set()
+    for y, x, channel in np.argwhere(out == 255):
+        assert own[channel, y, x]
+        if 0 < y < 319 and 0 < x < 319:
+            share = {0: 0.5, 1: 0.25, 2: 0.5}[int(channel)]
+            assert out[y, x - 1, channel] == pytest.approx(100 + 155 * share, abs=8)
+            assert np.abs(np.delete(out[y, x], channel) - 100).max() < 8  # the other colours come from sound sites
+            seen.add(int(channel))
+    assert seen == {0, 1, 2}
+
+
+# H.264
+
+
+def test_quantisation_steps_are_those_of_the_standard() -> None:
+    for qp, step in ((0, 0.625), (4, 1.0), (5, 1.125), (24, 10.0), (36, 40.0), (51, 224.0)):
+        # the table is scaled by 16 where both indices are even
+        assert h264.quantisation_steps(qp)[0, 0] / 16 == step
+    np.testing.assert_array_equal(h264.quantisation_steps(17) * 2, h264.quantisation_steps(23))
+    assert [h264.chroma_qp(qp) for qp in (0, 29, 30, 39, 51)] == [0, 29, 29, 35, 39]
+
+
+def _coefficients(block: np.ndarray) -> np.ndarray:
+    forward = np.array([[1, 1, 1, 1], [2, 1, -1, -2], [1, -1, -1, 1], [1, -2, 2, -1]])
+    return forward @ block.astype(int) @ forward.T
+
+
+def test_residual_follows_the_integer_arithmetic_of_the_standard() -> None:
+    """The multipliers and shifts of the reference encoder, in Python integers, for one macroblock of luma."""
+    factors = ((13107, 5243, 8066), (11916, 4660, 7490), (10082, 4194, 6554), (9362, 3647, 5825), (8192, 3355, 5243),
+               (7282, 2893, 4559))
+    kinds = np.array([[0, 2, 0, 2], [2, 1, 2, 1]] * 2)
+    inverse = np.array([[1, 1, 1, 0.5], [1, 0.5, -1, -1], [1, -0.5, -1, 1], [1, -1, 1, -0.5]])
+    hadamard = np.array([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, -1, 1], [1, -1, 1, -1]])
+    for qp in (28, 35, 45):
+        residual = np.random.default_rng(qp).integers(-255, 256, (16, 16))
+        shift = 15 + qp // 6
+        multiplier = np.array(factors[qp % 6])[kinds]
+        scale = np.array(h264.SCALES[qp % 6])[kinds] << (qp // 6)
+        cells = [(4 * i, 4 * j) for i in range(4) for j in range(4)]
+        blocks = {(y, x): _coefficients(residual[y : y + 4, x : x + 4]) for y, x in cells}
+        means = hadamard @ np.array([blocks[cell][0, 0] for cell in cells]).reshape(4, 4) @ hadamard / 2
+        levels = np.sign(means) * np.floor((np.abs(means) * multiplier[0, 0] + 2 * 2**shift / 3) / 2 ** (shift + 1))
+        means = hadamard @ levels @ hadamard * scale[0, 0] / 4
+        expected = np.zeros((16, 16))
+        for n, (y, x) in enumerate(cells):
+            w = blocks[y, x]
+            kept = np.sign(w) * np.floor((np.abs(w) * multiplier + 2**shift / 3) / 2**shift) * scale
+            kept[0, 0] = means[n // 4, n % 4]
+            expected[y : y + 4, x : x + 4] = np.floor((inverse @ kept @ inverse.T + 32) / 64)
+        coded = h264.code_residual(residual[None].astype(np.float32), qp)[0]
+        assert (coded != expected).mean() < 0.02  # the reference rounds its multipliers to whole numbers
+        assert psnr(coded, expected) > 40
+
+
+def test_codec_at_the_finest_step_is_nearly_lossless_and_gets_worse_by_qp() -> None:
+    grey = np.repeat(scene(2)[..., :1], 3, 2)  # without colours, which 4:2:0 halves
+    quality = [psnr(h264.h264(grey, qp), grey) for qp in (0, 12, 24, 36, 48)]
+    assert quality[0] > 48
+    # the step grows 4-fold each time: 12 dB where every coefficient is coded, less where they are lost altogether
+    assert all(6 < a - b < 14 for a, b in zip(quality[1:], quality[2:]))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 33), (8, 100), (1, 1)])
+def test_codec_keeps_size_and_flat_colours(size: tuple[int, int]) -> None:
+    flat = np.full((*size, 3), (200, 60, 30), np.uint8)
+    coded = h264.h264(flat, 36)
+    assert coded.shape == flat.shape and coded.dtype == np.uint8
+    assert np.abs(coded.astype(int) - flat).max() < 12
+    assert np.ptp(coded, axis=(0, 1)).max() <= 4
+
+
+def test_blocks_without_a_residual_repeat_the_edge_of_their_neighbour() -> None:
+    # a row of macroblocks: a line enters at the left and is gone on; at a coarse step it goes on through
+    plane = np.full((1, 16, 64), 128, np.uint8)
+    plane[0, 8, :] = 150
+    plane[0, 6:12, :16] = 250
+    coded = h264.code_planes(plane, 16, 51)[0].astype(int)
+    for block in (1, 2, 3):
+        np.testing.assert_array_equal(coded[:, 16 * block + 5], coded[:, 16 * block + 15])
+
+
+def test_edge_filter_mends_the_steps_of_coding_and_leaves_real_edges() -> None:
+    plane = np.zeros((1, 4, 48), np.uint8)
+    plane[..., :16], plane[..., 16:32], plane[..., 32:] = 100, 106, 220
+    h264.smooth_edges(plane, 16, 36)
+    # the strong filter of the standard by hand: p2..p0 and q0..q2 across a step of 6
+    assert plane[0, 0, 12:20].tolist() == [100, 101, 102, 102, 104, 105, 105, 106]
+    assert plane[0, 0, 28:36].tolist() == [106] * 4 + [220] * 4
+    unfiltered = plane.copy()
+    h264.smooth_edges(plane, 16, 10)  # so fine a step makes none
+    np.testing.assert_array_equal(plane, unfiltered)
+
+
+def test_qp_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="qp: expected 0 to 51, got 52"):
+        h264.h264(scene(0), 52)
+
+
 def test_linear_light_and_back_is_the_identity() -> None:
     codes = np.arange(256, dtype=np.uint8).reshape(1, -1)
     np.testing.assert_array_equal(robot._to_srgb(robot._to_linear(codes)), codes)
@@ -313,8 +522,14 @@ def test_linear_light_and_back_is_the_identity() -> None:
         (lambda: degrade(scene(0), "rain", 0, 0), ValueError, "expected 1, 2 or 3, got 0"),
         (lambda: degrade(scene(0), "rain", 1, -1), ValueError, "seed: expected an integer of at least 0, got -1"),
         (lambda: degrade(scene(0), "rain", 1, 0, frame=1.5), ValueError, "frame: expected an integer"),
+        (lambda: degrade(scene(0), "rain", 1, 0, depth=np.ones((192, 256))), ValueError, "only fog depends on it"),
+        (lambda: degrade(scene(0), "fog", 1, 0, depth=np.ones((2, 3))), ValueError, r"\(192, 256\).*got \(2, 3\)"),
+        (lambda: degrade(scene(0), "fog", 1, 0, depth=3.0), TypeError, "expected a numpy array of metres, got float"),
+        (lambda: degrade(scene(0), "fog", 1, 0, depth=-np.ones((192, 256))), ValueError, "at least 0, got -1"),
+        (lambda: degrade_lqseg_mixed(scene(0)[..., 0], 0), ValueError, r"expected shape \(H, W, 3\)"),
     ],
-    ids=["level", "bool", "grey", "dtype", "name", "severity", "seed", "frame"],
+    ids=["level", "bool", "grey", "dtype", "name", "severity", "seed", "frame",
+         "depth of rain", "depth size", "depth type", "depth sign", "mixed"],
 )
 def test_refusals(call, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):

@@ -35,7 +35,9 @@ HELD_OUT_KINDS = (
 """What training never shows, so that tests on it say how far a network carries over."""
 
 
-def degrade(image: Any, name: str, level: int, seed: int, frame: int = 0) -> Degraded:
+def degrade(
+    image: Any, name: str, level: int, seed: int, frame: int = 0, *, depth: np.ndarray[Any, Any] | None = None
+) -> Degraded:
     """Degrade an image as a camera on a robot would see it.
 
     Strength depends on `level` alone. In a film keep `seed` and count `frame`: the weather stays (wind, fog banks,
@@ -47,9 +49,11 @@ def degrade(image: Any, name: str, level: int, seed: int, frame: int = 0) -> Deg
         level: 1 (light), 2, 3 (severe).
         seed: of the scene, >= 0. The same seed and frame give the same bits.
         frame: number of the frame in a film, >= 0.
+        depth: for "fog" only: (H, W) distance in metres, not finite or 0 where the sensor saw nothing (taken as
+            infinitely far). Without it a flat ground below a horizon stands in.
 
     Raises:
-        TypeError, ValueError: `image` is not such an array, or name, level, seed or frame do not exist.
+        TypeError, ValueError: `image` or `depth` is not such an array, or name, level, seed or frame do not exist.
     """
     image = check_image(image)
     if name not in EFFECTS:
@@ -59,9 +63,13 @@ def degrade(image: Any, name: str, level: int, seed: int, frame: int = 0) -> Deg
     for what, value in (("seed", seed), ("frame", frame)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
             raise ValueError(f"{what}: expected an integer of at least 0, got {value!r}")
-    out, parameters = EFFECTS[name](
-        image, level, np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1, frame])
-    )
+    scene, noise = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1, frame])
+    if depth is None:
+        out, parameters = EFFECTS[name](image, level, scene, noise)
+    elif name == "fog":
+        out, parameters = fog(image, level, scene, noise, _check_depth(depth, image.shape[:2]))
+    else:
+        raise ValueError(f"depth: expected None for {name!r}, only fog depends on it")
     return Degraded(np.ascontiguousarray(out, np.uint8), level, {"name": name, **parameters})
 
 
@@ -187,22 +195,48 @@ def lens_drops(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[A
     return out, {"drops": count}
 
 
-def fog(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """Koschmieder's law, I = J t + A (1 - t) with t = exp(-beta d); far is up, and the fog has banks."""
-    beta = {1: 0.6, 2: 1.1, 3: 2.0}[level]
+def fog(
+    image: UInt8Array, level: int, scene: Rng, frame: Rng, depth: Array | None = None
+) -> tuple[Array, dict[str, Any]]:
+    """Koschmieder's law, I = J t + A (1 - t) with t = exp(-beta d); far is up, and the fog has banks.
+
+    With `depth`, (H, W) in metres, beta is per metre: a dark thing at the `visibility` keeps 2 % of its contrast.
+    """
     height, width = image.shape[:2]
     horizon = float(scene.uniform(0.25, 0.45))
     small = (max(2, height // 4), max(2, width // 4))
-    row = np.linspace(0, 1, small[0], dtype=np.float32)[:, None]
-    # a flat ground seen from above: distance goes with one over the height below the horizon
-    ground = np.minimum(1.0, 0.1 / np.maximum(row - np.float32(horizon), 0.01) + 0.05).astype(np.float32)
-    distance = cv2.GaussianBlur(np.repeat(ground, small[1], 1), (0, 0), max(1.0, small[0] / 24))
-    depth = np.float32(beta) * distance * np.clip(1 + 0.3 * _smooth_noise(scene, small, 2), 0.4, 1.8)
-    t = np.exp(-cv2.resize(depth.astype(np.float32), (width, height)))[..., None]
+    banks = np.clip(1 + 0.3 * _smooth_noise(scene, small, 2), 0.4, 1.8)
+    if depth is None:
+        beta = {1: 0.6, 2: 1.1, 3: 2.0}[level]
+        parameters = {"beta": beta, "horizon": horizon}
+        row = np.linspace(0, 1, small[0], dtype=np.float32)[:, None]
+        # a flat ground seen from above: distance goes with one over the height below the horizon
+        ground = np.minimum(1.0, 0.1 / np.maximum(row - np.float32(horizon), 0.01) + 0.05).astype(np.float32)
+        distance = cv2.GaussianBlur(np.repeat(ground, small[1], 1), (0, 0), max(1.0, small[0] / 24))
+        thickness = cv2.resize((np.float32(beta) * distance * banks).astype(np.float32), (width, height))
+    else:
+        visibility = {1: 60.0, 2: 30.0, 3: 12.0}[level]
+        beta = -math.log(0.02) / visibility
+        parameters = {"beta": beta, "visibility": visibility}
+        thickness = np.float32(beta) * depth * cv2.resize(banks.astype(np.float32), (width, height))
+    t = np.exp(-thickness)[..., None]
     linear = _to_linear(image)
     air = np.array([0.97, 1.0, 1.04], np.float32) * np.float32(_sky(linear))
     linear += (cv2.GaussianBlur(linear, (0, 0), 2.0 * _scale(image)) - linear) * (1 - t)  # light scattered forward
-    return _to_srgb(linear * t + air * (1 - t)), {"beta": beta, "horizon": horizon}
+    return _to_srgb(linear * t + air * (1 - t)), parameters
+
+
+def _check_depth(depth: Any, size: tuple[int, ...]) -> Array:
+    """`depth` as float32 metres, infinite where nothing was seen; refuses what is no distance for each pixel."""
+    if not isinstance(depth, np.ndarray) or depth.dtype.kind not in "fiu":
+        raise TypeError(f"depth: expected a numpy array of metres, got {getattr(depth, 'dtype', type(depth).__name__)}")
+    if depth.shape != size:
+        raise ValueError(f"depth: expected shape {size} as the image, got {depth.shape}; resize it first")
+    metres = depth.astype(np.float32)
+    if (metres < 0).any():
+        raise ValueError(f"depth: expected metres of at least 0, got {np.nanmin(metres):g}")
+    metres[~(metres > 0)] = np.inf
+    return metres
 
 
 def snow(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
@@ -271,16 +305,16 @@ def h264_blocks(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[
 def rolling_shutter(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
     """Wobble: the camera shakes while the rows are read one after another, and each frame meets the shake elsewhere.
 
-    No pixel moves farther than `shift`, 5 pixels at a long side of 640, so masks of the still picture hold.
+    No pixel moves farther than `shift`, at most 5 pixels at a long side of 640: masks of the still picture nearly hold.
     """
     shift = {1: 1.5, 2: 3.0, 3: 5.0}[level] * _scale(image)
     direction = float(scene.uniform(-0.4, 0.4))  # mostly sideways, where it shows
-    waves = scene.uniform((0.7, 2.0, 4.0), (1.5, 3.5, 7.0))  # in the time that a frame is read
+    waves = scene.uniform((1.0, 2.5, 5.0), (2.0, 4.0, 8.0))  # in the time that a frame is read
     phases = scene.uniform(0, 1, 3)
     start = float(frame.uniform(0, 20))
     height, width = image.shape[:2]
     time = start + np.arange(height) / height
-    path = shift * np.sin(2 * math.pi * (time[:, None] * waves + phases)) @ np.array([0.55, 0.3, 0.15])
+    path = shift * np.sin(2 * math.pi * (time[:, None] * waves + phases)) @ np.array([0.5, 0.3, 0.2])
     x = np.arange(width)[None, :] + math.cos(direction) * path[:, None]
     y = np.broadcast_to((np.arange(height) + math.sin(direction) * path)[:, None], x.shape)
     out = cv2.remap(
