@@ -1,0 +1,319 @@
+"""The training loop: against the same steps written out, stopped and gone on with, in several processes."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="training needs torch; scripts/test.sh installs it")
+pytest.importorskip("accelerate", reason="training needs accelerate; scripts/test.sh installs it")
+
+from accelerate import Accelerator  # noqa: E402
+from torch import nn  # noqa: E402
+
+from glesam_ros.training import checkpoint  # noqa: E402
+from glesam_ros.training.config import StageConfig  # noqa: E402
+from glesam_ros.training.log import Log  # noqa: E402
+from glesam_ros.training.loop import Group, Run, Stage, Stop, Stopped, rate_share, train  # noqa: E402
+
+SEED = 5
+
+
+class Line(Stage):
+    """A line through points, with dropout so that chance matters; `frozen` is not trained."""
+
+    name = "line"
+
+    def __init__(self, dropout: float = 0.0, norm: bool = True, **settings: Any) -> None:
+        torch.manual_seed(1)
+        model = nn.ModuleDict({
+            "slope": nn.Linear(3, 1), "drop": nn.Dropout(dropout), "frozen": nn.Linear(1, 1),
+            "norm": nn.BatchNorm1d(3) if norm else nn.Identity(),
+        })
+        super().__init__(model, StageConfig(**{
+            "batch": 4, "warm_up": 2, "clip": 0.5, "ema": 0.9, "checkpoint_every": 1000, "log_every": 2,
+            "pictures_every": 0, **settings,
+        }))
+        self.stop_at, self.calls, self.stop = -1, 0, Stop()
+
+    def groups(self) -> list[Group]:
+        return [Group("slope", list(self.model["slope"].parameters()), 0.05)]
+
+    def set_modes(self) -> None:
+        self.train()
+
+    def batch(self, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        x = rng.normal(size=(self.settings.batch, 3)).astype(np.float32)
+        return {"x": torch.from_numpy(x), "y": torch.from_numpy(x.sum(1, keepdims=True))}
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        if self.calls == self.stop_at:
+            self.stop.requested = True
+        guess = self.model["slope"](self.model["drop"](self.model["norm"](batch["x"])))
+        return {"loss": ((self.model["frozen"](guess) - batch["y"]) ** 2).mean()}
+
+    def pictures(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert not self.training and not torch.is_grad_enabled()
+        torch.rand(3), self.model["norm"](batch["x"])
+        return {"grey": torch.full((4, 5, 3), 99, dtype=torch.uint8)}
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def run_of(folder: Path, accelerator: Accelerator, stage: Line, workers: int = 0) -> Run:
+    folder.mkdir(exist_ok=True)
+    return Run(folder, SEED, workers, accelerator, stage.stop)
+
+
+def trained(folder: Path, accelerator: Accelerator, workers: int = 0, **settings: Any) -> dict[str, torch.Tensor]:
+    stage = Line(**settings)
+    train(stage, 3, run_of(folder, accelerator, stage, workers))
+    return stage.model.state_dict()
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def by_hand(processes: int = 1, **settings: Any) -> Line:
+    """The same steps without the loop: micro-batches of all processes make one gradient."""
+    stage = Line(**settings)
+    s = stage.settings
+    parameters = list(stage.model["slope"].parameters())
+    optimizer = torch.optim.AdamW(parameters, weight_decay=s.weight_decay)
+    mean = [p.detach().clone() for p in parameters]
+    stage.train()
+    for step in range(s.steps):
+        warm = min(1.0, (step + 1) / s.warm_up)
+        cosine = s.final + (1 - s.final) * (1 + math.cos(math.pi * step / s.steps)) / 2
+        optimizer.param_groups[0]["lr"] = 0.05 * warm * cosine
+        optimizer.zero_grad()
+        for micro in range(s.accumulate):
+            for rank in range(processes):
+                losses = stage(stage.batch(np.random.default_rng([SEED, 3, 0, step, micro, rank])))
+                (losses["loss"] / (s.accumulate * processes)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, s.clip)
+        optimizer.step()
+        decay = min(s.ema, (step + 1) / (step + 11))
+        mean = [decay * m + (1 - decay) * p.detach() for m, p in zip(mean, parameters)]
+    for p, m in zip(parameters, mean):
+        p.data.copy_(m)
+    return stage
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_loop_is_adamw_with_accumulation_clipping_schedule_and_average(
+    accumulate: int, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    got = trained(tmp_path, accelerator, steps=7, accumulate=accumulate)
+    expected = by_hand(steps=7, accumulate=accumulate).model.state_dict()
+    assert all(torch.allclose(got[k], expected[k], atol=1e-6) for k in got)
+    first = Line(steps=1).model.state_dict()
+    assert not torch.equal(got["slope.weight"], first["slope.weight"])
+    assert torch.equal(got["frozen.weight"], first["frozen.weight"])
+
+
+def test_rates_warm_up_and_end_where_they_should() -> None:
+    settings = StageConfig(steps=1000, warm_up=10, final=0.01)
+    assert rate_share(0, settings) == pytest.approx(0.1, rel=1e-3)
+    assert rate_share(500, settings) == pytest.approx(0.505)
+    assert rate_share(1000, settings) == pytest.approx(0.01)
+    constant = StageConfig(steps=10, warm_up=0, final=1.0)
+    assert {rate_share(step, constant) for step in range(10)} == {1.0}
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"ema": 0.0}])
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_a_stopped_run_that_goes_on_ends_bit_equal(
+    settings: dict[str, Any], stop_after: int, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    settings = {"steps": 9, "dropout": 0.3, **settings}
+    whole = trained(tmp_path / "whole", accelerator, **settings)
+    stage = Line(**settings)
+    stage.stop_at = stop_after * stage.settings.accumulate
+    run = run_of(tmp_path / "cut", accelerator, stage)
+    with pytest.raises(Stopped):
+        train(stage, 3, run)
+    saved = checkpoint.read(run.checkpoint)
+    assert (saved["stage"], saved["step"]) == ("line", stop_after)
+    again = Line(**settings)
+    train(again, 3, run_of(tmp_path / "cut", accelerator, again), saved)
+    assert equal(again.model.state_dict(), whole)
+    assert again.calls == (9 - stop_after) * again.settings.accumulate
+    tables = [list(csv.DictReader((tmp_path / name / "line.csv").open())) for name in ("whole", "cut")]
+    assert [[(r["step"], r["loss"]) for r in t] for t in tables][0] == [(r["step"], r["loss"]) for r in tables[1]]
+    assert [r["step"] for r in tables[1]] == ["2", "4", "6", "8"]
+
+
+def test_periodic_checkpoints_go_on_bit_equal_too(tmp_path: Path, accelerator: Accelerator) -> None:
+    settings = {"steps": 8, "dropout": 0.3, "checkpoint_every": 3}
+    whole = trained(tmp_path, accelerator, **settings)
+    saved = checkpoint.read(tmp_path / "checkpoint.pt")
+    assert saved["step"] == 6
+    stage = Line(**settings)
+    train(stage, 3, run_of(tmp_path, accelerator, stage), saved)
+    assert equal(stage.model.state_dict(), whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_stop_after_the_step_and_the_old_handlers_come_back(
+    number: signal.Signals, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    class Signalled(Line):
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            if self.calls == 2:
+                os.kill(os.getpid(), number)
+            return super().forward(batch)
+
+    before = signal.getsignal(number)
+    stage = Signalled(steps=9)
+    with stage.stop.signals(), pytest.raises(Stopped):
+        train(stage, 3, run_of(tmp_path, accelerator, stage))
+    assert checkpoint.read(tmp_path / "checkpoint.pt")["step"] == 3
+    assert signal.getsignal(number) == before
+
+
+def test_batches_drawn_ahead_are_the_same(tmp_path: Path, accelerator: Accelerator) -> None:
+    inline = trained(tmp_path / "0", accelerator, steps=5, accumulate=2)
+    assert equal(trained(tmp_path / "2", accelerator, workers=2, steps=5, accumulate=2), inline)
+
+
+def test_pictures_and_logs_change_nothing(tmp_path: Path, accelerator: Accelerator) -> None:
+    plain = trained(tmp_path / "plain", accelerator, steps=4, dropout=0.3)
+    pictures = trained(tmp_path / "pictures", accelerator, steps=4, dropout=0.3, pictures_every=1, log_every=1)
+    assert equal(plain, pictures)
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = events.EventAccumulator(str(tmp_path / "pictures" / "tensorboard")).Reload()
+    assert {"line/loss", "line/rate/slope", "line/seconds"} <= set(board.Tags()["scalars"])
+    assert [e.step for e in board.Scalars("line/loss")] == [1, 2, 3, 4]
+    assert board.Scalars("line/rate/slope")[0].value == pytest.approx(0.05 / 2)
+    assert [e.step for e in board.Images("line/grey")] == [1, 2, 3, 4]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path: Path, accelerator: Accelerator) -> None:
+    class Broken(Line):
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            losses = super().forward(batch)
+            return {"loss": losses["loss"] * (math.nan if self.calls > 5 else 1)}
+
+    stage = Broken(steps=20, checkpoint_every=2, log_every=20)
+    with pytest.raises(FloatingPointError, match=r"line: expected finite losses, loss is nan; lower line\.rates"):
+        train(stage, 3, run_of(tmp_path, accelerator, stage))
+    assert checkpoint.read(tmp_path / "checkpoint.pt")["step"] == 4
+
+
+def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.write(path, {"a": torch.ones(3)})
+    save = torch.save
+
+    def half(content: Any, file: Any) -> None:
+        save(content, file)
+        file.truncate(file.tell() // 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write(path, {"a": torch.zeros(3)})
+    assert checkpoint.read(path)["a"].tolist() == [1, 1, 1]
+    monkeypatch.undo()
+    checkpoint.write(path, {"a": torch.zeros(3)})
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    with pytest.raises(FileNotFoundError, match=r"c\.pt"):
+        checkpoint.read(path)
+    checkpoint.write(path, {"a": torch.ones(1000)})
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"c\.pt: expected a checkpoint, cannot read it"):
+        checkpoint.read(path)
+    torch.save([1], path)
+    with pytest.raises(ValueError, match="expected a dictionary of tensors, got list"):
+        checkpoint.read(path)
+    torch.save({"a": Stop()}, path)  # a pickle could run code; only tensors and plain values are read
+    with pytest.raises(ValueError, match="expected a checkpoint"):
+        checkpoint.read(path)
+
+
+def test_rows_after_the_checkpoint_and_torn_rows_go(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("step,seconds,loss\n10,1.0,0.5\n20,2.0,0.4\n3")
+    state = {"sums": {"loss": 1.0}, "count": 4, "seconds": 9.0}
+    log = Log(tmp_path, "x", every=10, first=14, state=state)
+    for step in range(14, 20):
+        log.add(step, {"loss": torch.tensor(0.5)}, {})
+    log.close()
+    rows = list(csv.DictReader((tmp_path / "x.csv").open()))
+    assert [(r["step"], r["loss"]) for r in rows] == [("10", "0.5"), ("20", "0.4")]
+    assert float(rows[1]["seconds"]) >= 9.0
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path, accelerator: Accelerator) -> None:
+    trained(tmp_path, accelerator, steps=4, checkpoint_every=2)
+    saved = {**checkpoint.read(tmp_path / "checkpoint.pt"), "processes": 4}
+    stage = Line(steps=4)
+    with pytest.raises(ValueError, match="expected 4 processes, with which the run was begun, got 1"):
+        train(stage, 3, run_of(tmp_path, accelerator, stage), saved)
+
+
+def test_two_processes_make_one_gradient(tmp_path: Path) -> None:
+    """Over gloo; without the batch normalisation, whose statistics are those of the first process."""
+    program = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        import torch
+        from accelerate import Accelerator
+        sys.path.insert(0, sys.argv[2])
+        import test_train_loop as t
+        out = Path(sys.argv[1])
+        accelerator = Accelerator(cpu=True)
+        stage = t.Line(steps=3, accumulate=2, norm=False)
+        stage.stop_at = 4 if accelerator.process_index else -1  # the signal reaches one of them
+        try:
+            t.train(stage, 3, t.run_of(out, accelerator, stage))
+        except t.Stopped:
+            accelerator.wait_for_everyone()
+            saved = t.checkpoint.read(out / "checkpoint.pt")
+            assert saved["step"] == 2 and saved["processes"] == 2
+            stage = t.Line(steps=3, accumulate=2, norm=False)
+            t.train(stage, 3, t.run_of(out, accelerator, stage), saved)
+        torch.save(stage.model.state_dict(), out / f"{accelerator.process_index}.pt")
+    """)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in range(2):
+        environment = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)]
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        said = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], said
+    expected = by_hand(2, steps=3, accumulate=2, norm=False).model.state_dict()
+    for rank in range(2):
+        got = checkpoint.read(tmp_path / f"{rank}.pt")
+        assert all(torch.allclose(got[k], expected[k], atol=1e-6) for k in got)
+    assert len(list(csv.DictReader((tmp_path / "line.csv").open()))) == 1

