@@ -32,6 +32,7 @@ PRENET_STAGES, PRENET_BLOCKS = 6, 5
 _DARK, _MIDDLE = 0.3, 0.45
 """Mean lightness below which `classical` brightens, and what it aims at."""
 _NOISE_SEEN = 2.0
+_GRABCUT_SIDE = 384
 
 
 def applies(name: str, kind: str) -> bool:
@@ -99,13 +100,15 @@ def noise_level(image: UInt8Array) -> float:
     return float(np.sqrt(np.pi / 2) / 6 * np.abs(cv2.filter2D(grey, cv2.CV_32F, kernel)).mean())
 
 
-def grabcut(image: Any, boxes: Any, iterations: int = 3) -> BoolArray:
-    """GrabCut (Rother et al. 2004) from each box, on the box and half its size around it.
+def grabcut(image: Any, boxes: Any) -> BoolArray:
+    """GrabCut (Rother et al. 2004) from each box, on the box and half its size around it, one iteration.
+
+    Where these are larger than 384 pixels they are scaled down to that. On 66 boxes of training photographs, half of
+    them degraded, neither more iterations nor more pixels gave a better IoU.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         boxes: (M, 4) float xyxy in pixels.
-        iterations: of GrabCut.
 
     Returns:
         (M, H, W) bool; the whole box where there is nothing outside it to learn the background from.
@@ -119,15 +122,28 @@ def grabcut(image: Any, boxes: Any, iterations: int = 3) -> BoolArray:
     for mask, (x1, y1, x2, y2) in zip(masks, np.round(check_boxes(boxes, (height, width))).astype(int)):
         dx, dy = (x2 - x1) // 2 + 1, (y2 - y1) // 2 + 1
         left, top = max(0, x1 - dx), max(0, y1 - dy)
-        around = np.ascontiguousarray(image[top : y2 + dy, left : x2 + dx])
-        state = np.full(around.shape[:2], cv2.GC_BGD, np.uint8)
-        state[y1 - top : y2 - top, x1 - left : x2 - left] = cv2.GC_PR_FGD
-        if (state == cv2.GC_BGD).any() and (state == cv2.GC_PR_FGD).any():
-            cv2.setRNGSeed(0)  # its k-means starts at random
-            background, foreground = np.zeros((1, 65)), np.zeros((1, 65))
-            cv2.grabCut(around, state, (0, 0, 0, 0), background, foreground, iterations, cv2.GC_INIT_WITH_MASK)
-        mask[top : y2 + dy, left : x2 + dx] = (state == cv2.GC_FGD) | (state == cv2.GC_PR_FGD)
+        around = image[top : y2 + dy, left : x2 + dx]
+        inside = np.zeros(around.shape[:2], np.uint8)
+        inside[y1 - top : y2 - top, x1 - left : x2 - left] = 1
+        mask[top : y2 + dy, left : x2 + dx] = _cut(around, inside)
     return masks
+
+
+def _cut(around: UInt8Array, inside: UInt8Array) -> BoolArray:
+    """GrabCut on a window: `inside` (h, w) is 1 in the box."""
+    size = around.shape[1::-1]
+    scale = min(1.0, _GRABCUT_SIDE / max(size))
+    small = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+    picture = cv2.resize(around, small, interpolation=cv2.INTER_AREA)
+    box = cv2.resize(inside, small, interpolation=cv2.INTER_NEAREST)
+    if box.all() or not box.any():
+        return np.asarray(inside > 0)
+    state = np.where(box > 0, np.uint8(cv2.GC_PR_FGD), np.uint8(cv2.GC_BGD))
+    background, foreground = np.zeros((1, 65)), np.zeros((1, 65))
+    cv2.setRNGSeed(0)  # its k-means starts at random
+    cv2.grabCut(picture, state, (0, 0, 0, 0), background, foreground, 1, cv2.GC_INIT_WITH_MASK)
+    found = np.where((state == cv2.GC_FGD) | (state == cv2.GC_PR_FGD), np.uint8(1), np.uint8(0))
+    return np.asarray(cv2.resize(found, size, interpolation=cv2.INTER_NEAREST) > 0)
 
 
 def load_learned(name: str, path: Path) -> Restorer:

@@ -1,0 +1,452 @@
+"""`glesam evaluate`: how good the masks are, clear and degraded, without and with enhancement, beside baselines."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glesam_ros import __version__
+from glesam_ros.cli.options import MODEL_SETTINGS, SELECTION_SETTINGS, CommandError, add_settings, positive
+
+if TYPE_CHECKING:
+    from glesam_ros.datasets import Photograph
+    from glesam_ros.evaluation.agreement import Agreement, Unlabelled
+    from glesam_ros.evaluation.protocol import Case, Condition, Evaluator, Measurement, Options
+    from glesam_ros.settings import Settings
+
+SETS = {"coco": "coco_small", "bsds": "bsds500"}
+"""Data sets that `--sets` knows, and their folders in DATA."""
+SETTINGS = tuple(
+    name
+    for name in (*MODEL_SETTINGS, *SELECTION_SETTINGS)
+    if name not in ("enhancement", "enhance_below", "max_instances")
+)
+Cases = Callable[[], Iterator["Case"]]
+
+EPILOG = """\
+examples:
+  glesam evaluate --data DATA --out out/evaluation
+  glesam evaluate --data DATA --out out/weather --kinds low_light rain fog --levels 3 --workers 2
+  glesam evaluate --data DATA --out out/baselines --levels 3 --baselines classical grabcut
+  glesam evaluate --data DATA --out out/restored --kinds rain --baselines prenet --restorers WEIGHTS
+  glesam evaluate --lqseg lqseg_test --out out/lqseg --prompts points everything
+  glesam evaluate --agreement night_photos --out out/night --kinds lq low_light --levels 2
+
+DATA holds coco_small/ (images/, test.json) and bsds500/ (images/, regions/, test.txt). Any other annotated pictures:
+`glesam lqseg build` makes a data set of them for --lqseg.
+
+prompts: points (three random points of each true mask), boxes (its box), everything (best mask for each true region).
+baselines: classical (OpenCV), zero_dce (for low_light), prenet (for rain), grabcut (from the box). The learned ones
+need torch and, in the folder --restorers, zero_dce.pth and prenet_r_rain100h.pth, which are not in this package.
+
+written to --out:
+  table.md            all means, gains with intervals, baselines, degradation level
+  results.json        every figure with its 95 % bootstrap interval, count, settings and versions
+  photographs.csv     a line a photograph, condition, method and metric
+  by_level.png, gains.png, levels.png
+  sheet_SET.jpg       best, median and worst photographs: frame, degraded, masks without and with enhancement, truth
+  agreement.json, agreement_CONDITION.jpg     with --agreement
+The figures depend on data, settings and seed alone, not on --workers."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the sub-parsers of `glesam`."""
+    parser = commands.add_parser(
+        "evaluate", help="how good the masks are, without and with enhancement", epilog=EPILOG,
+        description="Measure masks against truth on clear and degraded photographs, and against baselines.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with coco_small/ and bsds500/, or one of them")
+    parser.add_argument("--lqseg", type=Path, metavar="DIR", help="data set built by `glesam lqseg build`")
+    parser.add_argument("--agreement", type=Path, metavar="DIR", help="folder of photographs without masks")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if needed")
+    parser.add_argument(
+        "--sets", nargs="+", choices=tuple(SETS), metavar="SET",
+        help=f"of DATA, {' '.join(SETS)}; default: those that are there",
+    )
+    parser.add_argument(
+        "--split", choices=("test", "train"), default="test",
+        help="of DATA; the shipped weights were trained on train; default: test",
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", metavar="KIND",
+        help="degradations: lq (LQSeg), low_light, rain, ...; a wrong name is answered with all; none: the clear ones "
+        "alone; default: lq, with --lqseg those of the data set",
+    )
+    parser.add_argument(
+        "--levels", nargs="+", type=int, choices=(1, 2, 3), metavar="N",
+        help="how bad, 1 2 3; default: all, with --lqseg those of the data set",
+    )
+    parser.add_argument("--limit", type=positive(int), metavar="N", help="first so many photographs of each set only")
+    parser.add_argument(
+        "--modes", nargs="+", choices=("off", "always", "auto"), default=["off", "always", "auto"], metavar="MODE",
+        help="of enhancement; default: off always auto",
+    )
+    parser.add_argument(
+        "--prompts", nargs="+", choices=("points", "boxes", "everything"),
+        default=["points", "boxes", "everything"], metavar="PROMPT", help="default: points boxes everything",
+    )
+    parser.add_argument(
+        "--baselines", nargs="+", choices=("classical", "zero_dce", "prenet", "grabcut"), default=[],
+        metavar="NAME", help="classical zero_dce prenet grabcut; default: none",
+    )
+    parser.add_argument("--restorers", type=Path, metavar="DIR", help="folder with weights of the learned baselines")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="other weights of nano, to compare trainings")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of points and degradations; default: 0")
+    parser.add_argument(
+        "--workers", type=positive(int), default=os.cpu_count() or 1, metavar="N",
+        help="processes, each with the model on one thread; default: one a core",
+    )
+    parser.add_argument(
+        "--sheet", action=argparse.BooleanOptionalAction, default=True, help="write contact sheets; default: yes"
+    )
+    parser.add_argument(
+        "--sheet-condition", default="lq-3", metavar="NAME",
+        help="what the contact sheets show; the last condition where this one was not measured; default: lq-3",
+    )
+    add_settings(parser, SETTINGS)
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, and write everything to --out."""
+    from glesam_ros.evaluation.protocol import Options, open_evaluator
+    from glesam_ros.evaluation.report import tables
+    from glesam_ros.evaluation.summary import summarise
+
+    _check(args)
+    settings = _settings(args)
+    modes, prompts, baselines = (tuple(dict.fromkeys(some)) for some in (args.modes, args.prompts, args.baselines))
+    options = Options(modes, prompts, baselines, args.seed)
+    open_one = partial(open_evaluator, settings, options, args.weights, args.restorers)
+    try:
+        evaluator = open_one()  # here too: what is wrong is said before the work begins, and the sheets need it
+    except (ValueError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
+    args.out.mkdir(parents=True, exist_ok=True)
+    sources, total = _sources(args)
+    measurements = _measure(sources, total, open_one, evaluator, args.workers)
+    if sources and not measurements:
+        raise CommandError("expected at least one photograph with a region of 1,000 pixels, got none")
+    results: dict[str, Any] = {
+        "settings": _recorded(args, settings, options), "versions": _versions(options),
+        **summarise(measurements, args.seed),
+    }
+    pictures: list[Path] = []
+    if args.agreement is not None:
+        results["agreement"], drawn = _agreement(args, open_one, evaluator)
+        pictures += drawn
+        _write_json(args.out / "agreement.json", {k: results[k] for k in ("settings", "versions", "agreement")})
+    _write_json(args.out / "results.json", results)
+    text = tables(results)
+    (args.out / "table.md").write_text(text, encoding="utf-8")
+    if measurements:
+        _write_csv(args.out / "photographs.csv", measurements)
+        pictures += _plots(results, measurements, args.out)
+        if args.sheet:
+            pictures += _sheets(args, sources, measurements, evaluator)
+    print(text)
+    if measurements:
+        seconds = sum(m.seconds for m in measurements) / len(measurements)
+        print(f"{seconds:.2f} s of one core for a photograph and condition, without baselines")
+    print(f"results in {args.out}: table.md results.json {' '.join(path.name for path in pictures)}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    from glesam_ros.degradation import names
+
+    if args.data is None and args.lqseg is None and args.agreement is None:
+        raise CommandError("expected --data, --lqseg or --agreement, got none of them; say what to measure on")
+    if args.sets and args.data is None:
+        raise CommandError("--sets: expected --data with it, got none")
+    wrong = sorted(set(args.kinds or ()) - {*names(), "none"})
+    if wrong:
+        raise CommandError(f"--kinds: expected some of {', '.join(names())}, or none; got {', '.join(wrong)}")
+    learned = [name for name in args.baselines if name in ("zero_dce", "prenet")]
+    if learned and args.restorers is None:
+        raise CommandError(f"--baselines {' '.join(learned)}: expected the folder of their weights, give --restorers")
+    if args.weights is not None and not args.weights.is_dir():
+        raise CommandError(f"--weights: expected a folder with the ONNX files of nano, got {args.weights}")
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from glesam_ros.evaluation.protocol import MAX_MASKS
+    from glesam_ros.settings import Settings, default
+
+    chosen = {name: getattr(args, name) for name in SETTINGS}
+    below = min(default("enhance_below"), args.enhance_above)  # only films need it, but it must not be above
+    return Settings(**chosen, enhance_below=below, max_instances=MAX_MASKS)
+
+
+def _conditions(args: argparse.Namespace) -> list[Condition]:
+    from glesam_ros.evaluation.protocol import conditions
+
+    kinds = [kind for kind in dict.fromkeys(args.kinds or ["lq"]) if kind != "none"]
+    return conditions(kinds, sorted(set(args.levels or (1, 2, 3))))
+
+
+def _sources(args: argparse.Namespace) -> tuple[dict[str, Cases], int]:
+    """Data set -> a function that gives its cases from the start, and the number of all photographs."""
+    sources: dict[str, Cases] = {}
+    total = 0
+    for name in _set_names(args):
+        photographs = _load(name, args.data / SETS[name], args.split)[: args.limit]
+        sources[name] = partial(_synthetic, name, photographs, _conditions(args))
+        total += len(photographs)
+    if args.lqseg is not None:
+        from glesam_ros.datasets import read_lqseg_info
+        from glesam_ros.evaluation.protocol import lqseg_cases
+
+        try:
+            info = read_lqseg_info(args.lqseg)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+        for what in ("kinds", "levels"):
+            wanted, there = getattr(args, what), info["settings"][what]
+            missing = sorted(set(wanted or ()) - {*there, "none"})
+            if missing:
+                raise CommandError(
+                    f"--{what}: expected some of {' '.join(map(str, there))}, which {args.lqseg} has; "
+                    f"got {' '.join(map(str, missing))}"
+                )
+        sources["lqseg"] = partial(lqseg_cases, args.lqseg, args.kinds, args.levels, args.limit)
+        total += min(info["counts"]["images"], args.limit or info["counts"]["images"])
+    return sources, total
+
+
+def _set_names(args: argparse.Namespace) -> list[str]:
+    if args.data is None:
+        return []
+    if args.sets:
+        return list(dict.fromkeys(args.sets))
+    there = [name for name, folder in SETS.items() if (args.data / folder).is_dir()]
+    if not there:
+        raise CommandError(f"{args.data}: expected a folder with {' or '.join(SETS.values())}, found neither")
+    return there
+
+
+def _load(name: str, folder: Path, split: str) -> list[Photograph]:
+    from glesam_ros.datasets import load_bsds, load_coco
+
+    try:
+        return load_coco(folder, split) if name == "coco" else load_bsds(folder, split)
+    except (ValueError, KeyError) as error:
+        raise CommandError(f"{folder}: expected the {split} split of {name}, cannot read it: {error}") from error
+
+
+def _synthetic(name: str, photographs: Sequence[Photograph], wanted: Sequence[Condition]) -> Iterator[Case]:
+    from glesam_ros.evaluation.protocol import synthetic_cases
+
+    return synthetic_cases(name, photographs, wanted)
+
+
+def _measure(
+    sources: dict[str, Cases], total: int, open_one: Callable[[], Evaluator], evaluator: Evaluator, workers: int
+) -> list[Measurement]:
+    from glesam_ros.evaluation.protocol import Evaluator
+
+    cases = (case for open_cases in sources.values() for case in open_cases())
+    shared = _shared(open_one, evaluator, Evaluator.measure, cases, total, workers)
+    return [measurement for found in shared for measurement in found]
+
+
+def _shared(
+    open_one: Callable[[], Evaluator], evaluator: Evaluator, work: Callable[[Evaluator, Any], Any],
+    tasks: Iterable[Any], total: int, workers: int,
+) -> Iterator[Any]:
+    """`glesam_ros.evaluation.pool.share` with a progress bar; one process takes the evaluator that is open already."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    from tqdm import tqdm
+
+    from glesam_ros.evaluation.pool import share
+
+    workers = max(1, min(workers, total))
+    open_state = open_one if workers > 1 else lambda: evaluator
+    try:
+        yield from tqdm(share(open_state, work, tasks, workers), total=total, unit="photograph", disable=None)
+    except BrokenProcessPool as error:
+        raise CommandError("a process ended by itself, perhaps for want of memory; try fewer --workers") from error
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _agreement(
+    args: argparse.Namespace, open_one: Callable[[], Evaluator], evaluator: Evaluator
+) -> tuple[dict[str, Any], list[Path]]:
+    """The figures of --agreement, and its sheets."""
+    from glesam_ros.cli.segment import find_pictures
+    from glesam_ros.evaluation.agreement import agree, agreement_tiles, summarise_agreement
+    from glesam_ros.evaluation.protocol import CLEAR
+    from glesam_ros.evaluation.sheet import ranked
+
+    paths = {str(stem): path for path, stem in find_pictures([args.agreement], recursive=False)[: args.limit]}
+    conditions = tuple(condition for condition in _conditions(args) if condition != CLEAR)
+    if not conditions:
+        raise CommandError("--agreement: expected at least one kind of degradation, got --kinds none")
+
+    tasks = (_unlabelled(name, path, conditions) for name, path in paths.items())
+    found: list[Agreement] = list(_shared(open_one, evaluator, agree, tasks, len(paths), args.workers))
+    if all(one.values is None for one in found):
+        raise CommandError(f"{args.agreement}: expected photographs in which the model finds something, found none")
+    summary = summarise_agreement(found, args.modes, args.seed)
+    drawn: list[Path] = []
+    if args.sheet and {"off", "always"} <= set(args.modes):
+        for condition in conditions:
+            gains = {
+                one.name: one.values[condition.name, "always", "plain"] - one.values[condition.name, "off", "plain"]
+                for one in found
+                if one.values is not None
+            }
+            rows = [
+                agreement_tiles(evaluator, word, _unlabelled(name, paths[name], conditions), condition)
+                for word, name in ranked(gains, 2)
+            ]
+            title = f"{condition.name}: best, median and worst of {len(gains)} photographs by gain of enhancement"
+            drawn.append(_write_sheet(args.out / f"agreement_{condition.name}.jpg", rows, title))
+    return summary, drawn
+
+
+def _unlabelled(name: str, path: Path, conditions: tuple[Condition, ...]) -> Unlabelled:
+    from glesam_ros.cli.segment import read_picture
+    from glesam_ros.evaluation.agreement import Unlabelled
+
+    try:
+        return Unlabelled(name, read_picture(path), conditions)
+    except ValueError as error:
+        raise CommandError(f"{path}: {error}") from error
+
+
+def _plots(results: dict[str, Any], measurements: Sequence[Measurement], folder: Path) -> list[Path]:
+    from glesam_ros.evaluation.plots import draw_plots
+
+    try:
+        return draw_plots(results, measurements, folder)
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("glesam evaluate: no plots: matplotlib is missing; pip install 'glesam_ros[evaluate]'", file=sys.stderr)
+        return []
+
+
+def _sheets(
+    args: argparse.Namespace, sources: dict[str, Cases], measurements: Sequence[Measurement], evaluator: Evaluator
+) -> list[Path]:
+    """A contact sheet a data set, where both modes and a prompt that makes a mask a region were measured."""
+    from glesam_ros.evaluation.sheet import case_tiles, choose
+
+    prompt = next((prompt for prompt in ("points", "boxes") if prompt in args.prompts), None)
+    if prompt is None or not {"off", "always"} <= set(args.modes):
+        return []
+    drawn = []
+    for set_name, open_cases in sources.items():
+        own = [m for m in measurements if m.set_name == set_name]
+        there = list(dict.fromkeys(m.condition for m in own))
+        if not there:
+            continue
+        condition = next((c for c in there if c.name == args.sheet_condition), there[-1])
+        chosen = choose(own, condition, f"{prompt}_iou")
+        names = {name for _, name in chosen}
+        cases = {case.photograph.name: case for case in open_cases() if case.photograph.name in names}
+        rows = [case_tiles(word, evaluator.pictures(cases[name], condition, prompt)) for word, name in chosen]
+        asked = "three points each" if prompt == "points" else "a box each"
+        title = f"{set_name}, {condition.name}, {asked}: best, median and worst photographs by gain of enhancement"
+        drawn.append(_write_sheet(args.out / f"sheet_{set_name}.jpg", rows, title))
+    return drawn
+
+
+def _write_sheet(path: Path, rows: Sequence[Any], title: str) -> Path:
+    import cv2
+
+    from glesam_ros.evaluation.sheet import sheet
+
+    pixels = cv2.cvtColor(sheet(rows, title), cv2.COLOR_RGB2BGR)
+    done, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
+    if not done:
+        raise CommandError(f"{path}: OpenCV could not encode the contact sheet")
+    path.write_bytes(data.tobytes())
+    return path
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _write_csv(path: Path, measurements: Sequence[Measurement]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["set", "photograph", "condition", "level", "enhanced", "method", "metric", "mean", "regions"])
+        for m in measurements:
+            for (method, metric), values in m.values.items():
+                writer.writerow([
+                    m.set_name, m.photograph, m.condition.name, f"{m.level:.4f}", int(m.enhanced), method, metric,
+                    f"{sum(values) / len(values):.5f}", len(values),
+                ])
+
+
+def _recorded(args: argparse.Namespace, settings: Settings, options: Options) -> dict[str, Any]:
+    """What the figures depend on, for results.json; paths are named by their last part only."""
+    import dataclasses
+
+    from glesam_ros.evaluation.metrics import BOUNDARY_SHARE, COCO_THRESHOLDS
+    from glesam_ros.evaluation.protocol import MIN_AREA, POINTS
+
+    kinds = args.kinds
+    if args.lqseg is not None and kinds is None:
+        from glesam_ros.datasets import read_lqseg_info
+
+        kinds = read_lqseg_info(args.lqseg)["settings"]["kinds"]
+    return {
+        "split": args.split if args.data is not None else None,
+        "kinds": [kind for kind in kinds or ["lq"] if kind != "none"], "levels": args.levels, "limit": args.limit,
+        **dataclasses.asdict(options), "min_region_area": MIN_AREA, "points": POINTS,
+        "boundary_share": BOUNDARY_SHARE, "recall_thresholds": COCO_THRESHOLDS,
+        "interval": "95 % percentile bootstrap over photographs, 2000 resamples",
+        "pipeline": {name: getattr(settings, name) for name in (*SETTINGS, "max_instances")},
+        "weights": _fingerprints(args, settings),
+    }
+
+
+def _fingerprints(args: argparse.Namespace, settings: Settings) -> dict[str, str]:
+    """SHA-256 of each file of nano's weights."""
+    if settings.model != "nano":
+        return {}
+    from glesam_ros.models.nano import WEIGHTS
+
+    files = sorted((args.weights or WEIGHTS).glob("nano_*.onnx"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _versions(options: Options) -> dict[str, str]:
+    import cv2
+    import numpy as np
+
+    found = {
+        "glesam_ros": __version__, "python": platform.python_version(), "numpy": np.__version__,
+        "opencv": cv2.__version__,
+    }
+    for package in ("onnxruntime", "torch"):
+        if package == "onnxruntime" or {"zero_dce", "prenet"} & set(options.baselines):
+            try:
+                found[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:  # for example onnxruntime-gpu, which has another name
+                continue
+    return found
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected at least 0, got {text}")
+    return value
