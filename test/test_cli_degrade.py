@@ -88,6 +88,15 @@ def test_sheet_of_some_kinds_and_several_pictures(tmp_path):
     assert read(sheet).shape[:2] == (2 * (LABEL_HEIGHT + 60 + GAP), sum(widths))
 
 
+def test_sheet_marks_what_is_held_out(tmp_path):
+    picture(tmp_path, "photo.png", 20, 300)
+    assert run(tmp_path / "photo.png", "--sheet", tmp_path / "sheet.png", "--kinds", "rain", "snow", "--level", 1) == 0
+    row = LABEL_HEIGHT + 20 + GAP
+    sheet = read(tmp_path / "sheet.png")
+    rain, snow = (np.flatnonzero((sheet[r * row : r * row + LABEL_HEIGHT] < 100).any((0, 2)))[-1] for r in (1, 2))
+    assert snow > 2 * rain  # "snow 1, held out" is longer than "rain 1"
+
+
 def test_list_names_every_kind_and_what_is_held_out(capsys):
     assert run("--list") == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.split("\n\n")[0].splitlines()}

@@ -432,17 +432,18 @@ def _coefficients(block: np.ndarray) -> np.ndarray:
 
 
 def test_residual_follows_the_integer_arithmetic_of_the_standard() -> None:
-    """The multipliers and shifts of the reference encoder, in Python integers, for one macroblock of luma."""
+    """The multipliers and shifts of the reference encoder and of the standard's decoder, one macroblock of luma."""
     factors = ((13107, 5243, 8066), (11916, 4660, 7490), (10082, 4194, 6554), (9362, 3647, 5825), (8192, 3355, 5243),
                (7282, 2893, 4559))
+    scales = ((10, 16, 13), (11, 18, 14), (13, 20, 16), (14, 23, 18), (16, 25, 20), (18, 29, 23))
     kinds = np.array([[0, 2, 0, 2], [2, 1, 2, 1]] * 2)
     inverse = np.array([[1, 1, 1, 0.5], [1, 0.5, -1, -1], [1, -0.5, -1, 1], [1, -1, 1, -0.5]])
     hadamard = np.array([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, -1, 1], [1, -1, 1, -1]])
-    for qp in (28, 35, 45):
+    for qp in range(30, 36):
         residual = np.random.default_rng(qp).integers(-255, 256, (16, 16))
         shift = 15 + qp // 6
         multiplier = np.array(factors[qp % 6])[kinds]
-        scale = np.array(h264.SCALES[qp % 6])[kinds] << (qp // 6)
+        scale = np.array(scales[qp % 6])[kinds] << (qp // 6)
         cells = [(4 * i, 4 * j) for i in range(4) for j in range(4)]
         blocks = {(y, x): _coefficients(residual[y : y + 4, x : x + 4]) for y, x in cells}
         means = hadamard @ np.array([blocks[cell][0, 0] for cell in cells]).reshape(4, 4) @ hadamard / 2
@@ -455,7 +456,7 @@ def test_residual_follows_the_integer_arithmetic_of_the_standard() -> None:
             kept[0, 0] = means[n // 4, n % 4]
             expected[y : y + 4, x : x + 4] = np.floor((inverse @ kept @ inverse.T + 32) / 64)
         coded = h264.code_residual(residual[None].astype(np.float32), qp)[0]
-        assert (coded != expected).mean() < 0.02  # the reference rounds its multipliers to whole numbers
+        assert (coded != expected).mean() < 0.1  # the reference rounds its multipliers, so a level may fall apart
         assert psnr(coded, expected) > 40
 
 
@@ -476,14 +477,58 @@ def test_codec_keeps_size_and_flat_colours(size: tuple[int, int]) -> None:
     assert np.ptp(coded, axis=(0, 1)).max() <= 4
 
 
+def test_prediction_takes_the_closest_mode() -> None:
+    above, left = np.arange(16.0) * 8, np.arange(16.0) * 5 + 100
+    for wanted, name in (
+        (np.tile(above, (16, 1)) + 3, "vertical"), (np.tile(left, (16, 1)).T - 3, "horizontal"),
+        (np.full((16, 16), 99.0), "mean"),
+    ):
+        got = h264._predict(*(a[None, None].astype(np.float32) for a in (wanted, above, left)))[0, 0]
+        mean = math.floor((above.sum() + left.sum() + 16) / 32)
+        expected = {"vertical": above[None, :], "horizontal": left[:, None], "mean": np.array([[mean]])}[name]
+        np.testing.assert_array_equal(got, np.broadcast_to(expected, (16, 16)), err_msg=name)
+
+
+def test_neighbours_are_the_decoded_edges_or_the_mean_of_what_there_is() -> None:
+    decoded = np.random.default_rng(0).integers(0, 256, (2, 2, 1, 16, 16)).astype(np.float32)
+    above, left = h264._neighbours(decoded, np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]))
+    assert above.shape == left.shape == (4, 1, 16)
+    assert (above[0] == 128).all() and (left[0] == 128).all()
+    np.testing.assert_array_equal(left[1], decoded[0, 0, :, :, 15])
+    np.testing.assert_array_equal(above[1], np.full((1, 16), math.floor(left[1].mean() + 0.5)))
+    np.testing.assert_array_equal(above[2], decoded[0, 0, :, 15, :])
+    np.testing.assert_array_equal(left[2], np.full((1, 16), math.floor(above[2].mean() + 0.5)))
+    np.testing.assert_array_equal(above[3], decoded[0, 1, :, 15, :])
+    np.testing.assert_array_equal(left[3], decoded[1, 0, :, :, 15])
+
+
 def test_blocks_without_a_residual_repeat_the_edge_of_their_neighbour() -> None:
-    # a row of macroblocks: a line enters at the left and is gone on; at a coarse step it goes on through
-    plane = np.full((1, 16, 64), 128, np.uint8)
-    plane[0, 8, :] = 150
-    plane[0, 6:12, :16] = 250
-    coded = h264.code_planes(plane, 16, 51)[0].astype(int)
-    for block in (1, 2, 3):
-        np.testing.assert_array_equal(coded[:, 16 * block + 5], coded[:, 16 * block + 15])
+    plane = np.full((1, 16, 64), 60, np.uint8)
+    plane[0, 8:] = 180
+    texture = np.random.default_rng(0).integers(-6, 7, (16, 48))  # below the step
+    plane[0, :, 16:] = plane[0, :, 16:] + texture
+    coded = h264.code_planes(plane, 16, 46)[0].astype(int)
+    np.testing.assert_array_equal(coded[:, 16:], np.repeat(coded[:, 15:16], 48, 1))
+    assert coded[12, 40] - coded[4, 40] > 90
+
+
+def test_colours_are_coded_with_their_own_qp() -> None:
+    # stripes of equal luma whose coefficient, 8 * 16, is above the step of QP 39 (56) and lost at 51 (224)
+    colour = np.full((64, 64, 3), 128, np.uint8)
+    colour[..., 1] = np.where(np.arange(64) // 8 % 2, 112, 144)
+    stripes = cv2.cvtColor(colour, cv2.COLOR_YCrCb2RGB)
+    coded = h264.h264(stripes, 51).astype(int)
+    assert np.ptp(coded[32, 8:56, 0]) > 20
+
+
+def test_edges_are_filtered_in_both_directions() -> None:
+    ramp = np.repeat(np.tile(np.linspace(60, 120, 160).astype(np.uint8), (160, 1))[..., None], 3, 2)
+    across = h264.h264(ramp, 45)[80, :, 1].astype(int)
+    down = h264.h264(np.ascontiguousarray(ramp.transpose(1, 0, 2)), 45)[:, 80, 1].astype(int)
+    for line in (across, down):
+        assert np.ptp(line) > 40 and np.abs(np.diff(line)).max() <= 4  # unfiltered, the steps at the edges are larger
+    unfiltered = h264.code_planes(ramp[None, ..., 0], 16, 45)[0, 80].astype(int)
+    assert np.abs(np.diff(unfiltered)).max() > 5
 
 
 def test_edge_filter_mends_the_steps_of_coding_and_leaves_real_edges() -> None:
