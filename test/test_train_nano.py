@@ -26,7 +26,7 @@ from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.cli.train import STAGES as CLI_STAGES  # noqa: E402
 from glesam_ros.models.nano_net import LATENT, NanoNet  # noqa: E402
 from glesam_ros.training import checkpoint, nano  # noqa: E402
-from glesam_ros.training.config import STAGES, SourceConfig, load_config, make_config  # noqa: E402
+from glesam_ros.training.config import STAGES, SourceConfig, load_config, make_config, to_dict  # noqa: E402
 from glesam_ros.training.sources import load_scenes  # noqa: E402
 
 # gradients that are summed up, and a loss of the paper on the way
@@ -341,3 +341,37 @@ def test_an_lqseg_set_gives_its_clear_pictures_of_the_right_split(data: Path, tm
                           .photographs[0].image)
     with pytest.raises(ValueError, match="expected a data set of the split 'val', it is of 'train'"):
         load_scenes((SourceConfig("lqseg", "lq", split="val"),), tmp_path)
+
+
+def test_an_ablation_trains_and_exports_what_is_missing(
+    data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from glesam_ros.training import ablation
+
+    shipped = ablation.read_runs(ablation.DEFAULT, whole / "level.pt")
+    assert {"full", "no_level_head", "no_stage_2", "stage_2_as_paper"} <= set(shipped)
+    assert len({json.dumps(to_dict(config)) for config in shipped.values()}) == len(shipped)  # no run twice
+    assert {config.base.steps for config in shipped.values()} == {0}
+
+    written = tmp_path / "runs.yaml"
+    common = ["base.steps=0", "level.steps=0", "decode.steps=0", "restore.steps=1"]
+    written.write_text(json.dumps({"config": "tiny", "common": common, "runs": {
+        "full": [], "no_fda": ["enhancer.gamma=2"],
+    }}))
+    runs = ablation.read_runs(written, whole / "level.pt")
+    out = tmp_path / "ablation"
+    ablation.train_runs(runs, data, out, "cpu")
+    for name in runs:
+        assert len(list((out / name / "weights").glob("nano_*.onnx"))) == 4
+    capsys.readouterr()
+    ablation.train_runs(runs, data, out, "cpu")
+    assert capsys.readouterr().out == ""
+
+    for text, expected in (
+        ("runs: {}", "expected the keys config, common and runs"), ("a: [", "expected YAML"),
+        ('{"config": "tiny", "common": [], "runs": {"x": ["seed=a"]}}', "runs.x: .*seed: expected"),
+        ('{"config": "tiny", "common": [], "runs": {"x": 3}}', "runs.x: "),
+    ):
+        written.write_text(text)
+        with pytest.raises(ValueError, match=expected):
+            ablation.read_runs(written, whole / "level.pt")

@@ -12,7 +12,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from glesam_ros.degradation import names
+from glesam_ros.degradation import HELD_OUT_KINDS, TRAINING_KINDS
 
 CONFIGS = Path(__file__).parent / "configs"
 STAGES = ("base", "level", "restore", "decode")
@@ -33,9 +33,11 @@ def _training_split(value: str) -> str:
     return value
 
 
-def _known_kind(value: str) -> str:
-    if value not in names():
-        raise ValueError(f"expected one of {', '.join(names())}; got {value!r}")
+def _training_kind(value: str) -> str:
+    known = [name for name in TRAINING_KINDS if name != "lq"]
+    if value not in known:
+        why = ", which is held out for evaluation" if value in HELD_OUT_KINDS else ""
+        raise ValueError(f"expected one of {', '.join(known)}; got {value!r}{why}")
     return value
 
 
@@ -110,12 +112,12 @@ class DegradationConfig:
 
     Attributes:
         lq: share of LQSeg among the degraded crops; the rest is drawn from `kinds`.
-        kinds: of `glesam_ros.degradation`; what is not named is never seen in training.
+        kinds: of `glesam_ros.degradation.TRAINING_KINDS`, without lq; the held-out ones are refused.
         levels: weights of level 1, 2, 3; level 3 half of the time, as the released GleSAM code draws its rate.
     """
 
     lq: Share = 0.6
-    kinds: Annotated[tuple[Annotated[str, AfterValidator(_known_kind)], ...], Field(min_length=1)] = (
+    kinds: Annotated[tuple[Annotated[str, AfterValidator(_training_kind)], ...], Field(min_length=1)] = (
         "low_light", "motion_blur", "defocus", "rain", "fog",
     )
     levels: Annotated[tuple[Number, Number, Number], AfterValidator(_some)] = (1.0, 1.0, 2.0)

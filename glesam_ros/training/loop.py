@@ -253,8 +253,9 @@ def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = No
     batches = _batches(run, stage.batch, (run.seed, number, TRAINING), numbers)
     try:
         for step in range(first, settings.steps):
-            for group, entry in zip(groups, optimizer.param_groups, strict=True):
-                entry["lr"] = group.rate * rate_share(step, settings)
+            rates = {group.name: group.rate * rate_share(step, settings) for group in groups}
+            for entry, rate in zip(optimizer.param_groups, rates.values(), strict=True):
+                entry["lr"] = rate
             sums: dict[str, Tensor] = {}
             for micro in range(settings.accumulate):
                 batch = next(batches)
@@ -271,7 +272,6 @@ def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = No
                     sums[name] = sums.get(name, 0) + value.detach() / settings.accumulate
             if average:
                 average.update()
-            rates = {group.name: entry["lr"] for group, entry in zip(groups, optimizer.param_groups, strict=True)}
             log.add(step, sums, rates)
             if settings.pictures_every and (step + 1) % settings.pictures_every == 0 and accelerator.is_main_process:
                 stage.eval()

@@ -448,8 +448,11 @@ def _claim(out: Path, config: Config, accelerator: Accelerator) -> None:
     """Make the folder this configuration's; refuse one of another."""
     path = out / "config.yaml"
     if path.is_file():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changed = differences(before, to_dict(config)) if isinstance(before, dict) else ["all"]
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: expected the configuration of the run, cannot read it") from error
+        changed = differences(before, to_dict(config)) if isinstance(before, dict) else ["every key"]
         if changed:
             raise ValueError(
                 f"{out}: begun with other values of {', '.join(changed)} (see {path}); take another --out, "
@@ -458,7 +461,9 @@ def _claim(out: Path, config: Config, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_yaml(config), encoding="utf-8")
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(to_yaml(config), encoding="utf-8")
+        partial.replace(path)
     accelerator.wait_for_everyone()
 
 
