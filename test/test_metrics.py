@@ -9,12 +9,19 @@ from glesam_ros.evaluation import (
     average_recall,
     best_iou,
     bootstrap_interval,
+    boundary,
+    boundary_iou,
     dice,
     iou,
+    mask_boxes,
     mean_best_iou,
+    mean_ranks,
     pairwise_iou,
     pixel_accuracy,
+    region_recall,
+    relative_gain,
     sample_points,
+    spearman,
 )
 
 
@@ -56,6 +63,52 @@ def test_dice_and_iou_are_tied_and_batches_equal_singles() -> None:
     np.testing.assert_allclose(iou(a, b), iou(b, a))
 
 
+def test_pairwise_counts_windows_as_whole_images() -> None:
+    rng = np.random.default_rng(2)
+    masks = np.stack([box(x, y, x + w, y + h, 40) for x, y, w, h in rng.integers(1, 20, (12, 4))])
+    masks &= rng.random(masks.shape) > 0.3
+    masks[3] = False
+    a, b = masks[:7], masks[2:]
+    whole = [[(p & t).sum() / max(1, (p | t).sum()) if (p | t).any() else 1.0 for t in b] for p in a]
+    np.testing.assert_allclose(pairwise_iou(a, b), whole)
+    assert pairwise_iou(a[:0], b).shape == (0, 10)
+
+
+def test_boundary_is_the_ring_inside_the_mask() -> None:
+    # 2 % of the diagonal of 20x20 is 0.57, so one pixel; 10 % is 2.8, so three
+    square = box(4, 4, 14, 14, 20)
+    assert boundary(square).sum() == 10 * 10 - 8 * 8
+    assert boundary(square, 0.1).sum() == 10 * 10 - 4 * 4
+    assert boundary(box(0, 0, 20, 20, 20)).sum() == 20 * 20 - 18 * 18  # the image ends, so does the mask
+    assert not boundary(box(0, 0, 0, 0, 20)).any()
+
+
+def test_boundary_by_the_definition() -> None:
+    """A pixel of the mask whose square neighbourhood leaves the mask or the image."""
+    rng = np.random.default_rng(5)
+    masks = np.stack([box(x, y, x + w, y + h, 50) for x, y, w, h in rng.integers(0, 30, (6, 4))])
+    masks[:3] |= masks[3:]
+    for share, width in ((0.02, 1), (0.05, 4)):
+        windows = np.lib.stride_tricks.sliding_window_view(
+            np.pad(masks, ((0, 0), (width, width), (width, width))), (2 * width + 1, 2 * width + 1), (1, 2)
+        )
+        np.testing.assert_array_equal(boundary(masks, share), masks & ~windows.all((-1, -2)))
+
+
+def test_boundary_iou_sees_the_edge_where_iou_sees_the_area() -> None:
+    square, smaller = box(4, 4, 14, 14, 20), box(5, 5, 13, 13, 20)
+    assert iou(square, smaller) == pytest.approx(0.64)
+    assert boundary_iou(square, smaller) == 0  # their rings of one pixel do not touch
+    assert boundary_iou(square, square) == 1
+    assert boundary_iou(square, box(4, 4, 14, 14, 20)[::-1]) == pytest.approx(16 / 56)
+
+
+def test_boxes_are_tight() -> None:
+    masks = np.stack([box(2, 3, 7, 5), box(0, 0, 10, 10), box(9, 9, 10, 10)])
+    np.testing.assert_array_equal(mask_boxes(masks), [[2, 3, 7, 5], [0, 0, 10, 10], [9, 9, 10, 10]])
+    assert mask_boxes(masks).dtype == np.float32
+
+
 def test_best_iou_takes_the_best_mask_for_each_region() -> None:
     predicted = np.stack([LEFT, box(6, 6, 8, 8)])
     truth = np.stack([RIGHT, box(6, 6, 8, 9), box(0, 9, 1, 10)])
@@ -77,6 +130,14 @@ def test_one_mask_finds_one_region_only() -> None:
     truth = np.stack([box(0, 0, 5, 2), box(0, 0, 5, 2)])
     assert average_recall(truth[:1], truth, 10) == pytest.approx(0.5)
     assert average_recall(truth, truth, 10) == 1
+
+
+def test_recall_by_region() -> None:
+    overlap = np.array([[0.95, 0.0], [0.9, 0.62]])
+    # the first mask takes region one at every threshold, the second finds region two up to 0.6
+    np.testing.assert_allclose(region_recall(overlap, 10), [1.0, 0.3])
+    np.testing.assert_allclose(region_recall(overlap, 1), [1.0, 0.0])
+    np.testing.assert_allclose(region_recall(np.zeros((0, 2)), 10), [0.0, 0.0])
 
 
 def test_average_recall_equals_coco() -> None:
@@ -145,6 +206,41 @@ def test_bootstrap_known_answers() -> None:
     assert wider[0] < low < high < wider[1]
 
 
+def test_bootstrap_draws_whole_images() -> None:
+    values, images = [0.0] * 50 + [1.0] * 50, [3] * 50 + [8] * 50
+    assert bootstrap_interval(values, 0, groups=images) == (0.0, 1.0)  # two images: both alike in half of the draws
+    low, high = bootstrap_interval(values, 0)
+    assert 0.35 < low < 0.45 and 0.55 < high < 0.65
+    assert bootstrap_interval(values, 0, groups=range(100)) == (low, high)
+
+
+def test_images_with_more_objects_weigh_more() -> None:
+    # 9 objects of 1 in one image, 1 object of 0 in the other: drawn means are 0, 0.9 and 1
+    low, high = bootstrap_interval([1.0] * 9 + [0.0], 0, confidence=0.4, groups=[0] * 9 + [1])
+    assert (low, high) == pytest.approx((0.9, 0.9))
+
+
+def test_relative_gain_known_answers() -> None:
+    before = np.random.default_rng(0).random(40)
+    assert relative_gain(1.1 * before, before, 0) == pytest.approx((0.1, 0.1, 0.1))
+    gain, low, high = relative_gain([2.0, 4.0, 1.0], [1.0, 2.0, 3.0], 0)
+    assert gain == pytest.approx(7 / 6 - 1)
+    assert low == pytest.approx(1 / 3 - 1) and high == pytest.approx(1.0)  # all draws from the worst, the best two
+    assert np.isnan(relative_gain([1.0], [0.0], 0)).all()
+
+
+def test_ranks_share_ties() -> None:
+    assert mean_ranks([10, 30, 10, 20]).tolist() == [0.5, 3.0, 0.5, 2.0]
+
+
+def test_spearman_known_answers() -> None:
+    x, y = [106, 100, 86, 101, 99, 103, 97, 113, 112, 110], [7, 27, 2, 50, 28, 29, 20, 12, 6, 17]
+    assert spearman(x, y) == pytest.approx(1 - 6 * 194 / (10 * 99))  # the formula without ties
+    assert spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826817)  # with a tie
+    assert spearman([1, 2, 3], [9, 4, 1]) == pytest.approx(-1)
+    assert spearman([1, 1, 1], [1, 2, 3]) == 0
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -159,6 +255,13 @@ def test_bootstrap_known_answers() -> None:
         (lambda: bootstrap_interval([], 0), ValueError, "at least one value"),
         (lambda: bootstrap_interval([1.0, np.nan], 0), ValueError, "finite"),
         (lambda: bootstrap_interval([1.0], 0, confidence=95), ValueError, "got 95"),
+        (lambda: bootstrap_interval([1.0, 2.0], 0, groups=[1]), ValueError, "one for each of the 2 values"),
+        (lambda: relative_gain([1.0], [1.0, 2.0], 0), ValueError, "got 1 and 2"),
+        (lambda: boundary(LEFT, 0), ValueError, "share: expected above 0, got 0"),
+        (lambda: boundary(LEFT[0]), ValueError, r"expected shape \(\.\.\., H, W\)"),
+        (lambda: mask_boxes(LEFT), ValueError, r"expected shape \(K, H, W\)"),
+        (lambda: mask_boxes(np.stack([LEFT, EMPTY])), ValueError, "an empty mask"),
+        (lambda: region_recall(np.zeros(3), 10), ValueError, r"expected shape \(N, M\)"),
     ],
 )
 def test_refusals(call, error: type[Exception], words: str) -> None:

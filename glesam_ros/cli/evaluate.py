@@ -334,7 +334,7 @@ def _plots(results: dict[str, Any], measurements: Sequence[Measurement], folder:
     try:
         return draw_plots(results, measurements, folder)
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if (error.name or "").split(".")[0] != "matplotlib":
             raise
         print("glesam evaluate: no plots: matplotlib is missing; pip install 'glesam_ros[evaluate]'", file=sys.stderr)
         return []

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from glesam_ros.evaluation.protocol import MODES, PROMPTS, Measurement
 from glesam_ros.evaluation.report import TITLES
 from glesam_ros.evaluation.summary import MAIN
@@ -132,16 +134,15 @@ def _levels(results: dict[str, Any], measurements: Sequence[Measurement]) -> Fig
         return None
     figure = Figure(figsize=(7.5, 0.3 * len(by_condition) + 1.1), layout="constrained")
     panel = figure.subplots()
-    panel.boxplot(
-        list(by_condition.values()), vert=False, widths=0.6, patch_artist=True,
-        flierprops={"markersize": 3, "markeredgecolor": "#7f7f7f"}, medianprops={"color": "black"},
-        boxprops={"facecolor": "#a6cfe8", "edgecolor": "#0072b2"},
-    )
+    for place, levels in enumerate(by_condition.values()):
+        panel.plot(levels, [place] * len(levels), "|", color="#0072b2", alpha=0.35, markersize=10)
+        panel.plot(float(np.median(levels)), place, "o", color="black", markersize=4)
     threshold = results["settings"]["pipeline"]["enhance_above"]
     panel.axvline(threshold, color="#d55e00", linestyle="--", linewidth=1, label="automatic mode enhances above")
-    panel.set_yticks(range(1, len(by_condition) + 1), list(by_condition))
-    panel.invert_yaxis()
-    panel.set_xlabel("measured degradation level (box: quartiles, whiskers: 1.5 times their distance)")
+    panel.set_yticks(range(len(by_condition)), list(by_condition))
+    panel.set_ylim(len(by_condition) - 0.5, -0.5)
+    panel.set_xlim(-0.02, 1.02)
+    panel.set_xlabel("measured degradation level: a line a photograph, a dot the median")
     panel.grid(alpha=0.3, axis="x")
     figure.legend(loc="outside upper right", frameon=False, fontsize=9)
     return figure

@@ -37,7 +37,7 @@ def tables(results: dict[str, Any]) -> str:
     if baselines:
         parts += ["## Baselines", "The same network; `off` is without enhancement. " + _BASELINES]
         for prompt in PROMPTS:
-            if any(metric == MAIN[prompt] for *_, metric in means):
+            if any(metric == MAIN[prompt] and method in baselines for *_, method, metric in means):
                 parts.append(f"### {TITLES[prompt]}, {TITLES[MAIN[prompt]]}")
                 parts.append(_baselines_table(results, prompt, modes, baselines, means, places))
     if results["levels"]:
@@ -119,9 +119,9 @@ def _levels_table(results: dict[str, Any]) -> str:
         ])
     correlations = ", ".join(f"{r['set']} {r['kind']} {r['value']:.3f}" for r in results["rank_correlation"])
     text = markdown(head, lines) + "\n\nLast column: " + " / ".join(TITLES[p].lower() for p in PROMPTS) + "."
-    return f"{text}\n\nRank correlation (Spearman) of measured and true level, clear is 0: {correlations}." if (
-        correlations
-    ) else text
+    if correlations:
+        text += f"\n\nRank correlation (Spearman) of measured and true level, clear is 0: {correlations}."
+    return text
 
 
 def _agreement_table(agreement: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from glesam_ros.evaluation.protocol import Condition, Measurement, Pictures
 from glesam_ros.overlay import PALETTE
 from glesam_ros.validation import BoolArray, FloatArray, UInt8Array
 
-TILE = (360, 270)
+TILE = (360, 250)
 """Width and height in pixels into which each picture is fitted."""
 UNMATCHED = (128, 128, 128)
 """Colour of a mask without a counterpart."""
@@ -80,7 +80,7 @@ def case_tiles(word: str, pictures: Pictures) -> list[Tile]:
             paint(pictures.image, pictures.always, colours, **marks),
             f"enhanced: IoU {100 * after:.1f} ({100 * (after - before):+.1f})",
         ),
-        Tile(paint(clear, target.masks, colours), f"truth: {len(target.masks)} regions"),
+        Tile(paint(clear, target.masks, colours), f"truth: {_counted(len(target.masks))}"),
     ]
 
 
@@ -145,10 +145,14 @@ def sheet(rows: Sequence[Sequence[Tile]], title: str) -> UInt8Array:
         for c, tile in enumerate(row):
             x, y = _GAP + c * (width + _GAP), 2 * _LINE - _GAP + r * step
             small = fit(tile.image)
-            x1, y1 = x + (width - small.shape[1]) // 2, y + (height - small.shape[0]) // 2
+            x1, y1 = x + (width - small.shape[1]) // 2, y + height - small.shape[0]  # near its caption
             paper[y1 : y1 + small.shape[0], x1 : x1 + small.shape[1]] = small
             _write(paper, _shortened(tile.caption, width), (x, y + height + 18), _SCALE)
     return paper
+
+
+def _counted(regions: int) -> str:
+    return f"{regions} region{'' if regions == 1 else 's'}"
 
 
 def _write(paper: UInt8Array, text: str, place: tuple[int, int], scale: float) -> None:
