@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 LATENT = 96
 """Channels of the image embedding."""
-FEATURES = 32
+FEATURES = 48
 """Channels of the mask features that a kernel is multiplied with."""
 HYPOTHESES = 3
 """Masks for each grid point, and for a single point prompt: whole, part, sub-part (segment-anything)."""
@@ -277,15 +277,6 @@ def grid_xy(h: int, w: int, like: Tensor) -> Tensor:
     return torch.stack([x[None, :].expand(h, w), y[:, None].expand(h, w)])
 
 
-def smooth(features: Tensor) -> Tensor:
-    """3x3 binomial filter of mask features: takes the checker pattern of the pixel shuffle out of every mask."""
-    line = torch.tensor([0.25, 0.5, 0.25])
-    kernel = (line[:, None] * line).expand(FEATURES, 1, 3, 3)
-    # depthwise again: fp32, as in the backbone
-    with torch.autocast(features.device.type, enabled=False):
-        return F.conv2d(F.pad(features.float(), (1, 1, 1, 1), mode="replicate"), kernel, groups=FEATURES)
-
-
 class Decoder(nn.Module):
     """Latent to masks. A mask is a kernel times shared mask features, so many masks are one matrix product.
 
@@ -305,6 +296,9 @@ class Decoder(nn.Module):
         self.dense = nn.Conv2d(TOKENS, HYPOTHESES * (KERNEL + 1), 1)
         self.prompt = PromptDecoder()
         nn.init.normal_(self.dense.weight, std=0.02)
+        # the four sub-pixels of a cell begin equal, so no checker pattern has to be unlearned
+        for values in self.to_features[0].parameters():
+            values.data = values.data[::4].repeat_interleave(4, 0)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What all masks of an image share.
@@ -315,7 +309,7 @@ class Decoder(nn.Module):
         """
         b, _, h, w = latent.shape
         trunk = self.trunk(torch.cat([latent, grid_xy(h, w, latent).expand(b, 2, h, w)], 1))
-        features = smooth(self.features(self.to_features(trunk)))
+        features = self.features(self.to_features(trunk))
         coarse = self.to_grid(trunk)
         gh, gw = coarse.shape[2:]
         xy = grid_xy(gh, gw, latent)
