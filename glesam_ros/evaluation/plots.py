@@ -66,11 +66,10 @@ def _by_level(results: dict[str, Any]) -> Figure | None:
             for number, mode in enumerate(modes):
                 found = [cells[set_name, step, mode, MAIN[prompt]] for step in steps]
                 mean = [100 * r["mean"] for r in found]
-                reach = [[100 * (r["mean"] - r["low"]) for r in found], [100 * (r["high"] - r["mean"]) for r in found]]
                 # side by side, or the intervals would hide one another
                 x = [k + 0.06 * (number - (len(modes) - 1) / 2) for k in range(len(steps))]
                 panel.errorbar(
-                    x, mean, reach, label=mode, color=COLOURS[mode], marker="o", markersize=4, capsize=2,
+                    x, mean, _reach(found, "mean", "low", "high"), label=mode, color=COLOURS[mode], marker="o", markersize=4, capsize=2,
                     linewidth=1.5, elinewidth=1, linestyle="--" if mode == "auto" else "-",
                 )
             panel.set_title(f"{set_name}: {TITLES[prompt].lower()}", fontsize=10)
@@ -104,11 +103,9 @@ def _gains(results: dict[str, Any]) -> Figure | None:
                 offset = 0.18 * (number - (len(methods) - 1) / 2)
                 places = [k for k, c in enumerate(shown) if (set_name, c, MAIN[prompt], method) in gains]
                 found = [gains[set_name, shown[k], MAIN[prompt], method] for k in places]
-                low = [100 * (g["relative"] - g["relative_low"]) for g in found]
-                high = [100 * (g["relative_high"] - g["relative"]) for g in found]
                 panel.errorbar(
-                    [100 * g["relative"] for g in found], [k + offset for k in places], xerr=[low, high], fmt="o",
-                    color=COLOURS[method], markersize=4, capsize=2, elinewidth=1,
+                    [100 * g["relative"] for g in found], [k + offset for k in places],
+                    xerr=_reach(found, "relative", "relative_low", "relative_high"), fmt="o", color=COLOURS[method], markersize=4, capsize=2, elinewidth=1,
                     label="enhancement (always)" if method == "always" else TITLES[method],
                 )
             panel.axvline(0, color="black", linewidth=0.8)
@@ -146,6 +143,12 @@ def _levels(results: dict[str, Any], measurements: Sequence[Measurement]) -> Fig
     panel.grid(alpha=0.3, axis="x")
     figure.legend(loc="outside upper right", frameon=False, fontsize=9)
     return figure
+
+
+def _reach(rows: Sequence[dict[str, Any]], middle: str, low: str, high: str) -> list[list[float]]:
+    """How far the interval reaches below and above its middle, in per cent; rounding must not make it negative."""
+    below = [max(0.0, 100 * (row[middle] - row[low])) for row in rows]
+    return [below, [max(0.0, 100 * (row[high] - row[middle])) for row in rows]]
 
 
 def _steps(results: dict[str, Any], kind: str) -> list[str]:

@@ -1,0 +1,231 @@
+"""`glesam evaluate` from the outside."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import bright_model
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from glesam_ros.cli.main import main, make_parser
+
+SIZE = (160, 200)
+
+
+def picture(shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two bright rectangles on black, and their label map."""
+    image, labels = np.zeros((*SIZE, 3), np.uint8), np.zeros(SIZE, np.uint8)
+    for number, (x, y) in enumerate(((20 + shift, 15), (110 - shift, 80)), 1):
+        image[y : y + 60, x : x + 70] = 230
+        labels[y : y + 60, x : x + 70] = number
+    return image, labels
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Three photographs of COCO and one of BSDS500."""
+    coco, bsds = tmp_path / "data" / "coco_small", tmp_path / "data" / "bsds500"
+    for folder in (coco / "images", bsds / "images", bsds / "regions"):
+        folder.mkdir(parents=True)
+    images, annotations = [], []
+    for number in range(3):
+        image, labels = picture(4 * number)
+        cv2.imwrite(str(coco / "images" / f"{number}.png"), image)
+        images.append({"id": number, "file_name": f"{number}.png", "height": SIZE[0], "width": SIZE[1]})
+        for label in (1, 2):
+            rle = coco_mask.encode(np.asfortranarray(labels == label))
+            rle["counts"] = rle["counts"].decode()
+            annotations.append({"id": len(annotations), "image_id": number, "segmentation": rle, "iscrowd": 0})
+    (coco / "test.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    image, labels = picture(0)
+    cv2.imwrite(str(bsds / "images" / "77.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 100])
+    cv2.imwrite(str(bsds / "regions" / "77_1.png"), labels)
+    (bsds / "test.txt").write_text("77\n")
+    return tmp_path / "data"
+
+
+def evaluate(*arguments: object, model: str | None = None, workers: int = 1) -> int:
+    model = model or bright_model.register()
+    return main(["evaluate", *map(str, arguments), "--model", model, "--workers", str(workers)])
+
+
+def means(folder: Path) -> dict[tuple[str, str, str, str], float]:
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    return {(r["set"], r["condition"], r["method"], r["metric"]): r["mean"] for r in rows}
+
+
+def test_help_teaches_by_examples_that_parse(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--help"])
+    assert stop.value.code == 0
+    examples = re.findall(r"^  (glesam evaluate .*)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(examples) >= 5
+    for example in examples:
+        assert make_parser().parse_args(example.split()[1:]).command == "evaluate"
+
+
+def test_everything_is_written_and_said(data, tmp_path, capsys) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'glesam_ros[evaluate]'")
+    out = tmp_path / "out"
+    assert evaluate("--data", data, "--out", out, "--kinds", "low_light", "--levels", 1, 3,
+                    "--baselines", "classical", "grabcut") == 0
+    written = {path.name for path in out.iterdir()}
+    plots = {"by_level.png", "gains.png", "levels.png"}
+    assert written == {"table.md", "results.json", "photographs.csv", "sheet_coco.jpg", "sheet_bsds.jpg", *plots}
+    assert all(cv2.imread(str(out / name)) is not None for name in written if name.endswith(("png", "jpg")))
+    found = means(out)
+    for method in ("off", "always", "auto"):
+        assert found["coco", "clear", method, "points_iou"] == 1.0
+        assert found["coco", "clear", method, "everything_ar100"] == 1.0
+    assert ("coco", "low_light-3", "grabcut", "boxes_iou") in found
+    text = (out / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "coco: 3 photographs, 6 regions; bsds: 1 photographs, 2 regions" in text
+    assert "| coco | clear " in text and "| bsds | low_light-3 " in text
+    with (out / "photographs.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {line["photograph"] for line in lines} == {"0.png", "1.png", "2.png", "77"}
+    assert {line["condition"] for line in lines} == {"clear", "low_light-1", "low_light-3"}
+
+
+def test_results_say_what_they_depend_on(data, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert evaluate("--data", data, "--sets", "bsds", "--out", out, "--kinds", "none", "--seed", 7, "--no-sheet",
+                    "--enhance-above", "0.1", "--prompts", "everything") == 0
+    results = json.loads((out / "results.json").read_text())
+    settings = results["settings"]
+    assert (settings["seed"], settings["split"], settings["prompts"]) == (7, "test", ["everything"])
+    assert settings["pipeline"]["enhance_above"] == 0.1 and settings["pipeline"]["max_instances"] == 100
+    assert {"glesam_ros", "python", "numpy", "opencv"} <= set(results["versions"])
+    row = results["rows"][0]
+    assert set(row) == {"set", "condition", "method", "metric", "mean", "low", "high", "regions", "photographs"}
+    assert not list(out.glob("sheet*"))
+    assert str(tmp_path) not in (out / "results.json").read_text()  # it may be published
+
+
+def test_results_do_not_depend_on_the_number_of_processes(data, tmp_path) -> None:
+    common = ("--data", data, "--sets", "coco", "--limit", 2, "--kinds", "lq", "--levels", 3, "--no-sheet")
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        assert evaluate(*common, "--processing-size", 256, "--out", out, model="nano", workers=workers) == 0
+    for name in ("results.json", "photographs.csv"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_figures_of_a_photograph_do_not_depend_on_the_others(data, tmp_path) -> None:
+    common = ("--data", data, "--kinds", "lq", "--levels", 3, "--no-sheet")
+    found = []
+    for name, more in (("all", ()), ("first", ("--limit", 1, "--sets", "coco"))):
+        assert evaluate(*common, "--out", tmp_path / name, *more) == 0
+        lines = (tmp_path / name / "photographs.csv").read_text().splitlines()
+        found.append([line for line in lines if line.startswith("coco,0.png")])
+    assert found[0] == found[1] and len(found[0]) > 10
+
+
+def test_data_set_of_glesam_lqseg(data, tmp_path) -> None:
+    built, out = tmp_path / "built", tmp_path / "out"
+    assert main(["lqseg", "build", "--from", "coco", "--images", str(data / "coco_small" / "images"),
+                 "--annotations", str(data / "coco_small" / "test.json"), "--out", str(built), "--levels", "3",
+                 "--kinds", "low_light"]) == 0
+    assert evaluate("--lqseg", built, "--out", out, "--limit", 2) == 0
+    found = means(out)
+    assert {condition for _, condition, _, _ in found} == {"clear", "low_light-3"}
+    assert found["lqseg", "clear", "off", "points_iou"] == 1.0
+    assert json.loads((out / "results.json").read_text())["counts"]["lqseg"] == {"photographs": 2, "regions": 4}
+
+
+def test_lqseg_data_set_without_the_kind_is_refused(data, tmp_path, capsys) -> None:
+    built = tmp_path / "built"
+    main(["lqseg", "build", "--from", "coco", "--images", str(data / "coco_small" / "images"),
+          "--annotations", str(data / "coco_small" / "test.json"), "--out", str(built), "--levels", "1"])
+    capsys.readouterr()
+    assert evaluate("--lqseg", built, "--out", tmp_path / "out", "--kinds", "rain") == 1
+    assert "--kinds: expected some of lq, which" in capsys.readouterr().err
+
+
+def test_agreement_on_photographs_without_masks(tmp_path, capsys) -> None:
+    photographs, out = tmp_path / "night", tmp_path / "out"
+    photographs.mkdir()
+    for number in range(3):
+        cv2.imwrite(str(photographs / f"{number}.png"), picture(3 * number)[0])
+    cv2.imwrite(str(photographs / "black.png"), np.zeros((60, 80, 3), np.uint8))
+    assert evaluate("--agreement", photographs, "--out", out, "--kinds", "low_light", "--levels", 1) == 0
+    found = json.loads((out / "agreement.json").read_text())["agreement"]
+    assert found["photographs"] == 3 and found["left_out"] == ["black"]
+    assert {(r["condition"], r["metric"]) for r in found["rows"]} == {("low_light-1", "own"), ("low_light-1", "plain")}
+    assert cv2.imread(str(out / "agreement_low_light-1.jpg")) is not None
+    assert "## Agreement on photographs without masks" in (out / "table.md").read_text()
+    assert "## Box" not in capsys.readouterr().out
+
+
+def test_without_matplotlib_there_are_no_plots_and_it_says_so(data, tmp_path, monkeypatch, capsys) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    out = tmp_path / "out"
+    assert evaluate("--data", data, "--sets", "bsds", "--out", out, "--levels", 3, "--prompts", "points") == 0
+    assert "no plots: matplotlib is missing; pip install 'glesam_ros[evaluate]'" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {"table.md", "results.json", "photographs.csv", "sheet_bsds.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "expected --data, --lqseg or --agreement, got none"),
+        (["--data", "DATA", "--kinds", "lq", "hail"], "--kinds: expected some of low_light, .*; got hail"),
+        (["--data", "DATA", "--baselines", "prenet"], "--baselines prenet: expected the folder of their weights"),
+        (["--data", "DATA", "--weights", "nowhere"], "--weights: expected a folder .*, got nowhere"),
+        (["--data", "DATA", "--weights", "DATA"], "weights: expected the model nano, which they are for, got bright"),
+        (["--data", "."], "expected a folder with coco_small or bsds500, found neither"),
+        (["--data", "DATA", "--split", "train"], "train.json"),
+        (["--sets", "coco", "--agreement", "DATA"], "--sets: expected --data with it"),
+        (["--lqseg", "DATA"], "expected an LQSeg data set, found no dataset.json"),
+        (["--agreement", "DATA"], "no picture"),
+        (["--data", "DATA", "--sets", "coco", "--model", "nosuch"], "model: expected one of"),
+    ],
+)
+def test_failures_are_one_line(arguments, expected, data, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(data) if word == "DATA" else word for word in arguments]
+    if "--model" not in arguments:
+        arguments += ["--model", bright_model.register()]
+    assert main(["evaluate", *arguments, "--out", "out", "--workers", "1"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("glesam evaluate: error: ")
+    assert re.search(expected, lines[0])
+
+
+def test_a_broken_photograph_is_named(tmp_path, capsys) -> None:
+    (tmp_path / "night").mkdir()
+    (tmp_path / "night" / "cut.jpg").write_bytes(b"\xff\xd8 no picture")
+    assert evaluate("--agreement", tmp_path / "night", "--out", tmp_path / "out") == 1
+    assert "cut.jpg: expected" in capsys.readouterr().err
+
+
+def test_a_coco_file_that_is_none_is_named(data, tmp_path, capsys) -> None:
+    (data / "coco_small" / "test.json").write_text("{}")
+    assert evaluate("--data", data, "--sets", "coco", "--out", tmp_path / "out") == 1
+    assert "coco_small: expected the test split of coco, cannot read it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--levels", "4"], "invalid choice: 4"),
+        (["--modes", "sometimes"], "invalid choice: 'sometimes'"),
+        (["--workers", "0"], "above 0"),
+        (["--seed", "-1"], "expected at least 0, got -1"),
+        (["--limit", "0"], "above 0"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, expected, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--data", "d", "--out", "o", *arguments])
+    assert stop.value.code == 2
+    assert expected in capsys.readouterr().err
