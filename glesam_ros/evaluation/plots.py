@@ -69,8 +69,8 @@ def _by_level(results: dict[str, Any]) -> Figure | None:
                 # side by side, or the intervals would hide one another
                 x = [k + 0.06 * (number - (len(modes) - 1) / 2) for k in range(len(steps))]
                 panel.errorbar(
-                    x, mean, _reach(found, "mean", "low", "high"), label=mode, color=COLOURS[mode], marker="o", markersize=4, capsize=2,
-                    linewidth=1.5, elinewidth=1, linestyle="--" if mode == "auto" else "-",
+                    x, mean, _reach(found, "mean", "low", "high"), label=mode, color=COLOURS[mode], marker="o",
+                    markersize=4, capsize=2, linewidth=1.5, elinewidth=1, linestyle="--" if mode == "auto" else "-",
                 )
             panel.set_title(f"{set_name}: {TITLES[prompt].lower()}", fontsize=10)
             panel.set_ylabel(f"{TITLES[MAIN[prompt]]}, %")
@@ -105,7 +105,8 @@ def _gains(results: dict[str, Any]) -> Figure | None:
                 found = [gains[set_name, shown[k], MAIN[prompt], method] for k in places]
                 panel.errorbar(
                     [100 * g["relative"] for g in found], [k + offset for k in places],
-                    xerr=_reach(found, "relative", "relative_low", "relative_high"), fmt="o", color=COLOURS[method], markersize=4, capsize=2, elinewidth=1,
+                    xerr=_reach(found, "relative", "relative_low", "relative_high"), fmt="o", color=COLOURS[method],
+                    markersize=4, capsize=2, elinewidth=1,
                     label="enhancement (always)" if method == "always" else TITLES[method],
                 )
             panel.axvline(0, color="black", linewidth=0.8)
@@ -116,7 +117,8 @@ def _gains(results: dict[str, Any]) -> Figure | None:
     for prompt, panel in zip(prompts, panels[-1]):
         panel.set_xlabel(f"gain in {TITLES[MAIN[prompt]]} over off, %")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(methods), frameon=False, fontsize=9)
+    figure.suptitle(" ")  # keeps the legend's place free, also before matplotlib 3.7
+    figure.legend(handles, labels, loc="upper center", ncol=len(methods), frameon=False, fontsize=9)
     return figure
 
 
@@ -135,13 +137,13 @@ def _levels(results: dict[str, Any], measurements: Sequence[Measurement]) -> Fig
         panel.plot(levels, [place] * len(levels), "|", color="#0072b2", alpha=0.35, markersize=10)
         panel.plot(float(np.median(levels)), place, "o", color="black", markersize=4)
     threshold = results["settings"]["pipeline"]["enhance_above"]
-    panel.axvline(threshold, color="#d55e00", linestyle="--", linewidth=1, label="automatic mode enhances above")
+    panel.axvline(threshold, color="#d55e00", linestyle="--", linewidth=1)
+    panel.set_title(f"dashed: automatic mode enhances above {threshold:g}", fontsize=9)
     panel.set_yticks(range(len(by_condition)), list(by_condition))
     panel.set_ylim(len(by_condition) - 0.5, -0.5)
     panel.set_xlim(-0.02, 1.02)
     panel.set_xlabel("measured degradation level: a line a photograph, a dot the median")
     panel.grid(alpha=0.3, axis="x")
-    figure.legend(loc="outside upper right", frameon=False, fontsize=9)
     return figure
 
 
