@@ -132,7 +132,7 @@ def load_pipeline(
         model: a registered name.
         enhancement: "off", "always" or "auto" (by the measured degradation).
         device: "auto", "cpu", "cuda" or "tensorrt".
-        precision: "auto", "fp32" or "fp16".
+        precision: "auto", "fp32", "fp16" (TensorRT) or "int8" (CPU).
         **settings: any other field of `Settings`.
 
     Raises:

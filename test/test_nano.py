@@ -31,8 +31,10 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_weights_fit_the_promised_size() -> None:
-    files = list(WEIGHTS.glob("nano_*.onnx"))
-    assert sorted(p.name for p in files) == [f"nano_{p}.onnx" for p in ("decoder", "encoder", "enhancer", "prompt")]
+    files = list(WEIGHTS.glob("nano_*"))
+    parts = {"decoder", "encoder", "enhancer", "prompt"}
+    allowed = {f"nano_{p}{kind}.onnx" for p in parts for kind in ("", "_int8")} | {"nano_weights.bin"}
+    assert {f"nano_{p}.onnx" for p in parts} <= {p.name for p in files} <= allowed
     assert sum(p.stat().st_size for p in files) <= 20_000_000
 
 
@@ -104,15 +106,48 @@ def test_auto_takes_the_fastest_device_at_hand(available: list[str], expected: s
     assert choose_device("auto", available) == expected
 
 
-def test_refusals_say_what_was_expected() -> None:
+class Opened:
+    """Stands for a session."""
+
+    def get_providers(self) -> list[str]:
+        return ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "files", "expected"),
+    [
+        ("cpu", "auto", True, ["encoder_int8", "enhancer_int8", "decoder_int8", "prompt"]),
+        ("cpu", "int8", True, ["encoder_int8", "enhancer_int8", "decoder_int8", "prompt"]),
+        ("cpu", "auto", False, ["encoder", "enhancer", "decoder", "prompt"]),
+        ("cpu", "fp32", True, ["encoder", "enhancer", "decoder", "prompt"]),
+        ("cuda", "auto", True, ["encoder", "enhancer", "decoder", "prompt"]),
+    ],
+)
+def test_8_bits_are_for_the_cpu(monkeypatch, tmp_path, device, precision, files, expected) -> None:
+    for part in ("encoder", "enhancer", "decoder") if files else ():
+        (tmp_path / f"nano_{part}_int8.onnx").touch()
+    opened = []
+    monkeypatch.setattr("glesam_ros.models.nano.choose_device", lambda name: name)
+    monkeypatch.setattr("glesam_ros.models.nano.open_session", lambda path, *_: opened.append(path.stem) or Opened())
+    model = Nano(device, precision, tmp_path)
+    assert opened == [f"nano_{name}" for name in expected]
+    assert model.device.startswith(f"{device} ({'int8' if 'int8' in expected[0] else 'fp32'}, ")
+
+
+def test_refusals_say_what_was_expected(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="onnxruntime-gpu"):
         choose_device("cuda", ["CPUExecutionProvider"])
     with pytest.raises(ValueError, match="expected auto"):
         choose_device("tpu")
     with pytest.raises(ValueError, match="fp16 needs device tensorrt"):
         Nano("cpu", "fp16")
+    monkeypatch.setattr("glesam_ros.models.nano.choose_device", lambda name: name)
+    with pytest.raises(ValueError, match="int8 needs device cpu, got cuda; use auto or fp32"):
+        Nano("cuda", "int8")
 
 
 def test_missing_weights_are_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="nano_encoder.onnx"):
         Nano("cpu", weights=tmp_path)
+    with pytest.raises(FileNotFoundError, match="nano_encoder_int8.onnx"):
+        Nano("cpu", "int8", weights=tmp_path)

@@ -163,10 +163,10 @@ def peak_rss_mb() -> float:
 
 
 def weights_mb(model: str) -> float:
-    """Size of the shipped weight files of `model` in MB (10^6 bytes); 0 for a model without files."""
+    """Size of the shipped files of `model` in MB (10^6 bytes), of all precisions; 0 for a model without files."""
     from glesam_ros import models
 
-    files = (Path(models.__file__).parent / "weights").glob(f"{model}_*.onnx")
+    files = (Path(models.__file__).parent / "weights").glob(f"{model}_*")
     return sum(path.stat().st_size for path in files) / 1e6
 
 

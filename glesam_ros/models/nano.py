@@ -22,6 +22,8 @@ _LOG = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"
 MULTIPLE = 32
 """Height and width inside the model are multiples of this, the encoder's coarsest stride."""
+IN_8_BITS = ("encoder", "enhancer", "decoder")
+"""Parts that have an 8-bit file; the prompt part is small."""
 BOX_CENTRE = 4
 """Label of the point that is added in the middle of each box."""
 
@@ -31,14 +33,15 @@ class Nano:
 
     Args:
         device: "auto", "cpu", "cuda" or "tensorrt".
-        precision: "auto" (fp32), "fp32", or "fp16" (TensorRT only).
-        weights: folder with the four ONNX files; the shipped one where None.
+        precision: "auto" (int8 on the CPU where the folder has its files, else fp32), "fp32", "int8" (CPU only) or
+            "fp16" (TensorRT only).
+        weights: folder with the ONNX files; the shipped one where None.
         threads: of each operator on the CPU; 0 is one a core.
 
     Raises:
         FileNotFoundError: a model file is missing.
         RuntimeError: the device is not available.
-        ValueError: fp16 asked of a device other than TensorRT.
+        ValueError: a precision that the device does not have.
     """
 
     name = "nano"
@@ -49,16 +52,21 @@ class Nano:
     ) -> None:
         folder = WEIGHTS if weights is None else weights
         device = choose_device(device)
-        if precision == "fp16" and device != "tensorrt":
-            raise ValueError(f"precision: fp16 needs device tensorrt, got {device}; use auto or fp32")
+        if precision == "auto":
+            there = all((folder / f"nano_{part}_int8.onnx").is_file() for part in IN_8_BITS)
+            precision = "int8" if device == "cpu" and there else "fp32"
+        needed = {"fp16": "tensorrt", "int8": "cpu"}.get(precision, device)
+        if device != needed:
+            raise ValueError(f"precision: {precision} needs device {needed}, got {device}; use auto or fp32")
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "glesam_ros" / "tensorrt"
 
         def open_part(part: str) -> Any:
-            return open_session(folder / f"nano_{part}.onnx", device, precision == "fp16", cache, threads)
+            kind = "_int8" if precision == "int8" and part in IN_8_BITS else ""
+            return open_session(folder / f"nano_{part}{kind}.onnx", device, precision == "fp16", cache, threads)
 
         self._encoder, self._enhancer = open_part("encoder"), open_part("enhancer")
         self._decoder, self._prompt = open_part("decoder"), open_part("prompt")
-        self.device = f"{device} (onnxruntime, {self._encoder.get_providers()[0]})"
+        self.device = f"{device} ({precision}, onnxruntime, {self._encoder.get_providers()[0]})"
         _LOG.info("nano runs on %s", self.device)
 
     def encode(self, image: UInt8Array, processing_size: int) -> Embedding:

@@ -55,7 +55,10 @@ def open_session(
         FileNotFoundError: the model file is missing.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"expected the model file {path}; reinstall the package, its weights are missing")
+        raise FileNotFoundError(
+            f"expected the model file {path}; reinstall the package, its weights are missing "
+            "(weights of your own: export them again, 8-bit files with --calibration)"
+        )
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
