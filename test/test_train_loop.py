@@ -307,7 +307,7 @@ def test_two_processes_make_one_gradient(tmp_path: Path) -> None:
         command = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)]
         started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
-        said = [process.communicate(timeout=120)[1] for process in started]
+        said = [process.communicate(timeout=600)[1] for process in started]
     finally:
         for process in started:
             process.kill()

@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_and_ends_bit_equal(data: Path, whole: Path, tmp_pa
     command = [sys.executable, "-m", "glesam_ros.cli.main", *arguments(data, out)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
@@ -362,7 +362,8 @@ def test_an_ablation_trains_and_exports_what_is_missing(
     out = tmp_path / "ablation"
     ablation.train_runs(runs, data, out, "cpu")
     for name in runs:
-        assert len(list((out / name / "weights").glob("nano_*.onnx"))) == 4
+        for part in ("encoder", "enhancer", "decoder", "prompt"):
+            assert (out / name / "weights" / f"nano_{part}.onnx").is_file()
     capsys.readouterr()
     ablation.train_runs(runs, data, out, "cpu")
     assert capsys.readouterr().out == ""
