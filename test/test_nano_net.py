@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,28 +84,72 @@ def test_same_padding_matches_tensorflow_on_even_sizes() -> None:
     assert padded[0, 0, 0, 0] == 1 and padded[0, 0, -1, -1] == 0
 
 
-@pytest.mark.parametrize("size", [(64, 96), (128, 64)])
-def test_exported_files_agree_with_torch_to_1e_3(net: NanoNet, size: tuple[int, int], tmp_path_factory) -> None:
-    onnx = pytest.importorskip("onnx", reason="export needs onnx; scripts/test.sh installs it")
-    import onnxruntime as ort
-
-    from glesam_ros.training.export import DecoderGraph, EncoderGraph, export
+@pytest.fixture(scope="module")
+def exported(net: NanoNet, tmp_path_factory) -> tuple[Path, dict[str, dict[str, float]]]:
+    """All files of an untrained net, and what the export says of them."""
+    pytest.importorskip("onnx", reason="export needs onnx; scripts/test.sh installs it")
+    from glesam_ros.training.export import export
 
     folder = tmp_path_factory.mktemp("weights")
-    assert max(export(net, folder).values()) < 1e-3
-    # a Pad by itself between convolutions costs a third of the encoder's time
-    encoder = [node.op_type for node in onnx.load(folder / "nano_encoder.onnx").graph.node]
-    assert "Pad" not in encoder and "ReduceMean" in encoder and encoder.count("GlobalAveragePool") == 8
-    # the files are dynamic in size: compare on one that export did not trace, with the rounding of the weights in it
+    (folder / "nano_old_int8.onnx").touch()
+    rng = np.random.default_rng(1)
+    return folder, export(net, folder, [rng.integers(0, 256, (64, 96, 3), np.uint8) for _ in range(2)])
+
+
+def outputs(path: Path, **inputs: np.ndarray) -> list[np.ndarray]:
+    import onnxruntime as ort
+
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, inputs)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (128, 64)])
+def test_exported_files_agree_with_torch_to_1e_3(net: NanoNet, exported, size: tuple[int, int]) -> None:
+    from glesam_ros.training.export import DecoderGraph, EncoderGraph
+
+    folder, report = exported
+    assert set(report["torch"]) == {"encoder", "enhancer", "decoder", "prompt"} and max(report["torch"].values()) < 1e-3
+    # the files are dynamic in size: compare on one that export did not trace
     image = torch.randint(0, 256, (1, *size, 3), dtype=torch.uint8)
-    session = ort.InferenceSession(str(folder / "nano_encoder.onnx"), providers=["CPUExecutionProvider"])
-    latent, level = session.run(None, {"image": image.numpy()})
+    latent, level = outputs(folder / "nano_encoder.onnx", image=image.numpy())
     with torch.no_grad():
         expected, expected_level = EncoderGraph(net)(image)
-    assert np.abs(latent - expected.numpy()).max() < 0.02 * float(expected.abs().max())
-    assert abs(float(level[0]) - float(expected_level)) < 0.01
-    session = ort.InferenceSession(str(folder / "nano_decoder.onnx"), providers=["CPUExecutionProvider"])
-    outputs = session.run(None, {"latent": latent})
+    assert np.abs(latent - expected.numpy()).max() < 1e-3 * float(expected.abs().max())
+    assert abs(float(level[0]) - float(expected_level)) < 1e-3
     with torch.no_grad():
-        shapes = [tuple(x.shape) for x in DecoderGraph(net)(torch.from_numpy(latent))]
-    assert [x.shape for x in outputs] == shapes
+        expected = DecoderGraph(net)(torch.from_numpy(latent))
+    for got, wanted in zip(outputs(folder / "nano_decoder.onnx", latent=latent), expected, strict=True):
+        assert got.shape == tuple(wanted.shape)
+        assert np.abs(got - wanted.numpy()).max() < 1e-3 * float(wanted.abs().max())
+
+
+def test_export_leaves_nothing_between_convolutions_and_stores_all_weights_once(exported) -> None:
+    import onnx
+
+    folder, _ = exported
+    parts = {f"nano_{part}{kind}.onnx" for part in ("encoder", "enhancer", "decoder") for kind in ("", "_int8")}
+    assert {p.name for p in folder.iterdir()} == parts | {"nano_prompt.onnx", "nano_weights.bin"}
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 20_000_000
+    # a Pad by itself between convolutions costs a third of the encoder's time
+    encoder = [node.op_type for node in onnx.load(folder / "nano_encoder.onnx").graph.node]
+    assert "Pad" not in encoder and encoder.count("GlobalAveragePool") == 8
+    # the 8-bit graphs add nothing to the bytes that the fp32 graphs need: two a weight
+    places = {
+        name: {entry.value for tensor in onnx.load(folder / name, load_external_data=False).graph.initializer
+               for entry in tensor.external_data if entry.key == "offset" and tensor.name.endswith("_quantized")
+               and tensor.data_type == onnx.TensorProto.INT8}
+        for name in ("nano_encoder.onnx", "nano_encoder_int8.onnx")
+    }
+    assert places["nano_encoder.onnx"] == places["nano_encoder_int8.onnx"] and len(places["nano_encoder.onnx"]) > 40
+
+
+def test_8_bit_files_are_near_fp32_and_keep_the_scores_of_the_grid_smooth(exported) -> None:
+    folder, report = exported
+    # an untrained net is worse than a trained one: nothing in its activations is alike
+    assert set(report["int8"]) == {"encoder", "enhancer", "decoder"} and max(report["int8"].values()) < 0.2
+    image = np.random.default_rng(1).integers(0, 256, (1, 64, 96, 3), np.uint8)
+    latent, level = outputs(folder / "nano_encoder_int8.onnx", image=image)
+    assert latent.shape == (1, nano_net.LATENT, 8, 12) and level.shape == (1,)
+    (restored,) = outputs(folder / "nano_enhancer_int8.onnx", latent=latent, level=level)
+    assert restored.shape == latent.shape
+    scores = outputs(folder / "nano_decoder_int8.onnx", latent=restored)[-1]
+    assert len(np.unique(scores)) > 0.9 * scores.size

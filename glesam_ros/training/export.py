@@ -1,6 +1,7 @@
-"""Writes the four ONNX files of nano and checks them against torch.
+"""Writes the ONNX files of nano, in fp32 and for CPUs in 8 bits, and checks them against torch.
 
-    python -m glesam_ros.training.export --checkpoint runs/nano/decoder.pt --out glesam_ros/models/weights
+    python -m glesam_ros.training.export --checkpoint runs/nano/nano.pt --out glesam_ros/models/weights \\
+        --calibration DATA
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,19 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from glesam_ros.models.nano_net import HYPOTHESES, LATENT, NanoNet, kernel_weights, with_positions
 from glesam_ros.training.graphs import simplify
+from glesam_ros.training.quantize import quantize
+from glesam_ros.training.storage import save, split_convolutions, store_half
 
 OPSET = 17
-SMALLEST_HALF = 256
-"""Tensors with fewer numbers stay fp32: nothing to gain."""
+WEIGHTS = "nano_weights.bin"
+KEPT = ("/dense/",)
+"""Convolutions that stay fp32: grid scores in 8 bits would be equal at neighbours, and a peak have several tops."""
+PAIRS = 16
+"""Crops for calibration, each clear and degraded."""
 
 
 class EncoderGraph(nn.Module):
@@ -72,18 +77,22 @@ class PromptGraph(nn.Module):
         return kernel_weights(out[..., :-1]), out[..., -1].sigmoid()
 
 
-def export(net: NanoNet, folder: Path) -> dict[str, float]:
-    """Write the files; return the largest difference to torch of each part, relative to its largest output.
+def export(net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] = ()) -> dict[str, dict[str, float]]:
+    """Write the files: fp32 graphs, with `pictures` also 8-bit graphs of the first three, and all their weights.
 
-    The weights are stored as fp16 (half the size) and computed in fp32; torch is compared with the same rounded
-    weights, so the difference is the graphs' alone.
+    Args:
+        net: trained.
+        folder: gets `nano_<part>.onnx`, `nano_<part>_int8.onnx` and `nano_weights.bin`; older ones there are replaced.
+        pictures: (H, W, 3) uint8 RGB each, sides multiples of 32; the ranges of the 8-bit graphs come from them.
+
+    Returns:
+        "torch": largest difference of each fp32 file to torch, relative to the largest output; with pictures "int8":
+        root mean square of the difference of each 8-bit file to fp32, relative to that of the output, on `pictures`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("nano_*.onnx"), folder / WEIGHTS):
+        old.unlink(missing_ok=True)
     net = copy.deepcopy(net).eval()
-    fold_batchnorm(net)
-    for p in net.parameters():
-        if p.numel() >= SMALLEST_HALF:
-            p.data = p.data.half().float()
     torch.manual_seed(0)
     image = torch.randint(0, 256, (1, 384, 512, 3), dtype=torch.uint8)
     latent = torch.randn(1, LATENT, 48, 64)
@@ -105,51 +114,64 @@ def export(net: NanoNet, folder: Path) -> dict[str, float]:
             ["prompt_weights", "prompt_scores"],
         ),
     }
-    difference = {}
+    graphs = {}
     for name, (module, inputs, axes, outputs) in parts.items():
         path = folder / f"nano_{name}.onnx"
         torch.onnx.export(
             module.eval(), inputs, str(path), input_names=list(axes), output_names=outputs,
             dynamic_axes=axes, opset_version=OPSET, dynamo=False,
         )
-        onnx.save(simplify(onnx.load(path)), path)
-        store_half(path)
-        difference[name] = compare(path, module, inputs, list(axes))
-    return difference
+        graphs[name] = simplify(onnx.load(path))
+    feeds = calibration(graphs, pictures) if len(pictures) else {}
+    files = {f"nano_{name}_int8.onnx": quantize(graphs[name], feed, KEPT) for name, feed in feeds.items()}
+    for name, graph in graphs.items():
+        split_convolutions(graph, files.get(f"nano_{name}_int8.onnx"))
+        files[f"nano_{name}.onnx"] = graph
+    for graph in files.values():
+        store_half(graph)
+    save(files, folder, WEIGHTS)
+    report = {"torch": {
+        name: compare(folder / f"nano_{name}.onnx", module, inputs, list(axes))
+        for name, (module, inputs, axes, _) in parts.items()
+    }}
+    if feeds:
+        report["int8"] = {name: drift(folder, name, feed) for name, feed in feeds.items()}
+    return report
 
 
-def fold_batchnorm(module: nn.Module) -> None:
-    """Merge each batch normalisation into the convolution before it, so that what is rounded is what runs."""
-    children = list(module.named_children())
-    for (name, conv), (following, norm) in zip(children, children[1:], strict=False):
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            setattr(module, name, fuse_conv_bn_eval(conv, norm))
-            setattr(module, following, nn.Identity())
-    for _, child in module.named_children():
-        fold_batchnorm(child)
+def calibration(
+    graphs: dict[str, onnx.ModelProto], pictures: Sequence[np.ndarray[Any, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Inputs of encoder, enhancer and decoder for each picture; the decoder gets latents restored and as they were."""
+    encoder, enhancer = (open_graph(graphs[name].SerializeToString()) for name in ("encoder", "enhancer"))
+    feeds: dict[str, list[dict[str, Any]]] = {"encoder": [], "enhancer": [], "decoder": []}
+    for number, picture in enumerate(pictures):
+        feeds["encoder"].append({"image": np.ascontiguousarray(picture)[None]})
+        latent, level = encoder.run(None, feeds["encoder"][-1])
+        feeds["enhancer"].append({"latent": latent, "level": level})
+        (restored,) = enhancer.run(None, feeds["enhancer"][-1])
+        feeds["decoder"].append({"latent": (latent, restored)[number % 2]})
+    return feeds
 
 
-def store_half(path: Path) -> None:
-    """Replace large fp32 weights of an ONNX file by fp16 with a cast, which the runtime folds when it loads."""
-    model = onnx.load(str(path))
-    casts = []
-    for weight in list(model.graph.initializer):
-        if weight.data_type != TensorProto.FLOAT or np.prod(weight.dims) < SMALLEST_HALF:
-            continue
-        half = numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), weight.name + "_half")
-        casts.append(helper.make_node("Cast", [half.name], [weight.name], to=TensorProto.FLOAT))
-        model.graph.initializer.remove(weight)
-        model.graph.initializer.append(half)
-    nodes = list(model.graph.node)
-    del model.graph.node[:]
-    model.graph.node.extend(casts + nodes)
-    onnx.checker.check_model(model)
-    onnx.save(model, str(path))
+def drift(folder: Path, name: str, feeds: list[dict[str, Any]]) -> float:
+    """Root mean square of int8 minus fp32, relative to fp32's, of the first output over all feeds."""
+    plain, small = (open_graph(str(folder / f"nano_{name}{kind}.onnx")) for kind in ("", "_int8"))
+    squares = np.zeros(2)
+    for feed in feeds:
+        a, b = (session.run(None, feed)[0].astype(np.float64) for session in (plain, small))
+        squares += np.square(a - b).sum(), np.square(a).sum()
+    return float(np.sqrt(squares[0] / max(squares[1], 1e-12)))
+
+
+def open_graph(source: str | bytes) -> ort.InferenceSession:
+    """A session on the CPU of an ONNX file or its bytes."""
+    return ort.InferenceSession(source, providers=["CPUExecutionProvider"])
 
 
 def compare(path: Path, module: nn.Module, inputs: tuple[Tensor, ...], names: list[str]) -> float:
     """Largest difference between the file and torch over all outputs, relative to the output's largest value."""
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_graph(str(path))
     got = session.run(None, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})
     with torch.no_grad():
         expected = module(*inputs)
@@ -160,17 +182,38 @@ def compare(path: Path, module: nn.Module, inputs: tuple[Tensor, ...], names: li
     )
 
 
+def calibration_pictures(data: Path, pairs: int = PAIRS, seed: int = 0) -> list[np.ndarray[Any, Any]]:
+    """Crops of training photographs as the default recipe draws them, each clear and degraded.
+
+    Raises:
+        FileNotFoundError: `data` lacks a training set of the recipe.
+    """
+    from glesam_ros.training.config import Config
+    from glesam_ros.training.nano import draw_pairs
+    from glesam_ros.training.sources import load_scenes
+
+    config = Config()
+    drawn = draw_pairs(load_scenes(config.sources, data), np.random.default_rng(seed), config, pairs)
+    return [picture for kind in ("clear", "degraded") for picture in drawn[kind].numpy()]
+
+
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="state dict that the training wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder for nano_*.onnx")
+    parser.add_argument("--out", type=Path, required=True, help="folder for nano_*.onnx and nano_weights.bin")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="DATA",
+        help="data of the training (train splits only), for the 8-bit graphs; without it there are none",
+    )
     args = parser.parse_args()
     net = NanoNet()
     net.load_state_dict(torch.load(args.checkpoint, weights_only=True))
-    difference = export(net, args.out)
-    sizes = {p.name: p.stat().st_size for p in sorted(args.out.glob("nano_*.onnx"))}
-    print(json.dumps({"relative_difference": difference, "bytes": sizes, "total": sum(sizes.values())}, indent=2))
+    pictures = calibration_pictures(args.calibration) if args.calibration else []
+    report: dict[str, Any] = {**export(net, args.out, pictures)}
+    report["bytes"] = {p.name: p.stat().st_size for p in sorted(args.out.glob("nano_*"))}
+    report["total"] = sum(report["bytes"].values())
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
