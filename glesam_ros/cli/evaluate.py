@@ -313,7 +313,10 @@ def _agreement(
                 agreement_tiles(evaluator, word, _unlabelled(name, paths[name], conditions), condition)
                 for word, name in ranked(gains, 2)
             ]
-            title = f"{condition.name}: best, median and worst of {len(gains)} photographs by gain of enhancement"
+            title = (
+                f"{condition.name}: best, median and worst of {len(gains)} photographs by gain of enhancement; "
+                "a mask found again keeps its colour, others are grey"
+            )
             drawn.append(_write_sheet(args.out / f"agreement_{condition.name}.jpg", rows, title))
     return summary, drawn
 
@@ -396,7 +399,7 @@ def _write_csv(path: Path, measurements: Sequence[Measurement]) -> None:
 
 
 def _recorded(args: argparse.Namespace, settings: Settings, options: Options) -> dict[str, Any]:
-    """What the figures depend on, for results.json; paths are named by their last part only."""
+    """What the figures depend on, for results.json; without paths, so that it can be published."""
     import dataclasses
 
     from glesam_ros.evaluation.metrics import BOUNDARY_SHARE, COCO_THRESHOLDS

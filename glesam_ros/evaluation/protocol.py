@@ -20,7 +20,7 @@ import numpy as np
 
 from glesam_ros.datasets import Photograph, load_lqseg, region_masks
 from glesam_ros.degradation import degrade
-from glesam_ros.evaluation.baselines import GRABCUT, Restorer, applies, grabcut, load_restorers
+from glesam_ros.evaluation.baselines import GRABCUT, LEARNED, Restorer, applies, grabcut, load_restorers
 from glesam_ros.evaluation.metrics import (
     boundary,
     dice,
@@ -343,6 +343,10 @@ def open_evaluator(
     else:
         chosen: dict[str, Any] = {name: getattr(settings, name) for name in ("model", "device", "precision")}
         pipe = Pipeline(load_pipeline(**chosen).model, settings)
+    if set(LEARNED) & set(options.baselines):
+        import torch
+
+        torch.set_num_threads(1)
     return Evaluator(pipe, options, load_restorers(options.baselines, restorers or Path()))
 
 

@@ -119,6 +119,14 @@ def _levels_table(results: dict[str, Any]) -> str:
         ])
     correlations = ", ".join(f"{r['set']} {r['kind']} {r['value']:.3f}" for r in results["rank_correlation"])
     text = markdown(head, lines) + "\n\nLast column: " + " / ".join(TITLES[p].lower() for p in PROMPTS) + "."
+    main = set(MAIN.values())
+    behind = [g for g in results["gains"] if (g["method"], g["over"]) == ("auto", "always") and g["metric"] in main]
+    if behind:
+        worst = min(behind, key=lambda g: g["difference"])
+        text += (
+            f" At worst automatic mode is {100 * worst['difference']:+.2f} points from always: {worst['set']}, "
+            f"{worst['condition']}, {TITLES[worst['metric'].split('_')[0]].lower()}."
+        )
     if correlations:
         text += f"\n\nRank correlation (Spearman) of measured and true level, clear is 0: {correlations}."
     return text

@@ -147,7 +147,7 @@ def sheet(rows: Sequence[Sequence[Tile]], title: str) -> UInt8Array:
             small = fit(tile.image)
             x1, y1 = x + (width - small.shape[1]) // 2, y + height - small.shape[0]  # near its caption
             paper[y1 : y1 + small.shape[0], x1 : x1 + small.shape[1]] = small
-            _write(paper, _shortened(tile.caption, width), (x, y + height + 18), _SCALE)
+            _write(paper, _shortened(tile.caption, x + width - x1), (x1, y + height + 18), _SCALE)
     return paper
 
 
