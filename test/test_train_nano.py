@@ -355,9 +355,7 @@ def test_an_ablation_trains_and_exports_what_is_missing(
 
     written = tmp_path / "runs.yaml"
     common = ["base.steps=0", "level.steps=0", "decode.steps=0", "restore.steps=1"]
-    written.write_text(json.dumps({"config": "tiny", "common": common, "runs": {
-        "full": [], "no_fda": ["enhancer.gamma=2"],
-    }}))
+    written.write_text(json.dumps({"config": "tiny", "common": common, "runs": {"fda": ["enhancer.gamma=2"]}}))
     runs = ablation.read_runs(written, whole / "level.pt")
     out = tmp_path / "ablation"
     ablation.train_runs(runs, data, out, "cpu")
