@@ -153,3 +153,13 @@ def test_8_bit_files_are_near_fp32_and_keep_the_scores_of_the_grid_smooth(export
     assert restored.shape == latent.shape
     scores = outputs(folder / "nano_decoder_int8.onnx", latent=restored)[-1]
     assert len(np.unique(scores)) > 0.9 * scores.size
+
+
+def test_8_bit_kernels_reach_the_border_of_a_grid_larger_than_that_of_the_calibration(exported) -> None:
+    folder, _ = exported
+    latent = np.random.default_rng(2).standard_normal((1, nano_net.LATENT, 32, 48)).astype(np.float32)
+    plain, small = (outputs(folder / f"nano_decoder{kind}.onnx", latent=latent)[3] for kind in ("", "_int8"))
+    # twice the sharpness times the centre, x and y; the untrained net leaves the centre at its grid point
+    x, y = plain[..., FEATURES + 1], plain[..., FEATURES + 2]
+    assert np.abs(small[..., FEATURES + 1] - x).max() < 0.05 * np.abs(x).max()
+    assert np.abs(small[..., FEATURES + 2] - y).max() < 0.05 * np.abs(y).max()

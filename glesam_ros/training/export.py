@@ -26,8 +26,9 @@ from glesam_ros.training.storage import save, split_convolutions, store_half
 
 OPSET = 17
 WEIGHTS = "nano_weights.bin"
-KEPT = ("/dense/",)
-"""Convolutions that stay fp32: grid scores in 8 bits would be equal at neighbours, and a peak have several tops."""
+KEPT = {"decoder": ("/dense/", "Add", "Clip")}
+"""Nodes that stay fp32. Scores of the grid: in 8 bits neighbours would be equal, a peak have several tops. Sums and
+limits: they are those of mask kernels, whose centres reach further on a larger grid than on that of the calibration."""
 PAIRS = 16
 """Crops for calibration, each clear and degraded."""
 
@@ -123,7 +124,7 @@ def export(net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] 
         )
         graphs[name] = simplify(onnx.load(path))
     feeds = calibration(graphs, pictures) if len(pictures) else {}
-    files = {f"nano_{name}_int8.onnx": quantize(graphs[name], feed, KEPT) for name, feed in feeds.items()}
+    files = {f"nano_{name}_int8.onnx": quantize(graphs[name], feed, KEPT.get(name, ())) for name, feed in feeds.items()}
     for name, graph in graphs.items():
         split_convolutions(graph, files.get(f"nano_{name}_int8.onnx"))
         files[f"nano_{name}.onnx"] = graph

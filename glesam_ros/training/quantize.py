@@ -34,7 +34,7 @@ def quantize(model: ModelProto, feeds: Feeds, keep: Sequence[str] = ()) -> Model
     Args:
         model: in fp32, see `glesam_ros.training.graphs.simplify`.
         feeds: calibration inputs, by input name; their largest and smallest activations become the ranges.
-        keep: convolutions with one of these in their name stay fp32.
+        keep: nodes with one of these in their name stay fp32.
 
     Returns:
         A graph whose weight W is the initialiser `W_quantized`, int8, times `W_scale`, one for each output channel.
@@ -55,7 +55,7 @@ def quantize(model: ModelProto, feeds: Feeds, keep: Sequence[str] = ()) -> Model
     normalised = _normalised_bytes(model)
     if normalised:
         overrides[normalised] = [{"scale": np.array(1 / 128, np.float32), "zero_point": np.array(127, np.uint8)}]
-    left = [n.name for n in model.graph.node if n.op_type == "Conv" and n not in chosen]
+    left = [n.name for n in model.graph.node if any(part in n.name for part in keep)]
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         onnx.save(model, source)
