@@ -12,15 +12,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  # after the choice of the backend
 
-STAGES = {"base": ("prompt", "dense", "iou"), "level": ("loss",), "enhancer": ("loss", "unrestored"),
-          "decoder": ("prompt", "dense", "iou")}
+STAGES = {"base": ("prompt", "dense", "iou"), "level": ("loss",), "restore": ("loss", "unrestored"),
+          "decode": ("prompt", "dense", "iou")}
 """CSV file stem to the columns that are drawn."""
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder with base.csv, level.csv, enhancer.csv, decoder.csv")
+    parser.add_argument("folder", type=Path, help="folder with base.csv, level.csv, restore.csv, decode.csv")
     parser.add_argument("picture", type=Path, help="PNG to write")
     args = parser.parse_args()
     figure, axes = plt.subplots(1, len(STAGES), figsize=(16, 3.6), constrained_layout=True)

@@ -61,7 +61,7 @@ def test_set_changes_what_it_names() -> None:
         ({"base": {"steps": -1}}, "base.steps: expected greater than or equal to 0, got -1"),
         ({"restore": {"batch": 0}}, "restore.batch: expected greater than or equal to 1, got 0"),
         ({"decode": {"rates": {"decoder": "nan"}}}, "decode.rates.decoder: expected"),
-        ({"decode": {"loss": "dice"}}, "decode.loss: expected 'balanced' or 'focal', got 'dice'"),
+        ({"decode": {"loss": "dice"}}, "decode.loss: expected 'windowed' or 'focal', got 'dice'"),
         ({"decode": {"train": []}}, "decode.train: expected at least 1 entry, found 0"),
         ({"decode": {"clear": 1.5}}, "decode.clear: expected less than or equal to 1, got 1.5"),
         ({"level": {"ema": 1.0}}, "level.ema: expected less than 1, got 1.0"),

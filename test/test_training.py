@@ -36,12 +36,38 @@ def test_dice_loss_known_answer() -> None:
     assert float(losses.dice_loss(logits, target, smooth=0)) == pytest.approx(0.5, abs=1e-6)
 
 
-def test_mask_loss_known_answer_whatever_the_size_of_the_object() -> None:
-    # p = 0.5 everywhere: each pixel costs ln 2, and inside and outside are averaged apart
+def test_windowed_loss_known_answer_whatever_the_size_of_the_object() -> None:
+    # p = 0.5 everywhere: each pixel costs ln 2, averaged over the window and, half as heavy, over the rest
     for inside in (1, 30):
         target = (torch.arange(100) < inside).float()
+        window = (torch.arange(100) < 2 * inside).float()
         dice = 1 - (inside + 1) / (50 + inside + 1)
-        assert float(losses.mask_loss(torch.zeros(100), target)) == pytest.approx(dice + math.log(2), rel=1e-5)
+        loss = float(losses.windowed_loss(torch.zeros(100), target, window))
+        assert loss == pytest.approx(dice + 1.5 * math.log(2), rel=1e-5)
+
+
+def test_in_the_window_a_pixel_too_much_costs_as_much_as_one_too_few() -> None:
+    target = torch.tensor([1.0, 1.0, 0, 0, 0, 0, 0, 0])
+    window = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0])
+    logits = torch.where(target > 0, 9.0, -9.0)
+
+    def cross_entropy(wrong: int) -> float:
+        faulty = logits.clone()
+        faulty[wrong] *= -1
+        return float(losses.windowed_loss(faulty, target, window) - losses.dice_loss(faulty, target))
+
+    assert cross_entropy(1) == pytest.approx(cross_entropy(2), rel=1e-5)
+    assert cross_entropy(5) == pytest.approx(0.5 * cross_entropy(2), rel=1e-3)
+
+
+def test_windows_are_boxes_with_half_their_size_around_them() -> None:
+    regions = torch.zeros(2, 10, 12)
+    regions[0, 4:6, 4:8] = 1
+    regions[1, 0, 11] = 1
+    expected = torch.zeros(2, 10, 12)
+    expected[0, 3:7, 2:10] = 1
+    expected[1, 0, 11] = 1
+    assert torch.equal(losses.windows(regions), expected)
 
 
 def test_focal_loss_known_answer() -> None:

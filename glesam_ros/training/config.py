@@ -180,7 +180,7 @@ class BaseConfig(StageConfig):
 
     steps: CountOrNone = 2500
     rates: BaseRates = field(default_factory=BaseRates)
-    loss: Literal["balanced", "focal"] = "balanced"
+    loss: Literal["windowed", "focal"] = "windowed"
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -237,13 +237,13 @@ class DecodeConfig(StageConfig):
 
     Attributes:
         train: the decoder alone (the paper), or the enhancer with it.
-        loss: balanced (Dice, cross-entropy inside and outside averaged apart) or focal (the paper's Dice and focal).
+        loss: windowed (Dice, cross-entropy mostly around the region) or focal (the paper's Dice and focal).
         clear: share of crops that are clear; half of those skip the enhancer, as automatic mode will have it.
     """
 
     steps: CountOrNone = 1400
     train: Annotated[tuple[Literal["decoder", "enhancer"], ...], Field(min_length=1)] = ("decoder", "enhancer")
-    loss: Literal["balanced", "focal"] = "balanced"
+    loss: Literal["windowed", "focal"] = "windowed"
     clear: Share = 1 / 3
     rates: DecodeRates = field(default_factory=DecodeRates)
 

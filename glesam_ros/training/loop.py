@@ -238,7 +238,8 @@ def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = No
     with there, accelerator.autocast():
         stage.prepare(partial(_prepared, run, number))
     optimizer: Any = torch.optim.AdamW(
-        [{"params": group.parameters, "lr": group.rate} for group in groups], weight_decay=settings.weight_decay
+        [{"params": group.parameters, "lr": group.rate} for group in groups], weight_decay=settings.weight_decay,
+        fused=True,
     )
     average = Average(trained, settings.ema) if settings.ema else None
     first = _load(saved, stage, optimizer, average, accelerator) if saved else 0

@@ -13,12 +13,31 @@ def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
     return 1 - (2 * (p * target).sum(-1) + smooth) / (p.sum(-1) + target.sum(-1) + smooth)
 
 
-def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Dice and cross-entropy balanced between inside and outside, (..., P) -> (...)."""
+def windowed_loss(logits: Tensor, target: Tensor, window: Tensor) -> Tensor:
+    """Dice, cross-entropy averaged over the window around the region, half as heavy over the rest: (..., P) -> (...).
+
+    Inside and outside weigh the same in the window: averaged apart, the few pixels of a small region outweigh what lies
+    around them, and its mask grows too large.
+    """
     ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    inside = (ce * target).sum(-1) / target.sum(-1).clamp_min(1)
-    outside = (ce * (1 - target)).sum(-1) / (1 - target).sum(-1).clamp_min(1)
-    return dice_loss(logits, target) + 0.3 * inside + 0.7 * outside
+    near = (ce * window).sum(-1) / window.sum(-1).clamp_min(1)
+    far = (ce * (1 - window)).sum(-1) / (1 - window).sum(-1).clamp_min(1)
+    return dice_loss(logits, target) + near + 0.5 * far
+
+
+def windows(regions: Tensor) -> Tensor:
+    """1 in the box of each region and half its size around it, else 0: (..., h, w) -> (..., h, w) float."""
+
+    def inside(line: Tensor) -> Tensor:
+        n = line.shape[-1]
+        at = torch.arange(n, device=line.device)
+        first = line.float().argmax(-1, keepdim=True)
+        last = n - 1 - line.flip(-1).float().argmax(-1, keepdim=True)
+        margin = 0.5 * (last - first + 1)
+        return ((at >= first - margin) & (at <= last + margin)).float()
+
+    filled = regions > 0
+    return inside(filled.any(-1))[..., :, None] * inside(filled.any(-2))[..., None, :]
 
 
 def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:
@@ -29,8 +48,8 @@ def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float 
     return (weight * missed**gamma * ce).mean(-1)
 
 
-def dice_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Dice and focal loss one to one, as GleSAM's stage 2 has it: (..., P) -> (...)."""
+def dice_focal_loss(logits: Tensor, target: Tensor, window: Tensor | None = None) -> Tensor:
+    """Dice and focal loss one to one, as GleSAM's stage 2 has it, (..., P) -> (...); there is no use for `window`."""
     return dice_loss(logits, target) + focal_loss(logits, target)
 
 

@@ -31,13 +31,13 @@ from glesam_ros.training.config import (
 )
 from glesam_ros.training.crops import STRIDE, draw_crop
 from glesam_ros.training.loop import Batch, Draw, Group, Run, Stage, Stop, Stopped, train
-from glesam_ros.training.losses import dice_focal_loss, mask_loss, soft_iou
+from glesam_ros.training.losses import dice_focal_loss, soft_iou, windowed_loss, windows
 from glesam_ros.training.prompts import draw_cells, draw_prompt
 from glesam_ros.training.sources import Scenes, load_scenes
 
 Array = np.ndarray[Any, Any]
-MaskLoss = Callable[[Tensor, Tensor], Tensor]
-MASK_LOSSES: dict[str, MaskLoss] = {"balanced": mask_loss, "focal": dice_focal_loss}
+MaskLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+MASK_LOSSES: dict[str, MaskLoss] = {"windowed": windowed_loss, "focal": dice_focal_loss}
 CONSTANT_LEVEL = 0.5
 """What the enhancer gets for a level where its condition is switched off."""
 PAIRS = 8
@@ -114,7 +114,7 @@ def embed(net: NanoNet, images: Tensor) -> tuple[Tensor, Tensor]:
         return net.encoder.neck(pyramid).float(), pooled_statistics([x.float() for x in pyramid])
 
 
-def decoder_loss(net: NanoNet, latent: Tensor, batch: Batch, loss: MaskLoss = mask_loss) -> dict[str, Tensor]:
+def decoder_loss(net: NanoNet, latent: Tensor, batch: Batch, loss: MaskLoss = windowed_loss) -> dict[str, Tensor]:
     """Loss of prompted and dense masks on the targets of `batch` (see `draw_scenes`).
 
     Of several hypotheses only the best is trained (segment-anything); each score learns the IoU that its mask has.
@@ -141,15 +141,17 @@ def decoder_loss(net: NanoNet, latent: Tensor, batch: Batch, loss: MaskLoss = ma
     logit_p, logit_d = split(logits)
     score_p, score_d = split(kernels[..., -1].sigmoid())
     iou_p, iou_d = split(overlap)
-    truth = regions.gather(1, target[..., None].expand(-1, -1, regions.shape[-1]))
+    own_region = target[..., None].expand(-1, -1, regions.shape[-1])
+    truth = regions.gather(1, own_region)
+    window = windows(regions.unflatten(-1, features.shape[2:])).flatten(2).gather(1, own_region)
 
-    error_p = loss(logit_p, truth[:, :, None].expand_as(logit_p))
+    error_p = loss(logit_p, *(x[:, :, None].expand_as(logit_p) for x in (truth, window)))
     best_single = error_p[:, :, 1:].min(2).values
     loss_prompt = torch.where(single, best_single, error_p[:, :, 0]).mean()
     count = batch["cells"].shape[1] // o
-    truth_d = truth.repeat_interleave(count, 1)[:, :, None].expand_as(logit_d)
+    dense_targets = (x.repeat_interleave(count, 1)[:, :, None].expand_as(logit_d) for x in (truth, window))
     valid = (batch["cells"] >= 0).float()
-    loss_dense = (loss(logit_d, truth_d).min(2).values * valid).sum() / valid.sum().clamp_min(1)
+    loss_dense = (loss(logit_d, *dense_targets).min(2).values * valid).sum() / valid.sum().clamp_min(1)
     own = target[:, :, None, None].expand(-1, -1, 1 + HYPOTHESES, 1)
     iou_target = iou_p.gather(3, own).squeeze(3)
     loss_score = ((score_p - iou_target) ** 2).mean()
@@ -301,8 +303,7 @@ class Decode(NanoStage):
     """Stage 2: the decoder on restored latents; the encoder is frozen.
 
     The paper freezes the enhancer and takes Dice and focal loss: `train: [decoder]`, `loss: focal`. By default the
-    enhancer trains on, so that it restores what masks need, and the loss stays that of the base: the focal loss made
-    the masks of this small decoder shrink.
+    enhancer trains on, so that it restores what masks need, and the loss stays that of the base.
     """
 
     name = "decode"
@@ -393,6 +394,8 @@ def train_nano(
     """
     accelerator = make_accelerator(device, config.precision)
     _claim(out, config, accelerator)
+    # gradients of pixels far from a region are denormal, which CPUs compute many times slower
+    torch.set_flush_denormal(True)
     torch.manual_seed(config.seed)
     net = NanoNet()
     if config.start is None:
