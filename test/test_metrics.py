@@ -15,6 +15,7 @@ from glesam_ros.evaluation import (
     iou,
     mask_boxes,
     mean_best_iou,
+    mean_gains,
     mean_ranks,
     pairwise_iou,
     pixel_accuracy,
@@ -218,6 +219,21 @@ def test_images_with_more_objects_weigh_more() -> None:
     # 9 objects of 1 in one image, 1 object of 0 in the other: drawn means are 0, 0.9 and 1
     low, high = bootstrap_interval([1.0] * 9 + [0.0], 0, confidence=0.4, groups=[0] * 9 + [1])
     assert (low, high) == pytest.approx((0.9, 0.9))
+
+
+def test_mean_gains_known_answers_also_where_the_regions_differ() -> None:
+    images = np.array([0, 0, 1, 2])
+    before = np.array([1.0, 2.0, 3.0, 4.0])
+    difference, share = mean_gains(before + 0.5, before, images, images, 0)
+    assert difference == pytest.approx((0.5, 0.5, 0.5))
+    assert share[0] == pytest.approx(0.2) and share[1] < 0.2 < share[2]
+    paired = bootstrap_interval(before**2 - before, 3, groups=images)
+    assert mean_gains(before**2, before, images, images, 3)[0][1:] == pytest.approx(paired)
+    # one image has another annotator: three regions after, two before
+    difference, share = mean_gains([4.0, 4.0, 4.0], [2.0, 2.0], [0, 1, 1], [0, 1], 0)
+    assert difference == pytest.approx((2.0, 2.0, 2.0)) and share == pytest.approx((1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="same images"):
+        mean_gains([1.0], [1.0], [0], [1], 0)
 
 
 def test_relative_gain_known_answers() -> None:

@@ -427,7 +427,7 @@ def _fingerprints(args: argparse.Namespace, settings: Settings) -> dict[str, str
         return {}
     from glesam_ros.models.nano import WEIGHTS
 
-    files = sorted((args.weights or WEIGHTS).glob("nano_*.onnx"))
+    files = sorted((args.weights or WEIGHTS).glob("nano_*"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

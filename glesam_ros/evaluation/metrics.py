@@ -287,6 +287,39 @@ def relative_gain(
     return float(a.sum() / b.sum() - 1), low, high
 
 
+def mean_gains(
+    after: Any, before: Any, after_groups: Any, before_groups: Any, seed: int,
+    confidence: float = 0.95, resamples: int = 2000,
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """How much larger the mean of `after` is than that of `before`; the images are the same, their objects need not be.
+
+    Args:
+        after, before: (N,) and (M,) numbers.
+        after_groups, before_groups: (N,) and (M,) integers, the image of each object; images are drawn, the same for
+            both.
+        seed, confidence, resamples: as in `bootstrap_interval`.
+
+    Returns:
+        (difference, low, high), and the same as a share of the mean of `before`; NaN, all three, where that is 0.
+
+    Raises:
+        ValueError: no values, values that are not finite, or other images.
+    """
+    a, b = _series(after, "after"), _series(before, "before")
+    if set(np.unique(after_groups)) != set(np.unique(before_groups)):
+        raise ValueError("after_groups, before_groups: expected the same images in both")
+    no_a, no_b, one_a, one_b = np.zeros_like(a), np.zeros_like(b), np.ones_like(a), np.ones_like(b)
+    columns = [np.concatenate(pair) for pair in ((a, no_b), (one_a, no_b), (no_a, b), (no_a, one_b))]
+    groups = np.concatenate([after_groups, before_groups])
+    more, more_count, base, base_count = _drawn_sums(columns, groups, seed, resamples)
+    more, base = more / more_count, base / base_count
+    difference = (float(a.mean() - b.mean()), *_percentiles(more - base, confidence))
+    if not b.sum():
+        return difference, (float("nan"), float("nan"), float("nan"))
+    share = _percentiles(more[base > 0] / base[base > 0] - 1, confidence)
+    return difference, (float(a.mean() / b.mean() - 1), *share)
+
+
 def mean_ranks(values: Any) -> Doubles:
     """(N,) ranks from 0, ties share their mean rank."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)

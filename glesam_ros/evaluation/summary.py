@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from glesam_ros.evaluation.baselines import GRABCUT
-from glesam_ros.evaluation.metrics import Doubles, bootstrap_interval, relative_gain, spearman
+from glesam_ros.evaluation.metrics import Doubles, bootstrap_interval, mean_gains, spearman
 from glesam_ros.evaluation.protocol import MODES, Condition, Measurement
 
 MAIN = {"points": "points_iou", "boxes": "boxes_iou", "everything": "everything_best_iou"}
 """The metric of each kind of prompt by which gains and baselines are compared."""
 ALL_SETS = "all"
+GAIN_FIGURES = ("difference", "low", "high", "relative", "relative_low", "relative_high")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def summarise(measurements: Sequence[Measurement], seed: int) -> dict[str, Any]:
         "counts": photographs and regions of each set.
         "rows": set, condition, method, metric, mean, low, high, regions, photographs; all shares, 0..1.
         "gains": set, condition, metric, method, over (the method it is compared with): difference, low, high of the
-        means, and relative, relative_low, relative_high (None where the other is 0); paired by region.
+        means, and relative, relative_low, relative_high (None where the other is 0); the photographs are paired.
         "levels": set, condition, mean, low, high of the measured level, enhanced (share in automatic mode).
         "rank_correlation": Spearman's, of measured and true level (clear is 0), set, kind, value; set "all" is all.
     """
@@ -116,12 +117,11 @@ def _gains(series: dict[tuple[str, str], Series], seed: int) -> list[dict[str, A
             if (method, metric) not in series or (over, metric) not in series:
                 continue
             after, before = series[method, metric], series[over, metric]
-            difference = after.values - before.values
-            low, high = bootstrap_interval(difference, seed, groups=after.groups)
-            relative = relative_gain(after.values, before.values, seed, groups=after.groups)
-            names = ("relative", "relative_low", "relative_high")
+            # in everything mode the annotator that fits best may differ, and with it the regions
+            difference, relative = mean_gains(after.values, before.values, after.groups, before.groups, seed)
+            figures = dict(zip(GAIN_FIGURES, (*difference, *relative)))
             gains.append({
-                "metric": metric, "method": method, "over": over, "difference": float(difference.mean()), "low": low,
-                "high": high, **{n: v if np.isfinite(v) else None for n, v in zip(names, relative)},
+                "metric": metric, "method": method, "over": over,
+                **{name: value if np.isfinite(value) else None for name, value in figures.items()},
             })
     return gains
