@@ -385,7 +385,7 @@ class PromptDecoder(nn.Module):
         points = self.sample(torch.cat(sampled, -1)) + self.encode_xy(xy) + self.label((labels + 1).long())
         points = points.reshape(b * o, n, TOKENS)
         tokens = torch.cat([self.mask_tokens.expand(b * o, self.outputs, TOKENS), points], 1)
-        mask_bias = torch.cat([torch.ones(b * o, self.outputs, dtype=xy.dtype), used.reshape(b * o, n)], 1)
+        mask_bias = torch.cat([xy.new_ones(b * o, self.outputs), used.reshape(b * o, n)], 1)
         bias = (mask_bias - 1) * 1e4
         gh, gw = grid.shape[2:]
         keys = grid.flatten(2).transpose(1, 2)

@@ -29,6 +29,8 @@ WEIGHTS = "nano_weights.bin"
 KEPT = {"decoder": ("/dense/", "Add", "Clip")}
 """Nodes that stay fp32. Scores of the grid: in 8 bits neighbours would be equal, a peak have several tops. Sums and
 limits: they are those of mask kernels, whose centres reach further on a larger grid than on that of the calibration."""
+SHARPNESS = 3.0
+"""Factor on mask logits: training leaves them small, and stability is measured by shifts of 1. Masks stay the same."""
 PAIRS = 16
 """Crops for calibration, each clear and degraded."""
 
@@ -57,7 +59,7 @@ class DecoderGraph(nn.Module):
         h, w = features.shape[2:]
         gh, gw = grid.shape[2:]
         flat = with_positions(features)
-        weights = kernel_weights(dense[..., :-1])
+        weights = SHARPNESS * kernel_weights(dense[..., :-1])
         return (
             flat.reshape(1, -1, h, w), trunk, grid,
             weights.reshape(gh, gw, HYPOTHESES, -1), dense[..., -1].sigmoid().reshape(gh, gw, HYPOTHESES),
@@ -75,7 +77,7 @@ class PromptGraph(nn.Module):
         self, features: Tensor, trunk: Tensor, grid: Tensor, xy: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         out = self.net.decoder.prompt(features[:, :-5], trunk, grid, xy, labels)
-        return kernel_weights(out[..., :-1]), out[..., -1].sigmoid()
+        return SHARPNESS * kernel_weights(out[..., :-1]), out[..., -1].sigmoid()
 
 
 def export(net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] = ()) -> dict[str, dict[str, float]]:
