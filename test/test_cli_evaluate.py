@@ -220,7 +220,7 @@ def test_a_coco_file_that_is_none_is_named(data, tmp_path, capsys) -> None:
         (["--levels", "4"], "invalid choice: 4"),
         (["--modes", "sometimes"], "invalid choice: 'sometimes'"),
         (["--workers", "0"], "above 0"),
-        (["--seed", "-1"], "expected at least 0, got -1"),
+        (["--seed", "-1"], "expected an integer of at least 0, got -1"),
         (["--limit", "0"], "above 0"),
     ],
 )

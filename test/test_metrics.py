@@ -20,7 +20,6 @@ from glesam_ros.evaluation import (
     pairwise_iou,
     pixel_accuracy,
     region_recall,
-    relative_gain,
     sample_points,
     spearman,
 )
@@ -236,13 +235,13 @@ def test_mean_gains_known_answers_also_where_the_regions_differ() -> None:
         mean_gains([1.0], [1.0], [0], [1], 0)
 
 
-def test_relative_gain_known_answers() -> None:
-    before = np.random.default_rng(0).random(40)
-    assert relative_gain(1.1 * before, before, 0) == pytest.approx((0.1, 0.1, 0.1))
-    gain, low, high = relative_gain([2.0, 4.0, 1.0], [1.0, 2.0, 3.0], 0)
+def test_relative_gains_known_answers() -> None:
+    before, images = np.random.default_rng(0).random(40), np.arange(40)
+    assert mean_gains(1.1 * before, before, images, images, 0)[1] == pytest.approx((0.1, 0.1, 0.1))
+    gain, low, high = mean_gains([2.0, 4.0, 1.0], [1.0, 2.0, 3.0], images[:3], images[:3], 0)[1]
     assert gain == pytest.approx(7 / 6 - 1)
     assert low == pytest.approx(1 / 3 - 1) and high == pytest.approx(1.0)  # all draws from the worst, the best two
-    assert np.isnan(relative_gain([1.0], [0.0], 0)).all()
+    assert np.isnan(mean_gains([1.0], [0.0], [0], [0], 0)[1]).all()
 
 
 def test_ranks_share_ties() -> None:
@@ -272,7 +271,7 @@ def test_spearman_known_answers() -> None:
         (lambda: bootstrap_interval([1.0, np.nan], 0), ValueError, "finite"),
         (lambda: bootstrap_interval([1.0], 0, confidence=95), ValueError, "got 95"),
         (lambda: bootstrap_interval([1.0, 2.0], 0, groups=[1]), ValueError, "one for each of the 2 values"),
-        (lambda: relative_gain([1.0], [1.0, 2.0], 0), ValueError, "got 1 and 2"),
+        (lambda: mean_gains([1.0], [1.0, 2.0], [0], [0, 1], 0), ValueError, "same images"),
         (lambda: boundary(LEFT, 0), ValueError, "share: expected above 0, got 0"),
         (lambda: boundary(LEFT[0]), ValueError, r"expected shape \(\.\.\., H, W\)"),
         (lambda: mask_boxes(LEFT), ValueError, r"expected shape \(K, H, W\)"),

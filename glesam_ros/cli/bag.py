@@ -14,8 +14,10 @@ from glesam_ros.cli.options import (
     SELECTION_SETTINGS,
     CommandError,
     add_settings,
+    degradation,
     open_pipeline,
     positive,
+    seed,
 )
 from glesam_ros.cli.result_topics import RESULTS
 
@@ -79,11 +81,11 @@ def add_parser(commands: Any) -> None:
     )
     pictures.add_argument("--compressed", action="store_true", help="write CompressedImage (JPEG) instead of Image")
     pictures.add_argument(
-        "--degrade", type=_degradation, metavar="NAME",
+        "--degrade", type=degradation, metavar="NAME",
         help="make the pictures worse: low_light, rain, fog, motion_blur, lq, ...; a wrong name is answered with all",
     )
     pictures.add_argument("--level", type=int, choices=(1, 2, 3), default=2, help="how much worse; default: 2")
-    pictures.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the degradation; default: 0")
+    pictures.add_argument("--seed", type=seed, default=0, metavar="N", help="of the degradation; default: 0")
     add_settings(parser, SETTINGS)
     parser.set_defaults(func=run, usage_error=parser.error)
 
@@ -207,18 +209,3 @@ def _degraded(image: UInt8Array, args: argparse.Namespace, number: int) -> UInt8
     from glesam_ros.degradation import degrade
 
     return degrade(image, args.degrade, args.level, args.seed, frame=number).image
-
-
-def _degradation(text: str) -> str:
-    from glesam_ros.degradation import names  # only when asked for: it takes longer to import than --help may take
-
-    if text not in names():
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(names())}; got {text!r}")
-    return text
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text}")
-    return value

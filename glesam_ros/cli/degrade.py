@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glesam_ros.cli.options import CommandError, positive
+from glesam_ros.cli.options import CommandError, degradation, positive, seed
 from glesam_ros.cli.segment import find_pictures, read_picture
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def add_parser(commands: Any) -> None:
         "--level", "--levels", dest="levels", nargs="+", type=int, choices=(1, 2, 3), default=[1, 2, 3],
         help="how bad, 1 light to 3 severe; default: 1 2 3",
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of each picture; default: 0")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of each picture; default: 0")
     parser.add_argument(
         "--size", type=positive(int), default=400, metavar="PX",
         help="long side of a picture on the sheet; a smaller picture stays as it is; default: 400",
@@ -210,19 +210,11 @@ def _print_kinds() -> None:
 
 
 def _kind(text: str) -> str:
-    from glesam_ros.degradation import names  # only when asked for: it takes longer to import than --help may take
-
-    if text not in names():
+    try:
+        return degradation(text)
+    except argparse.ArgumentTypeError as error:
         hint = "; name pictures before --kind" if Path(text).exists() else ""
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(names())}; got {text!r}{hint}")
-    return text
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text}")
-    return value
+        raise argparse.ArgumentTypeError(f"{error}{hint}") from None
 
 
 def _sheet(text: str) -> Path:

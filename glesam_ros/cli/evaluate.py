@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros import __version__
-from glesam_ros.cli.options import MODEL_SETTINGS, SELECTION_SETTINGS, CommandError, add_settings, positive
+from glesam_ros.cli.options import MODEL_SETTINGS, SELECTION_SETTINGS, CommandError, add_settings, positive, seed
 
 if TYPE_CHECKING:
     from glesam_ros.datasets import Photograph
@@ -102,7 +102,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--restorers", type=Path, metavar="DIR", help="folder with weights of the learned baselines")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="other weights of nano, to compare trainings")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of points and degradations; default: 0")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of points and degradations; default: 0")
     parser.add_argument(
         "--workers", type=positive(int), default=os.cpu_count() or 1, metavar="N",
         help="processes, each with the model on one thread; default: one a core",
@@ -446,10 +446,3 @@ def _versions(options: Options) -> dict[str, str]:
             except importlib.metadata.PackageNotFoundError:  # for example onnxruntime-gpu, which has another name
                 continue
     return found
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected at least 0, got {text}")
-    return value

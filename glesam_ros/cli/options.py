@@ -92,6 +92,23 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
+def seed(text: str) -> int:
+    """An argparse type for seeds: integers of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text}")
+    return value
+
+
+def degradation(text: str) -> str:
+    """An argparse type for names of degradations."""
+    from glesam_ros.degradation import names  # only when asked for: it takes longer to import than --help may take
+
+    if text not in names():
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(names())}; got {text!r}")
+    return text
+
+
 def _checked(name: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         value = kind(text)

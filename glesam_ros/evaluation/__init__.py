@@ -15,7 +15,6 @@ from glesam_ros.evaluation.metrics import (
     pairwise_iou,
     pixel_accuracy,
     region_recall,
-    relative_gain,
     sample_points,
     spearman,
 )
@@ -35,7 +34,6 @@ __all__ = [
     "pairwise_iou",
     "pixel_accuracy",
     "region_recall",
-    "relative_gain",
     "sample_points",
     "spearman",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from glesam_ros.degradation import degrade
-from glesam_ros.evaluation.metrics import bootstrap_interval, mean_best_iou, pairwise_iou, relative_gain
+from glesam_ros.evaluation.metrics import bootstrap_interval, mean_best_iou, mean_gains, pairwise_iou
 from glesam_ros.evaluation.protocol import Condition, Evaluator, photograph_seed
 from glesam_ros.evaluation.sheet import UNMATCHED, Tile, paint
 from glesam_ros.models import Embedding
@@ -93,11 +93,11 @@ def summarise_agreement(found: Sequence[Agreement], modes: Sequence[str], seed: 
     for condition, mode, metric in series:
         if mode == "always" and (condition, "off", metric) in series:
             after, before = np.array(series[condition, mode, metric]), np.array(series[condition, "off", metric])
-            low, high = bootstrap_interval(after - before, seed)
-            relative, *_ = relative_gain(after, before, seed)
+            photographs = np.arange(len(after))
+            (difference, low, high), (relative, *_) = mean_gains(after, before, photographs, photographs, seed)
             gains.append({
-                "condition": condition, "metric": metric, "difference": float((after - before).mean()), "low": low,
-                "high": high, "relative": relative if np.isfinite(relative) else None,
+                "condition": condition, "metric": metric, "difference": difference, "low": low, "high": high,
+                "relative": relative if np.isfinite(relative) else None,
                 "share_better": float((after > before).mean()),
             })
     listed = [

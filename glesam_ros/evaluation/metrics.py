@@ -262,31 +262,6 @@ def bootstrap_interval(
     return _percentiles(sums / counts, confidence)
 
 
-def relative_gain(
-    after: Any, before: Any, seed: int, confidence: float = 0.95, resamples: int = 2000, groups: Any = None
-) -> tuple[float, float, float]:
-    """How much larger the mean of `after` is than that of `before`, as a share of the latter, with its interval.
-
-    Args:
-        after, before: (N,) numbers of the same N objects, `before` with a mean above 0.
-        seed, confidence, resamples, groups: as in `bootstrap_interval`; both series are drawn together.
-
-    Returns:
-        (gain, low, high); 0.1 is ten per cent more. NaN, all three, where the mean of `before` is 0.
-
-    Raises:
-        ValueError: as in `bootstrap_interval`, or the series differ in length.
-    """
-    a, b = _series(after, "after"), _series(before, "before")
-    if a.shape != b.shape:
-        raise ValueError(f"after, before: expected as many values in both, got {a.size} and {b.size}")
-    if not b.sum():
-        return float("nan"), float("nan"), float("nan")
-    more, base = _drawn_sums([a, b], groups, seed, resamples)
-    low, high = _percentiles(more[base > 0] / base[base > 0] - 1, confidence)
-    return float(a.sum() / b.sum() - 1), low, high
-
-
 def mean_gains(
     after: Any, before: Any, after_groups: Any, before_groups: Any, seed: int,
     confidence: float = 0.95, resamples: int = 2000,
