@@ -23,6 +23,10 @@ def test_shipped_configurations_survive_writing_and_reading(name: str, tmp_path:
     assert load_config(path) == config
 
 
+def test_what_a_file_leaves_out_is_as_in_nano() -> None:
+    assert to_dict(configs.Config()) == to_dict(load_config("nano"))
+
+
 def test_nano_names_every_key() -> None:
     def keys(data: Any, prefix: str = "") -> set[str]:
         if not isinstance(data, dict):

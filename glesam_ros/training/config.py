@@ -170,7 +170,7 @@ class StageConfig:
 class BaseRates:
     """Peak rates: late backbone (from stride 16 on); neck and decoder."""
 
-    backbone: Rate = 1.5e-4
+    backbone: Rate = 2e-4
     fresh: Rate = 1e-3
 
 
@@ -178,7 +178,8 @@ class BaseRates:
 class BaseConfig(StageConfig):
     """Encoder and decoder on clear crops. `loss`: see `DecodeConfig`."""
 
-    steps: CountOrNone = 2500
+    steps: CountOrNone = 4300
+    warm_up: CountOrNone = 200
     rates: BaseRates = field(default_factory=BaseRates)
     loss: Literal["windowed", "focal"] = "windowed"
 
@@ -202,6 +203,7 @@ class LevelConfig(StageConfig):
     ema: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)] = 0.0
     checkpoint_every: Count = 4000
     log_every: Count = 500
+    pictures_every: CountOrNone = 0
     pairs: Count = 4000
     rates: LevelRates = field(default_factory=LevelRates)
 
@@ -219,6 +221,7 @@ class RestoreConfig(StageConfig):
 
     steps: CountOrNone = 4000
     clip: Number = 1.0
+    pictures_every: CountOrNone = 0
     clear: Share = 0.125
     rates: RestoreRates = field(default_factory=RestoreRates)
 
@@ -227,8 +230,8 @@ class RestoreConfig(StageConfig):
 class DecodeRates:
     """Peak rates; that of what is not trained is not used."""
 
-    decoder: Rate = 2e-4
-    enhancer: Rate = 5e-4
+    decoder: Rate = 3e-4
+    enhancer: Rate = 6e-4
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -241,10 +244,10 @@ class DecodeConfig(StageConfig):
         clear: share of crops that are clear; half of those skip the enhancer, as automatic mode will have it.
     """
 
-    steps: CountOrNone = 1400
+    steps: CountOrNone = 3900
     train: Annotated[tuple[Literal["decoder", "enhancer"], ...], Field(min_length=1)] = ("decoder", "enhancer")
     loss: Literal["windowed", "focal"] = "windowed"
-    clear: Share = 1 / 3
+    clear: Share = 0.333
     rates: DecodeRates = field(default_factory=DecodeRates)
 
 
@@ -266,7 +269,7 @@ class Config:
     workers: CountOrNone = 0
     start: Text | None = None
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (
-        SourceConfig("coco", "coco_small"), SourceConfig("bsds", "bsds500"),
+        SourceConfig("coco", "coco_small", weight=2.0), SourceConfig("bsds", "bsds500"),
     )
     crop: CropConfig = field(default_factory=CropConfig)
     objects: Count = 8
