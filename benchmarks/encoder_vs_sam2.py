@@ -25,6 +25,7 @@ from sam2.build_sam import build_sam2
 
 from glesam_ros import load_pipeline
 from glesam_ros.cli.bench import load_frame, processor, quantiles, usable_cores
+from glesam_ros.pipeline import budget
 
 SAM2_SIDE = 1024
 NANO_FRAMES = 10
@@ -56,7 +57,7 @@ def main() -> int:
     steps: dict[str, tuple[Callable[[], Any], int]] = {
         "SAM 2.1 tiny, image encoder alone, 1024x1024": (sam2, 1),
         "nano, encoder alone, 640x480": (
-            lambda: pipeline.model.encode(frame, args.processing_size), NANO_FRAMES
+            lambda: pipeline.model.encode(frame, budget(pipeline.settings)), NANO_FRAMES
         ),
         "nano, whole frame (encode, enhance, everything masks)": (
             lambda: pipeline.segment(frame), NANO_FRAMES

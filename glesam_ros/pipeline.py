@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from glesam_ros.instances import Instances
-from glesam_ros.models import Candidates, Embedding, SegmentationModel, load_model
+from glesam_ros.models import Budget, Candidates, Embedding, SegmentationModel, load_model
 from glesam_ros.settings import Settings
 from glesam_ros.validation import BoolArray, FloatArray, check_boxes, check_image, check_points
 
@@ -59,7 +59,7 @@ class Pipeline:
         image = check_image(image)
         s = self.settings
         with self._lock:
-            embedding = self.model.encode(image, s.processing_size)
+            embedding = self.model.encode(image, budget(s))
             if s.enhancement == "auto":
                 gate = gate or EnhancementGate()
                 wanted = gate.update(embedding.degradation, s.enhance_above, s.enhance_below)
@@ -88,11 +88,11 @@ class Pipeline:
             raise ValueError("labels: expected None without points, got labels; hand in the points they belong to")
         if points is None and boxes is None:
             with self._lock:
-                found = self.model.propose(embedding, s.score_threshold, 4 * s.max_instances)
+                found = self.model.propose(embedding, s.score_threshold, 4 * s.max_instances, budget(s))
             return self._everything(embedding, found, s)
         prompt_points, prompt_labels = _merge_prompts(points, labels, boxes, embedding.size)
         with self._lock:
-            found = self.model.prompt(embedding, prompt_points, prompt_labels)
+            found = self.model.prompt(embedding, prompt_points, prompt_labels, budget(s))
         every = np.arange(len(found.scores))
         return _to_instances(embedding, found, every, _stability(found.logits), limit=len(every), min_area=0)
 
@@ -121,6 +121,11 @@ class Pipeline:
         order = order[np.argsort(-found.scores[order], kind="stable")]
         keep = order[mask_nms(binary[order], s.nms_iou, len(order))]
         return _to_instances(embedding, found, keep, stability, s.max_instances, max(1, s.min_area))
+
+
+def budget(s: Settings) -> Budget:
+    """What the settings allow a call into the model."""
+    return Budget(s.processing_size, s.points_per_side, s.points_per_batch, s.crop_layers)
 
 
 def load_pipeline(

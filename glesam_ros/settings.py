@@ -104,8 +104,19 @@ class Settings:
         100, "Smaller instances are dropped in everything mode.", low=0, high=100_000, unit="px"
     )
     processing_size: int = _param(
-        512, "Long side of the image inside the model; smaller is faster, larger finds smaller things.",
-        low=256, high=1024, unit="px", multiple_of=32,
+        0, "Long side of the image inside the model, 0 or from 256; 0 takes the model's own (nano 512, SAM 1024).",
+        low=0, high=1024, unit="px", multiple_of=32,
+    )
+    points_per_side: int = _param(
+        32, "Everything mode of SAM models prompts a grid of this many points a side; nano has a grid of its own.",
+        low=1, high=64,
+    )
+    points_per_batch: int = _param(
+        64, "Prompts that SAM models decode at once: more is faster and takes more memory.", low=1, high=1024,
+    )
+    crop_layers: int = _param(
+        0, "Everything mode of SAM models also looks into 2x2 (1) and 4x4 (2) crops of the image; slow.",
+        low=0, high=2,
     )
     max_frame_age_ms: int = _param(
         500, "A frame older than this is dropped, not processed.", low=1, high=10_000, unit="ms"
@@ -125,6 +136,8 @@ class Settings:
                 f"enhance_below must not exceed enhance_above: expected enhance_below <= {self.enhance_above}, "
                 f"got {self.enhance_below}; lower enhance_below or raise enhance_above"
             )
+        if 0 < self.processing_size < 256:
+            raise ValueError(f"processing_size: expected 0 or 256 .. 1024 px, got {self.processing_size}")
         if len(set(self.cameras)) != len(self.cameras) or not self.cameras:
             raise ValueError(f"cameras: expected at least one name and no name twice, got {list(self.cameras)}")
 

@@ -18,8 +18,9 @@ class BrightRegions:
     name = NAME
     device = "cpu"
     classes = ("object",)
+    overlaps = False
 
-    def encode(self, image: Any, processing_size: int) -> Embedding:
+    def encode(self, image: Any, budget: Any) -> Embedding:
         grey = image.mean(2).astype(np.float32)
         return Embedding(grey[None, None], image.shape[:2], degradation=1.0 if grey.max() < 120 else 0.0)
 
@@ -27,13 +28,13 @@ class BrightRegions:
         brighter = np.minimum(embedding.latent * 2.5, 255)
         return Embedding(brighter, embedding.size, embedding.degradation, enhanced=True)
 
-    def propose(self, embedding: Embedding, score_threshold: float, limit: int) -> Candidates:
+    def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Any) -> Candidates:
         count, regions = cv2.connectedComponents((embedding.latent[0, 0] > 100).astype(np.uint8))
         masks = sorted((regions == k for k in range(1, count)), key=lambda m: -int(m.sum()))[:limit]
         logits = np.array([np.where(m, 5, -5) for m in masks], np.float32).reshape(len(masks), *embedding.size)
         return Candidates(logits, np.linspace(0.95, 0.6, len(masks), dtype=np.float32))
 
-    def prompt(self, embedding: Embedding, points: Any, labels: Any) -> Candidates:
+    def prompt(self, embedding: Embedding, points: Any, labels: Any, budget: Any) -> Candidates:
         height, width = embedding.size
         logits = np.full((len(points), height, width), -5, np.float32)
         for k, (xy, kinds) in enumerate(zip(points, labels)):
@@ -45,6 +46,8 @@ class BrightRegions:
                 x, y = xy[kinds == 1][0].astype(int)
                 logits[k][regions == regions[y, x]] = 5
         return Candidates(logits, np.full(len(points), 0.9, np.float32))
+
+    def free(self) -> None: ...
 
     def close(self) -> None: ...
 

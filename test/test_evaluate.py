@@ -25,8 +25,8 @@ METRICS = {f"{prompt}_{metric}" for prompt, metrics in protocol.METRICS.items() 
 class Blind(BrightRegions):
     """Finds bright things; in the dark nothing unless it enhances."""
 
-    def encode(self, image, processing_size):
-        found = super().encode(image, processing_size)
+    def encode(self, image, budget):
+        found = super().encode(image, budget)
         dark = float(image.max()) < 200
         return type(found)(found.latent * (0.3 if dark else 1.0), found.size, degradation=1.0 if dark else 0.0)
 
@@ -75,8 +75,8 @@ def test_auto_is_off_on_clear_and_always_on_degraded_pictures() -> None:
 
 def test_the_threshold_of_automatic_mode_is_that_of_the_settings() -> None:
     class Middling(BrightRegions):
-        def encode(self, image, processing_size):
-            found = super().encode(image, processing_size)
+        def encode(self, image, budget):
+            found = super().encode(image, budget)
             return type(found)(found.latent, found.size, degradation=0.4)
 
     for threshold, expected in ((0.5, False), (0.3, True)):

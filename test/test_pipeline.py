@@ -23,6 +23,7 @@ class Known:
     name = "known"
     device = "cpu"
     classes: tuple[str, ...] = ("object",)
+    overlaps = False
 
     def __init__(self, logits: Any = None, scores: Any = None, pause: float = 0.0) -> None:
         self.logits = np.zeros((0, HEIGHT, WIDTH), np.float32) if logits is None else np.asarray(logits, np.float32)
@@ -39,9 +40,9 @@ class Known:
         time.sleep(self.pause)
         self.inside -= 1
 
-    def encode(self, image: Any, processing_size: int) -> Embedding:
+    def encode(self, image: Any, budget: Any) -> Embedding:
         self._work()
-        self.asked.append(processing_size)
+        self.asked.append(budget.processing_size)
         latent = np.full((1, 1, 1, 1), image.mean(), np.float32)
         return Embedding(latent, image.shape[:2], float(image.mean()) / 100)
 
@@ -49,12 +50,12 @@ class Known:
         self._work()
         return Embedding(-embedding.latent, embedding.size, embedding.degradation, enhanced=True)
 
-    def propose(self, embedding: Embedding, score_threshold: float, limit: int) -> Candidates:
+    def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Any) -> Candidates:
         self._work()
         self.asked.append((score_threshold, limit))
         return Candidates(self.logits, self.scores)
 
-    def prompt(self, embedding: Embedding, points: Any, labels: Any) -> Candidates:
+    def prompt(self, embedding: Embedding, points: Any, labels: Any, budget: Any) -> Candidates:
         self._work()
         self.asked.append((points, labels))
         height, width = embedding.size
@@ -63,6 +64,8 @@ class Known:
             for x, y in xy[kinds == 1].astype(int):
                 logits[k, y, x] = 5
         return Candidates(logits, np.linspace(0.1, 0.9, len(points), dtype=np.float32))
+
+    def free(self) -> None: ...
 
     def close(self) -> None:
         self.is_closed = True
@@ -130,7 +133,7 @@ class TestEnhancement:
         assert not pipe.encode(picture(0.9)).enhanced
         pipe.settings = pipe.settings.replace(enhancement="always", processing_size=256)
         assert pipe.encode(picture(0.9)).enhanced
-        assert pipe.model.asked == [512, 256]  # type: ignore[attr-defined]
+        assert pipe.model.asked == [0, 256]  # type: ignore[attr-defined]
 
     def test_instances_tell_degradation_and_enhancement(self) -> None:
         found = pipeline(Known(), enhancement="always").segment(picture(0.9))

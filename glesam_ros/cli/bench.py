@@ -113,11 +113,13 @@ def demo_photograph() -> Path:
 
 def time_stages(pipeline: Pipeline, image: UInt8Array, frames: int) -> dict[str, list[float]]:
     """Milliseconds of each stage and of the whole frame, one value a frame, after a warm-up."""
-    model, size = pipeline.model, pipeline.settings.processing_size
+    from glesam_ros.pipeline import budget
+
+    model, allowed = pipeline.model, budget(pipeline.settings)
     marks = []
     for _ in range(frames + WARM_UP):
         start = time.perf_counter()
-        embedding = model.encode(image, size)
+        embedding = model.encode(image, allowed)
         encoded = time.perf_counter()
         embedding = model.enhance(embedding)
         enhanced = time.perf_counter()
@@ -144,7 +146,7 @@ def table(report: dict[str, Any]) -> str:
     """The report for a terminal."""
     what = f"{report['model']} on {report['device']}"
     lines = [
-        f"{what}, {report['size']}, processing size {report['processing_size']}, {report['frames']} frames",
+        f"{what}, {report['size']}, processing size {report['processing_size'] or 'own'}, {report['frames']} frames",
         report["machine"],
         "",
         f"{'stage':<14}{'median ms':>10}{'p95 ms':>10}",

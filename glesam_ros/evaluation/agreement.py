@@ -14,7 +14,7 @@ from glesam_ros.evaluation.protocol import Condition, Evaluator, photograph_seed
 from glesam_ros.evaluation.sheet import UNMATCHED, Tile, paint
 from glesam_ros.models import Embedding
 from glesam_ros.overlay import PALETTE
-from glesam_ros.pipeline import EnhancementGate
+from glesam_ros.pipeline import EnhancementGate, budget
 from glesam_ros.validation import BoolArray, UInt8Array
 
 SET_NAME = "agreement"
@@ -151,7 +151,7 @@ def _everything(
 ) -> tuple[Embedding, dict[str, BoolArray]]:
     """The embedding without enhancement, and the masks of each mode."""
     pipe, settings = evaluator.pipe, evaluator.pipe.settings
-    raw = pipe.model.encode(image, settings.processing_size)
+    raw = pipe.model.encode(image, budget(settings))
     enhanced = EnhancementGate().update(raw.degradation, settings.enhance_above, settings.enhance_below)
     enhances = {"off": False, "always": True, "auto": enhanced}
     masks = {

@@ -32,7 +32,7 @@ from glesam_ros.evaluation.metrics import (
     sample_points,
 )
 from glesam_ros.models import Embedding
-from glesam_ros.pipeline import EnhancementGate, Pipeline, load_pipeline
+from glesam_ros.pipeline import EnhancementGate, Pipeline, budget, load_pipeline
 from glesam_ros.settings import ENHANCEMENT_MODES, Settings
 from glesam_ros.validation import BoolArray, FloatArray, UInt8Array
 
@@ -271,7 +271,7 @@ class Evaluator:
         return clear if condition == CLEAR else degrade(clear, condition.kind, condition.level, self._seed(case)).image
 
     def _encode(self, image: UInt8Array) -> Embedding:
-        return self.pipe.model.encode(image, self.pipe.settings.processing_size)
+        return self.pipe.model.encode(image, budget(self.pipe.settings))
 
     def _measure(
         self, case: Case, target: Target, condition: Condition, given: UInt8Array | None

@@ -8,19 +8,41 @@ from typing import Any, Protocol
 from glesam_ros.validation import FloatArray, UInt8Array
 
 
+class OutOfMemory(RuntimeError):
+    """A call needed more memory than the device has; the model is still usable after `SegmentationModel.free`."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much work and memory a call may take; a model ignores what it does not have.
+
+    Attributes:
+        processing_size: long side of the image inside the model in pixels; 0 takes the model's own.
+        points_per_side: everything mode prompts a grid of this many points a side (segment-anything).
+        points_per_batch: prompts that are decoded at once; bounds memory, not the result.
+        crop_layers: everything mode also looks into 2^k x 2^k crops for k = 1 .. crop_layers (segment-anything).
+    """
+
+    processing_size: int = 0
+    points_per_side: int = 32
+    points_per_batch: int = 64
+    crop_layers: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Embedding:
     """What the encoder knows of one image; immutable, so it may be decoded many times and from any thread.
 
     Attributes:
-        latent: (1, C, h, w) float32, the image embedding, enhanced where `enhanced` says so.
+        latent: (1, C, h, w), the image embedding, enhanced where `enhanced` says so; a numpy array or a torch tensor,
+            on the device and in the precision of its model.
         size: (height, width) of the image in pixels.
         degradation: measured level, 0 (clear) .. 1 (LQ-3 or worse).
         enhanced: whether `latent` went through the enhancer.
         extra: further arrays of the model by name.
     """
 
-    latent: FloatArray
+    latent: Any
     size: tuple[int, int]
     degradation: float
     enhanced: bool = False
@@ -41,7 +63,11 @@ class Candidates:
 
 
 class SegmentationModel(Protocol):
-    """A model that the pipeline can run. Implementations are safe to call from one thread at a time."""
+    """A model that the pipeline can run.
+
+    Safe to call from one thread at a time; where `overlaps`, `encode` and `enhance` from one thread while `propose` and
+    `prompt` are called from another.
+    """
 
     name: str
     device: str
@@ -49,25 +75,36 @@ class SegmentationModel(Protocol):
     classes: tuple[str, ...]
     """Class names of detections; class-agnostic models have ("object",)."""
 
-    def encode(self, image: UInt8Array, processing_size: int) -> Embedding:
-        """Embed an (H, W, 3) uint8 RGB image, its long side scaled to `processing_size` pixels."""
+    overlaps: bool
+    """Whether decoding one embedding gains time beside encoding the next image, from another thread."""
+
+    def encode(self, image: UInt8Array, budget: Budget) -> Embedding:
+        """Embed an (H, W, 3) uint8 RGB image.
+
+        Raises:
+            OutOfMemory: here and in all other calls; smaller numbers in the budget need less.
+        """
         ...
 
     def enhance(self, embedding: Embedding) -> Embedding:
         """Restore the latent of a degraded image by one denoising step."""
         ...
 
-    def propose(self, embedding: Embedding, score_threshold: float, limit: int) -> Candidates:
+    def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
         """Everything mode: at most `limit` candidates with at least `score_threshold`, best first."""
         ...
 
-    def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray) -> Candidates:
+    def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:
         """One candidate for each of B objects.
 
         Args:
             points: (B, N, 2) float32 xy in pixels of the image.
             labels: (B, N) float32: 1 inside, 0 outside, 2 top left and 3 bottom right corner of a box, -1 padding.
         """
+        ...
+
+    def free(self) -> None:
+        """Give memory back that is kept for later calls only."""
         ...
 
     def close(self) -> None:

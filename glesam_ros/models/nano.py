@@ -14,12 +14,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from glesam_ros.models.base import Candidates, Embedding
+from glesam_ros.models.base import Budget, Candidates, Embedding
 from glesam_ros.models.onnx_session import choose_device, open_session
 from glesam_ros.validation import FloatArray, UInt8Array
 
 _LOG = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"
+OWN_SIZE = 512
+"""Long side of the image inside the model where the budget names none."""
 MULTIPLE = 32
 """Height and width inside the model are multiples of this, the encoder's coarsest stride."""
 IN_8_BITS = ("encoder", "enhancer", "decoder")
@@ -46,6 +48,7 @@ class Nano:
 
     name = "nano"
     classes: tuple[str, ...] = ("object",)
+    overlaps = False
 
     def __init__(
         self, device: str = "auto", precision: str = "auto", weights: Path | None = None, threads: int = 0
@@ -69,9 +72,9 @@ class Nano:
         self.device = f"{device} ({precision}, onnxruntime, {self._encoder.get_providers()[0]})"
         _LOG.info("nano runs on %s", self.device)
 
-    def encode(self, image: UInt8Array, processing_size: int) -> Embedding:
+    def encode(self, image: UInt8Array, budget: Budget) -> Embedding:
         size = (int(image.shape[0]), int(image.shape[1]))
-        inside = model_size(size, processing_size)
+        inside = model_size(size, budget.processing_size or OWN_SIZE)
         # bilinear alone would alias below about half the size
         shrink = inside[0] < 0.6 * size[0] or inside[1] < 0.6 * size[1]
         if inside != size:
@@ -85,7 +88,7 @@ class Nano:
         (latent,) = self._enhancer.run(None, {"latent": embedding.latent, "level": level})
         return dataclasses.replace(embedding, latent=latent, enhanced=True, extra={})
 
-    def propose(self, embedding: Embedding, score_threshold: float, limit: int) -> Candidates:
+    def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
         features, _, _, weights, scores = self._shared(embedding)
         peaks = scores * (scores == _grid_maximum(scores))
         flat = peaks.ravel()
@@ -93,7 +96,7 @@ class Nano:
         order = order[flat[order] >= max(score_threshold, np.finfo(np.float32).tiny)]
         return Candidates(_masks(weights.reshape(-1, weights.shape[-1])[order], features), flat[order])
 
-    def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray) -> Candidates:
+    def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:
         features, trunk, grid, _, _ = self._shared(embedding)
         height, width = embedding.size
         # a point names a pixel, so its centre is meant; box corners lie between pixels
@@ -106,6 +109,9 @@ class Nano:
         choice = np.where(lone, 1 + scores[0, :, 1:].argmax(1), 0)
         rows = np.arange(len(choice))
         return Candidates(_masks(weights[0, rows, choice], features), scores[0, rows, choice])
+
+    def free(self) -> None:
+        """onnxruntime keeps its arena; there is nothing to give back."""
 
     def close(self) -> None:
         del self._encoder, self._enhancer, self._decoder, self._prompt

@@ -22,12 +22,13 @@ class Bright:
     """Connected regions brighter than 128 are objects; a dark image is a degraded one."""
 
     classes = ("object",)
+    overlaps = False
 
     def __init__(self, device: str, precision: str) -> None:
         self.name, self.device = "bright", "cpu"
         self.is_closed = False
 
-    def encode(self, image, processing_size):
+    def encode(self, image, budget):
         if self.is_closed:
             raise RuntimeError("the model was used after close()")
         height, width = image.shape[:2]
@@ -45,13 +46,13 @@ class Bright:
         order = sorted(range(1, count), key=lambda k: -areas[k])
         return labels, order
 
-    def propose(self, embedding, score_threshold, limit):
+    def propose(self, embedding, score_threshold, limit, budget):
         labels, order = self._regions(embedding)
         order = order[:limit]
         logits = np.array([np.where(labels == k, 8, -8) for k in order], np.float32).reshape(-1, *labels.shape)
         return Candidates(logits, np.linspace(0.95, 0.75, len(order), dtype=np.float32))
 
-    def prompt(self, embedding, points, labels):
+    def prompt(self, embedding, points, labels, budget):
         """An object is the region under its positive points, or the filled box."""
         regions, _ = self._regions(embedding)
         height, width = regions.shape
@@ -66,6 +67,8 @@ class Bright:
                     logits[row][regions == region] = 8 if kind == 1 else -8
         return Candidates(logits, np.full(len(points), 0.9, np.float32))
 
+    def free(self): ...
+
     def close(self):
         self.is_closed = True
 
@@ -73,9 +76,9 @@ class Bright:
 class Steady(Bright):
     pause_s = 0.1
 
-    def encode(self, image, processing_size):
+    def encode(self, image, budget):
         time.sleep(self.pause_s)
-        return super().encode(image, processing_size)
+        return super().encode(image, budget)
 
 
 class Slow(Steady):
@@ -83,18 +86,18 @@ class Slow(Steady):
 
 
 class Busy(Bright):
-    def encode(self, image, processing_size):
+    def encode(self, image, budget):
         until = time.monotonic() + SLOW_S
         while time.monotonic() < until:
             sum(range(1000))
-        return super().encode(image, processing_size)
+        return super().encode(image, budget)
 
 
 class Fragile(Bright):
-    def encode(self, image, processing_size):
+    def encode(self, image, budget):
         if image[0, 0, 0] == 255 and image[0, 0, 1] == 0:
             raise RuntimeError("red is too much")
-        return super().encode(image, processing_size)
+        return super().encode(image, budget)
 
 
 def _absent(device: str, precision: str):

@@ -1,0 +1,86 @@
+"""What SAM and SAM 2 are for the enhancer, the pipeline, training and export: one interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STRIDE = 16
+"""Pixels of the model's input a cell of the latent."""
+SIDE = 1024
+"""Side of the square input that SAM and SAM 2 were trained with."""
+SIDE_MULTIPLE = 128
+"""Other sides are multiples of this: three halvings in the U-Net of the enhancer, on top of the stride."""
+LATENT_CHANNELS = 256
+LOGIT_STRIDE = 4
+"""Pixels of the model's input a cell of the mask logits."""
+
+
+class Features(NamedTuple):
+    """What the image encoder says of B images.
+
+    Attributes:
+        latent: (B, 256, S / 16, S / 16), what the enhancer restores: SAM's embedding, or the top level of SAM 2.
+        high: levels at S / 4 (B, 32, ...) and S / 8 (B, 64, ...) for the mask decoder of SAM 2, none for SAM.
+    """
+
+    latent: Tensor
+    high: tuple[Tensor, ...] = ()
+
+    def pick(self, k: int) -> Features:
+        """Image k alone, as a batch of one."""
+        return Features(self.latent[k : k + 1], tuple(level[k : k + 1] for level in self.high))
+
+
+class BaseModel(nn.Module, ABC):
+    """A frozen image encoder with its prompt encoder and mask decoder.
+
+    Attributes:
+        name: of `glesam_ros.models.glesam.catalogue`, for example "sam_vit_b" or "sam2.1_hiera_tiny".
+        mean, std: (3,) of the input, for values 0..255.
+        mask_decoder: what stage 2 of GleSAM trains.
+    """
+
+    name: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    mask_decoder: nn.Module
+
+    @abstractmethod
+    def content(self, size: tuple[int, int], side: int) -> tuple[int, int]:
+        """(height, width) of an image of `size` inside the square of `side` pixels, from the top left corner.
+
+        SAM keeps the aspect and pads, SAM 2 squashes. Both are multiples of `LOGIT_STRIDE`, so that the padding can be
+        cut from the logits.
+        """
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Features:
+        """Normalised pixels (B, 3, S, S), S a multiple of `SIDE_MULTIPLE` -> features."""
+
+    @abstractmethod
+    def decode(self, features: Features, points: Tensor, labels: Tensor, several: bool) -> tuple[Tensor, Tensor]:
+        """Masks for the prompts of one image.
+
+        Args:
+            features: of one image (B = 1); its latent raw or enhanced.
+            points: (K, N, 2) float xy in pixels of the square.
+            labels: (K, N) float: 1 inside, 0 outside, 2 and 3 corners of a box, -1 padding.
+            several: three masks for an ambiguous prompt instead of one.
+
+        Returns:
+            Logits (K, M, S / 4, S / 4) and predicted IoU (K, M) in 0..1, M = 3 if `several` else 1.
+        """
+
+    def pixels(self, images: Tensor, side: int) -> Tensor:
+        """Images (B, H, W, 3) uint8 RGB -> normalised, resized and padded pixels (B, 3, side, side) float32."""
+        height, width = self.content((images.shape[1], images.shape[2]), side)
+        x = images.permute(0, 3, 1, 2).float()
+        if x.shape[2:] != (height, width):
+            x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=True)
+        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return F.pad((x - mean) / std, (0, side - width, 0, side - height))
