@@ -35,7 +35,9 @@ class Runtime(Protocol):
         """Features with a restored latent; the enhancer uses `level` where it was trained with levels."""
         ...
 
-    def decode(self, features: Features, points: FloatArray, labels: FloatArray, several: bool) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, features: Features, points: FloatArray, labels: FloatArray, several: bool
+    ) -> tuple[Tensor, Tensor]:
         """As `BaseModel.decode`, float32 on any device."""
         ...
 
