@@ -11,11 +11,9 @@ import numpy as np
 
 from glesam_ros.instances import Instances
 from glesam_ros.models import Budget, Candidates, Embedding, SegmentationModel, load_model
+from glesam_ros.models.base import STABILITY_OFFSET
 from glesam_ros.settings import Settings
 from glesam_ros.validation import BoolArray, FloatArray, check_boxes, check_image, check_points
-
-STABILITY_OFFSET = 1.0
-"""Shift of the mask threshold, in logits, whose effect is the stability (segment-anything's default)."""
 
 
 class EnhancementGate:
@@ -125,7 +123,9 @@ class Pipeline:
 
 def budget(s: Settings) -> Budget:
     """What the settings allow a call into the model."""
-    return Budget(s.processing_size, s.points_per_side, s.points_per_batch, s.crop_layers)
+    return Budget(
+        s.processing_size, s.points_per_side, s.points_per_batch, s.crop_layers, s.stability_threshold, s.nms_iou
+    )
 
 
 def load_pipeline(
@@ -137,7 +137,7 @@ def load_pipeline(
         model: a registered name.
         enhancement: "off", "always" or "auto" (by the measured degradation).
         device: "auto", "cpu", "cuda" or "tensorrt".
-        precision: "auto", "fp32", "fp16" (TensorRT) or "int8" (CPU).
+        precision: "auto", "fp32", "fp16", "bf16" or "int8"; a model refuses what it does not have.
         **settings: any other field of `Settings`.
 
     Raises:

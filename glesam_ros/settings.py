@@ -13,7 +13,7 @@ from typing import Any
 
 ENHANCEMENT_MODES = ("off", "always", "auto")
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
-PRECISIONS = ("auto", "fp32", "fp16", "int8")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
 RELIABILITIES = ("best_effort", "reliable")
 
 _CAMERA = re.compile(r"([A-Za-z]\w*(/[A-Za-z]\w*)*)?", re.ASCII)

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 from glesam_ros.validation import FloatArray, UInt8Array
 
+STABILITY_OFFSET = 1.0
+"""Shift of the mask threshold, in logits, whose effect is the stability (segment-anything's default)."""
+
 
 class OutOfMemory(RuntimeError):
     """A call needed more memory than the device has; the model is still usable after `SegmentationModel.free`."""
@@ -14,19 +17,23 @@ class OutOfMemory(RuntimeError):
 
 @dataclass(frozen=True)
 class Budget:
-    """How much work and memory a call may take; a model ignores what it does not have.
+    """How much work and memory a call may take, and what it need not return; a model ignores what it does not have.
 
     Attributes:
         processing_size: long side of the image inside the model in pixels; 0 takes the model's own.
         points_per_side: everything mode prompts a grid of this many points a side (segment-anything).
         points_per_batch: prompts that are decoded at once; bounds memory, not the result.
         crop_layers: everything mode also looks into 2^k x 2^k crops for k = 1 .. crop_layers (segment-anything).
+        stability_threshold: everything mode may drop less stable masks before it compares masks with each other.
+        nms_iou: everything mode may drop masks whose box overlaps that of a better one by more than this.
     """
 
     processing_size: int = 0
     points_per_side: int = 32
     points_per_batch: int = 64
     crop_layers: int = 0
+    stability_threshold: float = 0.0
+    nms_iou: float = 0.7
 
 
 @dataclass(frozen=True, eq=False)

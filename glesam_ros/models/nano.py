@@ -58,6 +58,8 @@ class Nano:
         if precision == "auto":
             there = all((folder / f"nano_{part}_int8.onnx").is_file() for part in IN_8_BITS)
             precision = "int8" if device == "cpu" and there else "fp32"
+        if precision == "bf16":
+            raise ValueError("precision: nano has no bf16; use auto, fp32, int8 (CPU) or fp16 (TensorRT)")
         needed = {"fp16": "tensorrt", "int8": "cpu"}.get(precision, device)
         if device != needed:
             raise ValueError(f"precision: {precision} needs device {needed}, got {device}; use auto or fp32")
