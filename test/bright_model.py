@@ -18,6 +18,7 @@ class BrightRegions:
     name = NAME
     device = "cpu"
     classes = ("object",)
+    own_size = 512
     overlaps = False
 
     def encode(self, image: Any, budget: Any) -> Embedding:

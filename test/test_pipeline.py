@@ -23,6 +23,7 @@ class Known:
     name = "known"
     device = "cpu"
     classes: tuple[str, ...] = ("object",)
+    own_size = 512
     overlaps = False
 
     def __init__(self, logits: Any = None, scores: Any = None, pause: float = 0.0) -> None:

@@ -82,6 +82,9 @@ class SegmentationModel(Protocol):
     classes: tuple[str, ...]
     """Class names of detections; class-agnostic models have ("object",)."""
 
+    own_size: int
+    """Long side of the image inside the model in pixels where the budget names none."""
+
     overlaps: bool
     """Whether decoding one embedding gains time beside encoding the next image, from another thread."""
 
@@ -111,7 +114,7 @@ class SegmentationModel(Protocol):
         ...
 
     def free(self) -> None:
-        """Give memory back that is kept for later calls only."""
+        """Give memory back that is kept for later calls only; never during another call, also where `overlaps`."""
         ...
 
     def close(self) -> None:

@@ -48,6 +48,7 @@ class Nano:
 
     name = "nano"
     classes: tuple[str, ...] = ("object",)
+    own_size = OWN_SIZE
     overlaps = False
 
     def __init__(

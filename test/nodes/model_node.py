@@ -22,6 +22,7 @@ class Bright:
     """Connected regions brighter than 128 are objects; a dark image is a degraded one."""
 
     classes = ("object",)
+    own_size = 512
     overlaps = False
 
     def __init__(self, device: str, precision: str) -> None:
