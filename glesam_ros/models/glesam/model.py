@@ -1,0 +1,154 @@
+"""GleSAM, GleSAM2 and GleSAM++ at full size, and SAM and SAM 2 alone, as models of the pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glesam_ros.models.base import Budget, Candidates, Embedding
+from glesam_ros.models.glesam import everything
+from glesam_ros.models.glesam.base import LOGIT_STRIDE, SIDE_MULTIPLE, STRIDE, BaseModel, Features
+from glesam_ros.models.glesam.runtime import Runtime
+from glesam_ros.models.nano import Nano
+from glesam_ros.validation import FloatArray, UInt8Array
+
+_LOG = logging.getLogger(__name__)
+LEAST_SIDE = 2 * SIDE_MULTIPLE
+"""Smallest side of the square input."""
+LEVEL_THREADS = 2
+"""CPU threads of nano where it measures the level."""
+
+
+class GlesamModel:
+    """Model for the pipeline; see `glesam_ros.models.base.SegmentationModel`.
+
+    The degradation level is what the enhancer of GleSAM++ predicts. Plain GleSAM and the bases alone predict none, but
+    automatic enhancement needs one: there the level head of nano measures it on the image, on the CPU beside the GPU.
+
+    A base without an enhancer restores nothing: `enhance` returns the embedding as it came, `enhanced` False.
+
+    Args:
+        name: as in `glesam_ros.models.glesam.catalogue`.
+        runtime: executes base and enhancer.
+        base: says where an image lies in the square input; its weights are not used.
+        enhances: whether the runtime has an enhancer.
+    """
+
+    classes: tuple[str, ...] = ("object",)
+
+    def __init__(self, name: str, runtime: Runtime, base: BaseModel, enhances: bool) -> None:
+        self.name, self.device = name, runtime.device
+        self.own_size, self.overlaps = runtime.side, runtime.overlaps
+        self._runtime, self._base, self._enhances = runtime, base, enhances
+        if not enhances:
+            _LOG.info("%s has no enhancer: enhancement changes nothing; add +glesam to its name for one", name)
+
+    def encode(self, image: UInt8Array, budget: Budget) -> Embedding:
+        """Embed an image.
+
+        `budget.processing_size` is rounded to the nearest multiple of 128, at least 256. With crop layers the embedding
+        keeps a copy of the image, for everything mode.
+        """
+        size = (int(image.shape[0]), int(image.shape[1]))
+        features = self._runtime.encode(image, self._side(budget))
+        level = self._runtime.level(features)
+        if level is None:
+            level = self._nano.encode(image, Budget()).degradation
+        extra: dict[str, Any] = {"features": features}
+        if budget.crop_layers:
+            extra["image"] = image.copy()
+        return Embedding(features.latent, size, level, extra=extra)
+
+    def enhance(self, embedding: Embedding) -> Embedding:
+        """Restore the latent; without an enhancer the embedding as it came."""
+        if not self._enhances:
+            return embedding
+        features = self._runtime.enhance(embedding.extra["features"], embedding.degradation)
+        extra = {**embedding.extra, "features": features}
+        return dataclasses.replace(embedding, latent=features.latent, enhanced=True, extra=extra)
+
+    def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
+        """Everything mode, see `glesam_ros.models.glesam.everything`.
+
+        Crops are encoded here and enhanced where the image was. An embedding that was made without crop layers has
+        none.
+        """
+        image: UInt8Array = embedding.extra.get("image", np.zeros((0, 0, 3), np.uint8))
+        if not image.size:
+            budget = dataclasses.replace(budget, crop_layers=0)
+        whole: Features = embedding.extra["features"]
+
+        def embed(crop: everything.Crop) -> Features:
+            if not crop.layer:
+                return whole
+            pixels = image[crop.top : crop.bottom, crop.left : crop.right]
+            features = self._runtime.encode(pixels, _square(whole))
+            return self._runtime.enhance(features, embedding.degradation) if embedding.enhanced else features
+
+        return everything.propose(
+            self._runtime, self._base, embed, embedding.size, score_threshold, limit, budget
+        )
+
+    def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:
+        """One mask for each object.
+
+        A lone point is ambiguous: of three masks the one with the best predicted IoU. Anything more has one mask, as
+        segment-anything recommends.
+        """
+        features: Features = embedding.extra["features"]
+        height, width = self._base.content(embedding.size, _square(features))
+        scale = np.array([width / embedding.size[1], height / embedding.size[0]], np.float32)
+        xy = (points * scale).astype(np.float32)
+        used = labels >= 0
+        lone = (used.sum(1) == 1) & (labels == 1).any(1)
+        masks = np.empty((len(points), height // LOGIT_STRIDE, width // LOGIT_STRIDE), np.float32)
+        scores = np.empty(len(points), np.float32)
+        for several in (True, False):
+            rows = np.flatnonzero(lone == several)
+            for start in range(0, len(rows), budget.points_per_batch):
+                batch = rows[start : start + budget.points_per_batch]
+                if several:
+                    first = used[batch].argmax(1)
+                    prompts, kinds = xy[batch, first][:, None], labels[batch, first][:, None]
+                else:
+                    prompts, kinds = xy[batch], labels[batch]
+                logits, quality = self._runtime.decode(features, prompts, kinds, several)
+                logits, quality = _best(logits[..., : masks.shape[1], : masks.shape[2]], quality)
+                masks[batch], scores[batch] = logits.cpu().numpy(), quality.cpu().numpy()
+        return Candidates(masks, scores)
+
+    def free(self) -> None:
+        """Give cached device memory back."""
+        self._runtime.free()
+
+    def close(self) -> None:
+        """Free memory; the model cannot be used afterwards."""
+        self._runtime.close()
+        if "_nano" in self.__dict__:
+            self._nano.close()
+
+    def _side(self, budget: Budget) -> int:
+        if not budget.processing_size:
+            return self._runtime.side
+        return max(LEAST_SIDE, round(budget.processing_size / SIDE_MULTIPLE) * SIDE_MULTIPLE)
+
+    @functools.cached_property
+    def _nano(self) -> Nano:
+        return Nano("cpu", threads=LEVEL_THREADS)
+
+
+def _square(features: Features) -> int:
+    """Side of the square input that gave these features."""
+    return int(features.latent.shape[-1]) * STRIDE
+
+
+def _best(logits: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+    """Of M masks (K, M, h, w) the ones of best predicted IoU, (K, h, w) and (K,)."""
+    best, choice = quality.max(1)
+    return logits[torch.arange(len(choice), device=choice.device), choice], best

@@ -1,0 +1,259 @@
+"""Everything mode of SAM and SAM 2: grids, crops, suppression, bounded memory, and segment-anything as the judge."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from glesam_ros.models import Budget  # noqa: E402
+from glesam_ros.models.glesam import everything  # noqa: E402
+from glesam_ros.models.glesam.base import Features  # noqa: E402
+from glesam_ros.models.glesam.everything import Crop, box_nms, crops, point_grid, propose  # noqa: E402
+
+
+class Square:
+    """A base that squashes images into the square, as SAM 2."""
+
+    def content(self, size: tuple[int, int], side: int) -> tuple[int, int]:
+        return side, side
+
+
+class Aspect:
+    """A base that keeps the aspect and pads, as SAM."""
+
+    def content(self, size: tuple[int, int], side: int) -> tuple[int, int]:
+        height, width = (max(4, round(s * side / max(size) / 4) * 4) for s in size)
+        return height, width
+
+
+class Labelled:
+    """A runtime whose images hold object ids in red: a point gets its object; of three masks only the first is sure."""
+
+    def __init__(self, base: Any) -> None:
+        self.base, self.batches, self.encoded = base, [], 0
+
+    def encode(self, image: np.ndarray, side: int) -> Features:
+        self.encoded += 1
+        height, width = (s // 4 for s in self.base.content(image.shape[:2], side))
+        y = (np.arange(height) + 0.5) * image.shape[0] / height
+        x = (np.arange(width) + 0.5) * image.shape[1] / width
+        ids = np.zeros((side // 4, side // 4), np.float32)
+        ids[:height, :width] = image[y.astype(int)[:, None], x.astype(int), 0]
+        return Features(torch.zeros(1, 1, side // 16, side // 16), (torch.from_numpy(ids)[None, None],))
+
+    def decode(self, features: Features, points: np.ndarray, labels: np.ndarray, several: bool) -> Any:
+        assert several and points.shape[1:] == (1, 2) and labels.shape == points.shape[:2] and (labels == 1).all()
+        self.batches.append(len(points))
+        ids = features.high[0][0, 0]
+        xy = torch.from_numpy(points[:, 0] / 4).long()
+        own = ids[xy[:, 1], xy[:, 0]]
+        logits = torch.where((ids == own[:, None, None]) & (ids > 0), 5.0, -5.0)
+        scores = torch.stack([0.99 - 0.01 * own, torch.full_like(own, 0.1), torch.full_like(own, 0.1)], 1)
+        return torch.stack([logits, logits + 20, -logits], 1), scores
+
+
+class Noise:
+    """A runtime that answers each point with three boxes of its own, drawn by its position: many half-overlap."""
+
+    cells = 64
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def decode(self, features: Features, points: np.ndarray, labels: np.ndarray, several: bool) -> Any:
+        self.batches.append(len(points))
+        logits = torch.full((len(points), 3, self.cells, self.cells), -4.0)
+        scores = torch.zeros(len(points), 3)
+        for k, (x, y) in enumerate(points[:, 0]):
+            draw = np.random.default_rng([int(x * 8), int(y * 8)])
+            for m in range(3):
+                left, top = draw.integers(0, 12, 2)
+                logits[k, m, top : top + 40, left : left + 40] = 4
+                scores[k, m] = draw.random()
+        return logits, scores
+
+
+def scene() -> np.ndarray:
+    """(96, 128, 3): object 1 in the middle, 2 at the left edge, 3 a small one."""
+    image = np.zeros((96, 128, 3), np.uint8)
+    image[30:70, 40:90, 0] = 1
+    image[8:40, 0:20, 0] = 2
+    image[80:88, 100:110, 0] = 3
+    return image
+
+
+def run(runtime: Any, base: Any, image: np.ndarray, budget: Budget, limit: int = 64, side: int = 256) -> Any:
+    def embed(crop: Crop) -> Features:
+        return runtime.encode(image[crop.top : crop.bottom, crop.left : crop.right], side)
+
+    return propose(runtime, base, embed, image.shape[:2], 0.5, limit, budget)
+
+
+def found_masks(candidates: Any, size: tuple[int, int]) -> np.ndarray:
+    """Masks at the nearest pixel of the image."""
+    height, width = candidates.logits.shape[1:]
+    y = np.arange(size[0]) * height // size[0]
+    x = np.arange(size[1]) * width // size[1]
+    return candidates.logits[:, y[:, None], x] > 0
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+def test_grid_is_the_centres_of_equal_cells() -> None:
+    assert point_grid(2).tolist() == [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
+    assert point_grid(1).tolist() == [[0.5, 0.5]]
+    assert point_grid(32).shape == (1024, 2) and point_grid(32).dtype == np.float32
+
+
+def test_suppression_is_greedy_and_stops_at_the_limit() -> None:
+    # each overlaps its neighbour by 0.6: the second goes, and so the third stays
+    boxes = np.array([[0, 0, 10, 1], [2.5, 0, 12.5, 1], [5, 0, 15, 1], [50, 0, 60, 1]], np.float32)
+    scores = np.array([0.9, 0.8, 0.7, 0.95], np.float32)
+    assert box_nms(boxes, scores, 0.5, 10).tolist() == [3, 0, 2]
+    assert box_nms(boxes, scores, 0.61, 10).tolist() == [3, 0, 1, 2]
+    assert box_nms(boxes, scores, 0.5, 2).tolist() == [3, 0]
+    assert box_nms(boxes[:0], scores[:0], 0.5, 2).tolist() == []
+
+
+@pytest.mark.parametrize("base", [Square(), Aspect()])
+def test_every_object_is_found_once_and_where_it_is(base: Any) -> None:
+    image = scene()
+    found = run(Labelled(base), base, image, Budget(points_per_side=16))
+    assert found.scores.tolist() == pytest.approx([0.98, 0.97, 0.96])
+    assert found.logits.dtype == np.float32 and found.scores.dtype == np.float32
+    height, width = base.content(image.shape[:2], 256)
+    assert found.logits.shape == (3, height // 4, width // 4)
+    for k, mask in enumerate(found_masks(found, image.shape[:2])):
+        assert iou(mask, image[..., 0] == k + 1) > 0.85
+    assert run(Labelled(base), base, image, Budget(points_per_side=16), limit=2).scores.tolist() == pytest.approx(
+        [0.98, 0.97]
+    )
+
+
+def test_nothing_found_is_an_empty_result_of_the_right_shape() -> None:
+    found = run(Labelled(Aspect()), Aspect(), np.zeros((96, 128, 3), np.uint8), Budget(points_per_side=4))
+    assert found.logits.shape == (0, 48, 64) and found.scores.shape == (0,)
+
+
+def test_unstable_masks_do_not_suppress_stable_ones() -> None:
+    class Shaky(Labelled):
+        def decode(self, features: Features, *prompts: Any) -> Any:
+            logits, scores = super().decode(features, *prompts)
+            logits[:, 1] = torch.where(logits[:, 0] > 0, 0.5, -0.5)  # the same mask, whose area hangs on the threshold
+            scores[:, 1] = 1.0
+            return logits, scores
+
+    shaky = run(Shaky(Square()), Square(), scene(), Budget(points_per_side=16, stability_threshold=0.5))
+    assert shaky.scores.tolist() == pytest.approx([0.98, 0.97, 0.96])
+    assert run(Shaky(Square()), Square(), scene(), Budget(points_per_side=16)).scores.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("limit", [5, 60])
+def test_batches_bound_memory_and_not_the_result(limit: int) -> None:
+    features = Features(torch.zeros(1, 1, 16, 16))
+    results, decoded = [], []
+    for batch in (1, 7, 64, 1000):
+        runtime = Noise()
+        budget = Budget(points_per_side=10, points_per_batch=batch)
+        results.append(propose(runtime, Square(), lambda crop: features, (256, 256), 0.2, limit, budget))  # type: ignore[arg-type]
+        assert max(runtime.batches) <= batch
+        decoded.append(sum(runtime.batches))
+    for other in results[1:]:
+        assert (other.scores == results[0].scores).all() and (other.logits == results[0].logits).all()
+    assert len(results[0].scores) == min(limit, len(results[0].scores)) and len(results[0].scores) >= 5
+    # one batch has all it needs; small ones decode a few points again
+    assert decoded[-1] == 100 and max(decoded[:-1]) > 100
+
+
+def test_suppressed_masks_are_those_of_one_suppression_over_all() -> None:
+    runtime, points = Noise(), point_grid(10) * 256
+    logits, scores = runtime.decode(Features(torch.zeros(1)), points[:, None], np.ones((100, 1)), True)
+    masks = (logits > 0).flatten(0, 1).numpy()
+    boxes = np.array([[x.min() * 4, y.min() * 4, x.max() * 4 + 4, y.max() * 4 + 4] for y, x in map(np.nonzero, masks)])
+    keep = box_nms(boxes.astype(np.float32), scores.flatten().numpy(), 0.7, 1000)
+    features = Features(torch.zeros(1, 1, 16, 16))
+    budget = Budget(points_per_side=10, points_per_batch=9)
+    found = propose(runtime, Square(), lambda crop: features, (256, 256), 0.0, 1000, budget)  # type: ignore[arg-type]
+    assert (found.scores == scores.flatten().numpy()[keep]).all()
+    assert ((found.logits > 0) == masks[keep]).all()
+
+
+def test_the_host_holds_few_masks_whatever_the_grid_is() -> None:
+    class Spread(Noise):
+        """Small boxes at the point: hardly any is suppressed."""
+
+        def decode(self, features: Features, points: np.ndarray, labels: np.ndarray, several: bool) -> Any:
+            logits = torch.full((len(points), 3, 64, 64), -4.0)
+            xy = torch.from_numpy(points[:, 0] / 4).long()
+            logits[torch.arange(len(points)), :, xy[:, 1], xy[:, 0]] = 4
+            return logits, torch.linspace(0.5, 0.9, 3 * len(points)).reshape(-1, 3)
+
+    features = Features(torch.zeros(1, 1, 16, 16))
+    tracemalloc.start()
+    budget = Budget(points_per_side=48, points_per_batch=16)
+    found = propose(Spread(), Square(), lambda crop: features, (256, 256), 0.2, 20, budget)  # type: ignore[arg-type]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found.scores) == 20
+    one = 64 * 64 * 2
+    # 2304 points with a distinct mask each would be 19 MB in float16; held: those kept, a batch, and the result
+    assert peak < (3 * 20 + 2 * 20 + 16) * one + 1_500_000 < 2304 * one / 5
+
+
+def test_crops_find_what_the_grid_of_the_image_misses() -> None:
+    image = scene()
+    base = Aspect()
+    coarse = run(Labelled(base), base, image, Budget(points_per_side=4))
+    assert 0.96 not in coarse.scores.round(2).tolist()
+    runtime = Labelled(base)
+    fine = run(runtime, base, image, Budget(points_per_side=16, crop_layers=1))
+    assert runtime.encoded == 5
+    assert fine.scores.tolist() == pytest.approx([0.98, 0.97, 0.96])
+    for k, mask in enumerate(found_masks(fine, image.shape[:2])):
+        assert iou(mask, image[..., 0] == k + 1) > 0.85
+
+
+def test_a_mask_at_an_inner_edge_of_its_crop_is_dropped_and_one_at_the_edge_of_the_image_stays() -> None:
+    image = np.zeros((400, 400, 3), np.uint8)
+    image[190:210, :, 0] = 1  # through the middle: cut by every crop
+    image[0:60, 0:60, 0] = 2  # in the corner of the image and of a crop
+    crop = crops((400, 400), 1)[1]
+    runtime = Labelled(Square())
+    features = runtime.encode(image[crop.top : crop.bottom, crop.left : crop.right], 256)
+    found, logits = everything._crop_masks(
+        runtime, Square(), features, crop, (400, 400), 0.5, 64, Budget(points_per_side=32)  # type: ignore[arg-type]
+    )
+    assert found.scores.tolist() == pytest.approx([0.97]) and len(logits) == 1
+    assert np.abs(found.boxes - [[0, 0, 60, 60]]).max() < 5
+    # the whole image knows the bar as it is
+    whole = run(Labelled(Square()), Square(), image, Budget(points_per_side=32, crop_layers=1))
+    assert whole.scores.tolist() == pytest.approx([0.98, 0.97])
+    assert iou(found_masks(whole, (400, 400))[0], image[..., 0] == 1) > 0.75
+
+
+def test_logits_of_a_crop_lie_in_the_frame_of_the_image() -> None:
+    crop = Crop(64, 32, 192, 96, 1)
+    ramp = np.linspace(1, 2, 64, dtype=np.float16)[None].repeat(32, 0)
+    placed = everything._paste(ramp, crop, (128, 256), (32, 64))
+    assert placed.shape == (32, 64)
+    outside = np.ones((32, 64), bool)
+    outside[8:24, 16:48] = False
+    assert (placed[outside] == everything.OUTSIDE).all()
+    # 64 cells of the crop become 32 of the image, sampled at their middles
+    expected = ramp[0].astype(np.float32).reshape(32, 2).mean(1)
+    assert np.abs(placed[8:24, 16:48].astype(np.float32) - expected).max() < 2e-3
+
+
+def test_tiny_images_have_crops_of_at_least_a_pixel() -> None:
+    for size in ((1, 1), (1, 9), (3, 2), (5, 7)):
+        found = crops(size, 2)
+        assert found[0] == Crop(0, 0, size[1], size[0], 0)
+        for crop in found:
+            assert 0 <= crop.left < crop.right <= size[1] and 0 <= crop.top < crop.bottom <= size[0]

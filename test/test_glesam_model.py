@@ -1,0 +1,488 @@
+"""The full-size models in the pipeline: runtime, precision, lack of memory, prompts, levels, loading."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from glesam_ros.models import Budget, OutOfMemory  # noqa: E402
+from glesam_ros.models.glesam import runtime as runtimes  # noqa: E402
+from glesam_ros.models.glesam.base import BaseModel, Features  # noqa: E402
+from glesam_ros.models.glesam.enhancer import Enhancer, EnhancerConfig, SmallEnhancer  # noqa: E402
+from glesam_ros.models.glesam.model import GlesamModel  # noqa: E402
+from glesam_ros.models.glesam.replay import MAX_GRAPHS, Compiled, Function, Replayed  # noqa: E402
+from glesam_ros.models.glesam.runtime import TorchRuntime, choose_device, choose_precision  # noqa: E402
+from glesam_ros.models.nano import Nano  # noqa: E402
+
+CPU = torch.device("cpu")
+SIZE = (96, 128)
+
+
+class TinyBase(BaseModel):
+    """Keeps the aspect as SAM; a mask is the disc around the mean of the points, its radius the sum of the labels."""
+
+    name = "tiny"
+    mean, std = (120.0, 110.0, 100.0), (60.0, 60.0, 60.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = torch.nn.Conv2d(3, 256, 16, 16)
+        self.mask_decoder = torch.nn.Linear(256, 1)
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, bool]] = []
+
+    def content(self, size: tuple[int, int], side: int) -> tuple[int, int]:
+        height, width = (max(4, round(s * side / max(size) / 4) * 4) for s in size)
+        return height, width
+
+    def encode(self, pixels: torch.Tensor) -> Features:
+        return Features(self.patch(pixels))
+
+    def decode(self, features: Features, points: torch.Tensor, labels: torch.Tensor, several: bool) -> Any:
+        self.calls.append((points.clone(), labels.clone(), several))
+        used = (labels >= 0).float()
+        middle = (points * used[..., None]).sum(1) / used.sum(1, keepdim=True)
+        cells = features.latent.shape[-1] * 4
+        axis = torch.arange(cells) * 4 + 2
+        away = ((axis - middle[:, :1]) ** 2)[:, None] + ((axis - middle[:, 1:]) ** 2)[:, :, None]
+        count = 3 if several else 1
+        radius = 4.0 * (1 + torch.arange(count))[:, None, None] + 0 * features.latent.float().mean()
+        scores = torch.tensor([0.2, 0.9, 0.5])[:count] + 0.001 * used.sum(1, keepdim=True)
+        return radius - away[:, None].sqrt(), scores
+
+
+class Recorder:
+    """A runtime that enhances by adding 1 and predicts a level; notes what it was asked."""
+
+    device, overlaps, side = "a test", True, 256
+
+    def __init__(self, level: float | None = 0.5) -> None:
+        self.base, self.predicted = TinyBase(), level
+        self.images: list[np.ndarray] = []
+        self.enhanced: list[float] = []
+        self.freed = self.closed = False
+
+    def encode(self, image: np.ndarray, side: int) -> Features:
+        self.images.append(image)
+        return self.base.encode(self.base.pixels(torch.from_numpy(image)[None], side))
+
+    def level(self, features: Features) -> float | None:
+        return self.predicted
+
+    def enhance(self, features: Features, level: float) -> Features:
+        self.enhanced.append(level)
+        return Features(features.latent + 1)
+
+    def decode(self, features: Features, points: np.ndarray, labels: np.ndarray, several: bool) -> Any:
+        with torch.no_grad():
+            return self.base.decode(features, torch.from_numpy(points), torch.from_numpy(labels), several)
+
+    def free(self) -> None:
+        self.freed = True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def picture(seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+
+
+def tiny_unet() -> Any:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(1)
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def enhancer(levels: bool = False) -> Enhancer:
+    """A tiny enhancer whose LoRA changes the output."""
+    config = EnhancerConfig(base="sam_vit_b", kind="lora", unet="sd21-base", levels=levels, timestep=500)
+    made = Enhancer(config, tiny_unet(), torch.randn(1, 77, 32, generator=torch.manual_seed(2))).eval()
+    with torch.no_grad():
+        for parameter in made.trained_parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.manual_seed(3)))
+        if levels:
+            made.unet.class_embedding.last.weight.mul_(50)
+    return made
+
+
+def on_cpu(dtype: Any = torch.float32, made: Any = None) -> TorchRuntime:
+    return TorchRuntime(TinyBase(), made, CPU, dtype, compile=False)
+
+
+# ---- device and precision
+
+
+def test_auto_takes_the_cpu_where_torch_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    with pytest.raises(RuntimeError, match="needs a torch with CUDA.*set device to cpu"):
+        choose_device("cuda")
+    with pytest.raises(ValueError, match="expected auto, cuda or cpu for torch, got 'tensorrt'"):
+        choose_device("tensorrt")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto").type == choose_device("cuda").type == "cuda"
+    assert choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((8, 7), torch.bfloat16)]
+)
+def test_auto_precision_is_the_widest_range_that_is_fast(
+    capability: tuple[int, int], dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision("auto", torch.device("cuda")) is dtype
+    assert choose_precision("auto", CPU) is torch.float32
+    assert choose_precision("fp16", CPU) is torch.float16
+
+
+def test_precisions_that_full_size_models_lack_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected auto, fp32, fp16, bf16 for SAM and SAM 2, got 'int8'"):
+        choose_precision("int8", CPU)
+
+
+def test_nano_refuses_bf16() -> None:
+    with pytest.raises(ValueError, match="nano has no bf16"):
+        Nano("cpu", "bf16")
+
+
+# ---- lack of memory
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda: torch.empty(2**60),
+        lambda: np.empty(2**48),
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")),
+        lambda: (_ for _ in ()).throw(RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED")),
+        lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")),
+    ],
+    ids=["torch on a CPU", "numpy", "CUDA", "Jetson", "cuBLAS"],
+)
+def test_lack_of_memory_is_one_error_on_every_device(
+    fail: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Heavy:
+        pass
+
+    held: list[weakref.ref[Heavy]] = []
+
+    def encode(self: Any, pixels: Any) -> Any:
+        activations = Heavy()
+        held.append(weakref.ref(activations))
+        fail()
+
+    runtime = on_cpu()
+    monkeypatch.setattr(TinyBase, "encode", encode)
+    with pytest.raises(OutOfMemory) as raised:
+        runtime.encode(picture(), 256)
+    assert "\n" not in str(raised.value)
+    # nothing of the failed call is kept by the error, so that freeing helps
+    gc.collect()
+    assert raised.value.__context__ is None and held[0]() is None
+    monkeypatch.undo()
+    runtime.free()
+    assert runtime.encode(picture(), 256).latent.shape == (1, 256, 16, 16)
+
+
+def test_other_errors_pass_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = on_cpu()
+
+    def encode(self: Any, pixels: Any) -> Any:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(TinyBase, "encode", encode)
+    with pytest.raises(RuntimeError, match="shapes do not fit") as raised:
+        runtime.encode(picture(), 256)
+    assert not isinstance(raised.value, OutOfMemory)
+
+
+# ---- runtime
+
+
+def test_runtime_is_the_modules_one_after_the_other() -> None:
+    base, image, points, labels = TinyBase(), picture(), np.array([[[40, 60]]], np.float32), np.ones((1, 1), np.float32)
+    plain, made = enhancer(), on_cpu(made=enhancer())
+    with torch.no_grad():
+        latent = base.encode(base.pixels(torch.from_numpy(image)[None], 256)).latent
+        restored = plain(latent)
+    features = made.encode(image, 256)
+    assert torch.equal(features.latent, latent)
+    assert made.level(features) is None
+    better = made.enhance(features, 0.5)
+    # LoRA is merged, constants are folded, and the weights lie in another order
+    assert (better.latent - restored).abs().max() < 1e-4 < (better.latent - latent).abs().max()
+    logits, scores = made.decode(better, points, labels, True)
+    expected = base.decode(Features(restored), torch.from_numpy(points), torch.from_numpy(labels), True)
+    assert torch.allclose(logits, expected[0], atol=1e-4) and torch.equal(scores, expected[1])
+    assert made.device == "cpu (fp32, torch)" and not made.overlaps and made.side == 1024
+
+
+def test_level_is_what_the_enhancer_with_levels_predicts_and_what_it_is_told() -> None:
+    plain, made = enhancer(levels=True), on_cpu(made=enhancer(levels=True))
+    features = made.encode(picture(), 256)
+    with torch.no_grad():
+        assert made.level(features) == pytest.approx(float(plain.predict_level(Features(features.latent))))
+        told = [plain(features.latent, torch.tensor([level])) for level in (0.1, 0.9)]
+    found = [made.enhance(features, level).latent for level in (0.1, 0.9)]
+    assert (told[0] - told[1]).abs().max() > 1e-3
+    for a, b in zip(found, told):
+        assert (a - b).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_precisions_stay_close_and_give_logits_in_fp32(dtype: Any) -> None:
+    wide, narrow = on_cpu(made=enhancer(levels=True)), on_cpu(dtype, enhancer(levels=True))
+    image, points, labels = picture(), np.zeros((2, 1, 2), np.float32), np.ones((2, 1), np.float32)
+    a, b = (r.enhance(r.encode(image, 256), 0.5) for r in (wide, narrow))
+    assert b.latent.dtype == dtype
+    assert (a.latent - b.latent.float()).abs().max() < 0.05 * a.latent.abs().max()
+    assert narrow.level(b) == pytest.approx(wide.level(a), abs=0.02)
+    logits, scores = narrow.decode(b, points, labels, False)
+    assert logits.dtype == scores.dtype == torch.float32
+
+
+def test_small_enhancer_runs_in_the_same_runtime() -> None:
+    config = EnhancerConfig(base="sam_vit_b", kind="small", unet="sd21-base")
+    made = on_cpu(made=SmallEnhancer(config))
+    features = made.encode(picture(), 256)
+    # it begins as z / sqrt(abar)
+    assert torch.allclose(made.enhance(features, 0.0).latent, features.latent / 0.998296**0.5, atol=1e-4)
+
+
+def test_read_only_and_strided_images_are_taken_without_a_warning() -> None:
+    runtime, image = on_cpu(), picture()
+    expected = runtime.encode(image, 256).latent
+    frozen = image.copy()
+    frozen.flags.writeable = False
+    wide = np.zeros((SIZE[0], 2 * SIZE[1], 3), np.uint8)
+    wide[:, ::2] = image
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(runtime.encode(frozen, 256).latent, expected)
+        assert torch.equal(runtime.encode(wide[:, ::2], 256).latent, expected)
+
+
+# ---- CUDA graphs, with a capture that works as CUDA's does but on the CPU
+
+
+def imitated_capture(function: Function, inputs: Any) -> Function:
+    """Own inputs, own outputs that each replay overwrites."""
+    held = [x.clone() for x in inputs]
+    outputs = function(*held)
+
+    def replay(*fresh: Any) -> Any:
+        for own, x in zip(held, fresh):
+            own.copy_(x)
+        for own, x in zip(outputs, function(*held)):
+            own.copy_(x)
+        return tuple(y.clone() for y in outputs)
+
+    return replay
+
+
+def test_shapes_that_come_again_are_captured_once() -> None:
+    captured: list[Any] = []
+
+    def capture(function: Function, inputs: Any) -> Function:
+        captured.append(tuple(inputs[0].shape))
+        return imitated_capture(function, inputs)
+
+    call = Replayed(lambda x, y: (x + y, x * y), "a test", capture)
+    results = []
+    for k, n in enumerate((2, 3, 2, 2, 3, 2)):
+        x = torch.full((n,), float(k))
+        results.append((k, call(x, x)))
+    assert captured == [(2,), (3,)]
+    # earlier results are not overwritten by later replays
+    for k, (total, product) in results:
+        assert (total == 2 * k).all() and (product == k * k).all()
+    call.free()
+    call(torch.ones(2), torch.ones(2))
+    assert captured == [(2,), (3,)]
+    call(torch.ones(2), torch.ones(2))
+    assert captured == [(2,), (3,), (2,)]
+
+
+def test_graphs_are_few_and_the_longest_unused_goes() -> None:
+    captured: list[int] = []
+
+    def capture(function: Function, inputs: Any) -> Function:
+        captured.append(len(inputs[0]))
+        return imitated_capture(function, inputs)
+
+    call = Replayed(lambda x: (x + 1,), "a test", capture)
+    for n in range(1, MAX_GRAPHS + 2):
+        call(torch.zeros(n))
+        call(torch.zeros(n))
+    assert captured == list(range(1, MAX_GRAPHS + 2))
+    call(torch.zeros(MAX_GRAPHS + 1))
+    assert len(captured) == MAX_GRAPHS + 1
+    call(torch.zeros(1))
+    call(torch.zeros(1))  # the oldest was dropped
+    assert captured[-1] == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing\nmore"),
+                                   torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_capture_that_fails_is_logged_once_and_the_stage_runs_as_it_is(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    def capture(function: Function, inputs: Any) -> Function:
+        raise error
+
+    call = Replayed(lambda x: (x + 1,), "decode", capture)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            assert call(torch.zeros(2))[0].tolist() == [1, 1]
+    said = f"decode runs without CUDA graphs: {' '.join(str(error).split())}"
+    assert [r.getMessage() for r in caplog.records] == [said]
+
+
+def test_a_runtime_with_graphs_gives_what_it_gives_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, graphs = on_cpu(made=enhancer(levels=True)), on_cpu(made=enhancer(levels=True))
+    for stage in graphs._stages.values():
+        monkeypatch.setattr(stage, "_capture", imitated_capture)
+    for k in range(4):
+        points = np.full((2, 1, 2), 20.0 + k, np.float32)
+        found = []
+        for r in (plain, graphs):
+            better = r.enhance(r.encode(picture(k), 256), k / 4)
+            found.append((better.latent, *r.decode(better, points, np.ones((2, 1), np.float32), bool(k % 2))))
+        for a, b in zip(*found):
+            assert torch.equal(a, b)
+
+
+def test_a_compiler_that_fails_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def broken(*inputs: Any) -> Any:
+        raise BackendCompilerFailed(broken, RuntimeError("no C++ compiler"), None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch, "compile", lambda function: broken)
+    call = Compiled(lambda x: (x + 1,), "encode")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert call(torch.zeros(1))[0].tolist() == [1]
+    (record,) = caplog.records
+    assert "encode runs without torch.compile" in record.getMessage() and "no C++ compiler" in record.getMessage()
+
+
+# ---- the model
+
+
+def model(level: float | None = 0.5, enhances: bool = True) -> tuple[GlesamModel, Recorder]:
+    runtime = Recorder(level)
+    return GlesamModel("tiny+glesam", runtime, runtime.base, enhances), runtime
+
+
+@pytest.mark.parametrize(
+    ("processing_size", "side"), [(0, 256), (256, 256), (320, 256), (352, 384), (1000, 1024), (1024, 1024), (32, 256)]
+)
+def test_processing_size_is_the_nearest_side_that_the_model_has(processing_size: int, side: int) -> None:
+    made, _ = model()
+    embedding = made.encode(picture(), Budget(processing_size=processing_size))
+    assert embedding.latent.shape == (1, 256, side // 16, side // 16)
+    assert embedding.size == SIZE and not embedding.enhanced
+
+
+def test_level_comes_from_the_enhancer_and_else_from_nano() -> None:
+    assert model(level=0.7)[0].encode(picture(), Budget()).degradation == 0.7
+    own = Nano("cpu", threads=1).encode(picture(), Budget()).degradation
+    assert model(level=None)[0].encode(picture(), Budget()).degradation == pytest.approx(own, abs=1e-4)
+
+
+def test_enhancing_restores_the_latent_once_and_leaves_the_embedding() -> None:
+    made, runtime = model(level=0.7)
+    embedding = made.encode(picture(), Budget())
+    better = made.enhance(embedding)
+    assert better.enhanced and not embedding.enhanced and runtime.enhanced == [0.7]
+    assert torch.equal(better.latent, embedding.latent + 1) and better.degradation == 0.7
+
+
+def test_a_base_alone_never_claims_to_have_enhanced() -> None:
+    made, runtime = model(enhances=False)
+    embedding = made.encode(picture(), Budget())
+    assert made.enhance(embedding) is embedding and not embedding.enhanced and not runtime.enhanced
+
+
+def test_prompts_are_told_apart_placed_and_batched() -> None:
+    made, runtime = model()
+    embedding = made.encode(picture(), Budget())
+    points = np.array(
+        [
+            [[64, 48], [0, 0], [0, 0]],  # a lone point
+            [[0, 0], [0, 0], [32, 24]],  # another, behind its padding
+            [[20, 20], [60, 60], [0, 0]],  # two points
+            [[10, 10], [30, 50], [0, 0]],  # a box
+            [[10, 10], [30, 50], [20, 20]],  # a box with a point
+        ],
+        np.float32,
+    )
+    labels = np.array([[1, -1, -1], [-1, -1, 1], [1, 0, -1], [2, 3, -1], [2, 3, 1]], np.float32)
+    found = made.prompt(embedding, points, labels, Budget(points_per_batch=2))
+    assert [(len(p), several) for p, _, several in runtime.base.calls] == [(2, True), (2, False), (1, False)]
+    assert max(len(p) for p, _, _ in runtime.base.calls) <= 2
+    # of three masks the second is the surest
+    assert found.scores.tolist() == pytest.approx([0.901, 0.901, 0.202, 0.202, 0.203])
+    assert found.logits.dtype == found.scores.dtype == np.float32
+    # 128 x 96 fills 256 x 192 of the square, and the padding below is cut
+    assert found.logits.shape == (5, 48, 64)
+    for k, (x, y) in enumerate([(64, 48), (32, 24), (40, 40), (20, 30), (20, 80 / 3)]):
+        top, left = np.unravel_index(found.logits[k].argmax(), (48, 64))
+        assert abs(left * 2 + 1 - x) <= 1.1 and abs(top * 2 + 1 - y) <= 1.1
+    one_by_one = [made.prompt(embedding, points[k : k + 1], labels[k : k + 1], Budget()) for k in range(5)]
+    assert np.allclose(found.logits, np.concatenate([c.logits for c in one_by_one]), atol=1e-5)
+
+
+@pytest.mark.parametrize("enhance", [False, True])
+def test_crops_are_enhanced_where_the_image_was(enhance: bool) -> None:
+    made, runtime = model(level=0.7)
+    image = picture()
+    embedding = made.encode(image, Budget(crop_layers=1))
+    expected = image.copy()
+    if enhance:
+        embedding = made.enhance(embedding)
+    image[:] = 0  # the camera's buffer is written anew
+    made.propose(embedding, 0.5, 8, Budget(points_per_side=4, crop_layers=1))
+    assert len(runtime.images) == 5 and runtime.enhanced == ([0.7] * 5 if enhance else [])
+    heights = {i.shape[:2] for i in runtime.images[1:]}
+    assert len(heights) <= 4 and all(h < SIZE[0] and w < SIZE[1] for h, w in heights)
+    assert (runtime.images[-1] == expected[: runtime.images[-1].shape[0], : runtime.images[-1].shape[1]]).all()
+
+
+def test_an_embedding_made_without_crops_is_decoded_without() -> None:
+    made, runtime = model()
+    embedding = made.encode(picture(), Budget())
+    made.propose(embedding, 0.5, 8, Budget(points_per_side=4, crop_layers=2))
+    assert len(runtime.images) == 1
+
+
+def test_freeing_and_closing_reach_the_runtime() -> None:
+    made, runtime = model()
+    made.free()
+    assert runtime.freed and not runtime.closed
+    made.close()
+    assert runtime.closed and made.own_size == 256 and made.overlaps and made.device == "a test"
+
+
+def test_allocation_failures_are_known_by_their_words() -> None:
+    assert runtimes.means_out_of_memory(MemoryError())
+    assert not runtimes.means_out_of_memory(ValueError("out of memory"))
