@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import logging
 import math
 import threading
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 
 from glesam_ros.instances import Instances
-from glesam_ros.models import Budget, Candidates, Embedding, SegmentationModel, load_model
+from glesam_ros.models import Budget, Candidates, Embedding, OutOfMemory, SegmentationModel, load_model
 from glesam_ros.models.base import STABILITY_OFFSET
 from glesam_ros.settings import Settings
-from glesam_ros.validation import BoolArray, FloatArray, check_boxes, check_image, check_points
+from glesam_ros.validation import BoolArray, FloatArray, UInt8Array, check_boxes, check_image, check_points
+
+_LOG = logging.getLogger(__name__)
+SIZE_STEP = 128
+"""Pixels of processing size between two rungs, the multiple that SAM models work at."""
+LEAST_BATCH = 8
+"""Prompts a batch below which little memory is won."""
+GOOD_FRAMES = 30
+"""Frames in a row that must succeed before a rung is tried again."""
+MOST_GOOD_FRAMES = 64 * GOOD_FRAMES
+"""The same after trials that failed, each of which doubles it."""
 
 
 class EnhancementGate:
@@ -31,18 +45,146 @@ class EnhancementGate:
         return self.is_on
 
 
+@dataclass(frozen=True)
+class Rung:
+    """What a frame may take: processing size in pixels, prompts a batch."""
+
+    size: int
+    batch: int
+
+
+class MemoryLadder:
+    """How much of the asked size and batch fits: each lack of memory costs a rung, good frames win it back.
+
+    A lack in `decode` halves the batch, down to `LEAST_BATCH`; one in `encode`, or with the least batch, takes the
+    processing size to the next multiple of `SIZE_STEP` below, down to half of the model's own. After `GOOD_FRAMES` good
+    frames the last step is taken back. If memory lacks again before as many frames went well, the wait doubles, up to
+    `MOST_GOOD_FRAMES`; it starts anew once the top has held. Thread-safe.
+
+    Args:
+        own_size: the model's own processing size, which 0 stands for.
+
+    Attributes:
+        failures: how often memory was lacking.
+        is_exhausted: whether it was lacking on the lowest rung, the last time.
+    """
+
+    def __init__(self, own_size: int) -> None:
+        self._own_size = own_size
+        self._asked = (0, 0)
+        self._rungs = [Rung(own_size, 0)]
+        self._lock = threading.Lock()
+        self._good = 0
+        self._wait = GOOD_FRAMES
+        self._is_trial = False
+        self.is_exhausted = False
+        self.failures = 0
+
+    def __str__(self) -> str:
+        full, now = self.full, self.now
+        return f"processing size {now.size} of {full.size}, {now.batch} of {full.batch} prompts a batch"
+
+    @property
+    def full(self) -> Rung:
+        """What is asked for."""
+        return self._rungs[0]
+
+    @property
+    def now(self) -> Rung:
+        """What fits, as far as is known."""
+        return self._rungs[-1]
+
+    def ask(self, processing_size: int, points_per_batch: int) -> None:
+        """What a frame may take where memory is plenty; others than before begin anew."""
+        with self._lock:
+            if (processing_size, points_per_batch) != self._asked:
+                self._asked = processing_size, points_per_batch
+                self._rungs = [Rung(processing_size or self._own_size, points_per_batch)]
+                self._begin()
+
+    def fit(self, allowed: Budget) -> Budget:
+        """`allowed`, lowered to the rung of now."""
+        with self._lock:
+            # a budget of older settings is not what the rungs are of
+            if len(self._rungs) == 1 or (allowed.processing_size, allowed.points_per_batch) != self._asked:
+                return allowed
+            return dataclasses.replace(allowed, processing_size=self.now.size, points_per_batch=self.now.batch)
+
+    def lacked(self, stage: Literal["encode", "decode"], allowed: Budget) -> None:
+        """Memory was lacking in a call that had the budget `allowed`: one rung down."""
+        with self._lock:
+            self.failures += 1
+            self._good = 0
+            now = self.now
+            can_shrink, can_split = now.size > self._own_size // 2, now.batch > LEAST_BATCH
+            self.is_exhausted = not (can_shrink or can_split)
+            if self.is_exhausted:
+                return
+            split = can_split and (stage == "decode" or not can_shrink)
+            had = Rung(allowed.processing_size or self._own_size, allowed.points_per_batch)
+            # a call that began before the last step says nothing of the rung of now
+            if (had.batch != now.batch) if split else (had.size != now.size):
+                return
+            if self._is_trial:
+                self._wait = min(2 * self._wait, MOST_GOOD_FRAMES)
+                self._is_trial = False
+            if split:
+                lower = dataclasses.replace(now, batch=max(LEAST_BATCH, now.batch // 2))
+            else:
+                size = max(self._own_size // 2, (now.size - 1) // SIZE_STEP * SIZE_STEP)
+                lower = dataclasses.replace(now, size=size)
+            self._rungs.append(lower)
+        _LOG.warning("out of memory in %s: %s from now on", stage, self)
+
+    def went_well(self) -> None:
+        """A frame was encoded; after enough of them one rung up."""
+        with self._lock:
+            if len(self._rungs) == 1 and not self._is_trial:
+                return
+            self._good += 1
+            if self._good < self._wait:
+                return
+            self._good = 0
+            if len(self._rungs) == 1:
+                self._begin()
+                return
+            self._rungs.pop()
+            self._is_trial = True
+        _LOG.info("memory was enough for %d frames: %s is tried again", self._wait, self)
+
+    def _begin(self) -> None:
+        self._good, self._wait, self._is_trial, self.is_exhausted = 0, GOOD_FRAMES, False, False
+
+
 class Pipeline:
-    """A model with its thresholds; safe to call from several threads (calls into the model take turns).
+    """A model with its thresholds; safe to call from several threads.
+
+    Calls into the model take turns; where the model overlaps, those of `encode` and those of `decode` apart.
 
     Args:
         model: what embeds and proposes.
         settings: thresholds and enhancement mode; may be replaced at any time through `settings`.
+
+    Attributes:
+        memory: which part of `processing_size` and `points_per_batch` fits into the memory of the device.
     """
 
     def __init__(self, model: SegmentationModel, settings: Settings | None = None) -> None:
         self.model = model
+        self.memory = MemoryLadder(model.own_size)
         self.settings = settings or Settings()
-        self._lock = threading.Lock()
+        self._encoding = threading.RLock()
+        self._decoding = threading.RLock() if model.overlaps else self._encoding
+
+    @property
+    def settings(self) -> Settings:
+        """Thresholds, enhancement mode, sizes; another size or batch begins at the top of `memory`."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        self._settings = settings
+        self.memory.ask(settings.processing_size, settings.points_per_batch)
 
     def encode(self, image: Any, gate: EnhancementGate | None = None) -> Embedding:
         """Embed an image and enhance its latent where the mode says so; the expensive half.
@@ -53,17 +195,9 @@ class Pipeline:
 
         Raises:
             TypeError, ValueError: `image` is not such an array.
+            OutOfMemory: the device lacked memory; memory kept for later was freed, and the next call takes less.
         """
-        image = check_image(image)
-        s = self.settings
-        with self._lock:
-            embedding = self.model.encode(image, budget(s))
-            if s.enhancement == "auto":
-                gate = gate or EnhancementGate()
-                wanted = gate.update(embedding.degradation, s.enhance_above, s.enhance_below)
-            else:
-                wanted = s.enhancement == "always"
-            return self.model.enhance(embedding) if wanted else embedding
+        return self._encode(check_image(image), gate, self.settings)
 
     def decode(self, embedding: Embedding, points: Any = None, labels: Any = None, boxes: Any = None) -> Instances:
         """Masks for prompts, or for everything where there is none; the cheap half.
@@ -80,28 +214,101 @@ class Pipeline:
 
         Raises:
             ValueError: prompts of wrong shape, range or count.
+            OutOfMemory: as for `encode`.
         """
         s = self.settings
         if points is None and labels is not None:
             raise ValueError("labels: expected None without points, got labels; hand in the points they belong to")
         if points is None and boxes is None:
-            with self._lock:
-                found = self.model.propose(embedding, s.score_threshold, 4 * s.max_instances, budget(s))
-            return self._everything(embedding, found, s)
-        prompt_points, prompt_labels = _merge_prompts(points, labels, boxes, embedding.size)
-        with self._lock:
-            found = self.model.prompt(embedding, prompt_points, prompt_labels, budget(s))
+            return self._everything(embedding, self._candidates(embedding, None, s), s)
+        prompts = _merge_prompts(points, labels, boxes, embedding.size)
+        found = self._candidates(embedding, prompts, s)
         every = np.arange(len(found.scores))
         return _to_instances(embedding, found, every, _stability(found.logits), limit=len(every), min_area=0)
 
     def segment(self, image: Any, points: Any = None, labels: Any = None, boxes: Any = None) -> Instances:
-        """`encode` and `decode` in one call."""
-        return self.decode(self.encode(image), points, labels, boxes)
+        """`encode` and `decode` in one call, again with less where memory lacks, as long as there is less."""
+        while True:
+            try:
+                return self.decode(self.encode(image), points, labels, boxes)
+            except OutOfMemory:
+                if self.memory.is_exhausted:
+                    raise
+
+    def warm_up(self, image: Any) -> None:
+        """Go through all stages that frames may need, so that none pays for what a model does only at first.
+
+        Args:
+            image: (H, W, 3) uint8 RGB of the size to expect.
+
+        Raises:
+            OutOfMemory: memory lacks even for the least size and batch.
+        """
+        image, s = check_image(image), self.settings
+        if s.enhancement == "auto":
+            s = s.replace(enhancement="always")
+        while True:
+            try:
+                self.decode(self._encode(image, None, s))
+                return
+            except OutOfMemory:
+                if self.memory.is_exhausted:
+                    raise
 
     def close(self) -> None:
         """Free the model's memory."""
-        with self._lock:
+        with self._encoding, self._decoding:
             self.model.close()
+
+    def _encode(self, image: UInt8Array, gate: EnhancementGate | None, s: Settings) -> Embedding:
+        allowed = self.memory.fit(budget(s))
+        try:
+            embedding = self._embed(image, gate, s, allowed)
+        except OutOfMemory as error:
+            text = str(error)
+        else:
+            self.memory.went_well()
+            return embedding
+        raise self._lower("encode", allowed, text)
+
+    def _embed(self, image: UInt8Array, gate: EnhancementGate | None, s: Settings, allowed: Budget) -> Embedding:
+        with self._encoding:
+            embedding = self.model.encode(image, allowed)
+            if s.enhancement == "auto":
+                gate = gate or EnhancementGate()
+                wanted = gate.update(embedding.degradation, s.enhance_above, s.enhance_below)
+            else:
+                wanted = s.enhancement == "always"
+            return self.model.enhance(embedding) if wanted else embedding
+
+    def _candidates(
+        self, embedding: Embedding, prompts: tuple[FloatArray, FloatArray] | None, s: Settings
+    ) -> Candidates:
+        allowed = self.memory.fit(budget(s))
+        try:
+            with self._decoding:
+                if prompts is None:
+                    return self.model.propose(embedding, s.score_threshold, 4 * s.max_instances, allowed)
+                return self.model.prompt(embedding, *prompts, allowed)
+        except OutOfMemory as error:
+            text = str(error)
+        raise self._lower("decode", allowed, text)
+
+    def _lower(self, stage: Literal["encode", "decode"], allowed: Budget, text: str) -> OutOfMemory:
+        """One rung down, and what to tell the caller; to be called when the first error is gone.
+
+        A traceback keeps the arrays of all its frames alive, so nothing could be freed beside one.
+        """
+        self.memory.lacked(stage, allowed)
+        gc.collect()
+        with self._encoding, self._decoding:
+            self.model.free()
+        if self.memory.is_exhausted:
+            return OutOfMemory(
+                f"{text}; expected memory for at least {self.memory} on {self.model.device}, and less is not possible: "
+                "free memory there, or take a smaller model"
+            )
+        return OutOfMemory(f"{text}; next: {self.memory}")
 
     @staticmethod
     def _everything(embedding: Embedding, found: Candidates, s: Settings) -> Instances:

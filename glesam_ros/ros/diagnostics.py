@@ -19,6 +19,8 @@ LATENCIES_KEPT = 512
 
 HARMLESS_DROPS = frozenset({"overwritten", "no_subscriber", "disabled", "clock_jump"})
 """Reasons that are the design at work; all others are faults."""
+INFERENCE_FAULTS = frozenset({"inference_error", "out_of_memory"})
+"""Reasons that count as failed inferences."""
 
 
 class Ring:
@@ -105,7 +107,7 @@ class CameraLedger:
             self._dropped[reason] += 1
             if reason not in HARMLESS_DROPS:
                 self._last_fault = f"{reason}: {text}"
-            if reason == "inference_error":
+            if reason in INFERENCE_FAULTS:
                 self._failures_in_a_row += 1
             return self._dropped[reason]
 

@@ -217,10 +217,7 @@ class PerceptionNode(LifecycleNode):
     def _warm_up(self, pipeline: Pipeline) -> None:
         started = time.monotonic()
         image = np.random.default_rng(0).integers(0, 256, (*WARM_UP_SIZE, 3), np.uint8)
-        embedding = pipeline.encode(image)
-        pipeline.decode(embedding)
-        if self.settings.enhancement != "off" and not embedding.enhanced:
-            pipeline.model.enhance(embedding)
+        pipeline.warm_up(image)
         self.get_logger().info(f"warm-up inference took {1e3 * (time.monotonic() - started):.0f} ms")
 
     def _autostart(self) -> None:
@@ -388,12 +385,16 @@ class PerceptionNode(LifecycleNode):
 
     def _node_status(self, name: str, hardware_id: str) -> DiagnosticStatus:
         settings = self.settings
+        # a transition may take the pipeline away at any time
+        memory = pipeline.memory if (pipeline := self._pipeline) is not None else None
         if self._last_error:
             level, text = DiagnosticStatus.ERROR, self._last_error
         elif self._worker is None:
             level, text = DiagnosticStatus.OK, "inactive"
         elif not self._worker.is_alive():
             level, text = DiagnosticStatus.ERROR, "the inference thread has ended; deactivate and activate again"
+        elif memory is not None and memory.now != memory.full:
+            level, text = DiagnosticStatus.WARN, f"out of memory: {memory}"
         else:
             level, text = DiagnosticStatus.OK, "active" if self._is_enabled else "paused (service enable)"
         return diagnostics.status(f"{name}: model", hardware_id, level, text, {
@@ -402,6 +403,9 @@ class PerceptionNode(LifecycleNode):
             "precision": settings.precision,
             "enhancement": settings.enhancement,
             "processing_size": settings.processing_size,
+            "processing_size_now": memory.now.size if memory else "",
+            "points_per_batch_now": memory.now.batch if memory else "",
+            "out_of_memory": memory.failures if memory else 0,
             "enabled": self._is_enabled,
             "cameras": ", ".join(settings.cameras),
             "vision_msgs": "missing" if VISION_MSGS_MISSING else "found",

@@ -1,4 +1,4 @@
-"""One slot for the newest frame of each camera, taken in turns."""
+"""One slot for the newest frame of each camera, taken in turns; one for a frame between two threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,42 @@ class NewestFrames:
 
     def close(self) -> None:
         """Let every `take` return None, now and later."""
+        with self._condition:
+            self._is_closed = True
+            self._condition.notify_all()
+
+
+class HandOver(Generic[Item]):
+    """From one thread to another without a queue: the giver waits until the taker has it, so nothing grows old."""
+
+    def __init__(self) -> None:
+        self._slot: list[Item] = []
+        self._is_closed = False
+        self._condition = threading.Condition()
+
+    def give(self, item: Item) -> bool:
+        """Wait until the other thread takes `item`; False when it was closed before."""
+        with self._condition:
+            if self._is_closed:
+                return False
+            self._slot.append(item)
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: not self._slot or self._is_closed)
+            was_taken = not self._slot
+            self._slot.clear()
+            return was_taken
+
+    def take(self) -> Item | None:
+        """Wait for an item; None when closed."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._slot or self._is_closed)
+            if self._is_closed:
+                return None
+            self._condition.notify_all()
+            return self._slot.pop()
+
+    def close(self) -> None:
+        """Let every `give` return False and every `take` None, now and later."""
         with self._condition:
             self._is_closed = True
             self._condition.notify_all()

@@ -1,21 +1,25 @@
-"""The thread that turns the newest frames into results."""
+"""The threads that turn the newest frames into results."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rclpy.clock import Clock
 from sensor_msgs.msg import CompressedImage
 
+from glesam_ros.models import Embedding, OutOfMemory
 from glesam_ros.pipeline import Pipeline
 from glesam_ros.ros.camera import Camera
 from glesam_ros.ros.conversions import ConversionError, compressed_to_rgb, image_to_rgb
 from glesam_ros.ros.diagnostics import worth_a_log_line
-from glesam_ros.ros.scheduling import Frame, NewestFrames
+from glesam_ros.ros.scheduling import Frame, HandOver, NewestFrames
+from glesam_ros.validation import UInt8Array
 
 
 class DroppedFrame(Exception):
@@ -26,15 +30,40 @@ class DroppedFrame(Exception):
         self.reason = reason
 
 
-class Worker(threading.Thread):
-    """Takes frames in turns, converts, infers, publishes. No frame and no model fault ends it.
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A frame after its first half.
 
-    The age of a frame is checked right before inference: that is the last moment at which dropping it saves work.
+    Attributes:
+        wanted: outputs that had a subscriber when it was taken.
+        prompts: arguments for `Pipeline.decode`.
+        stamp_ns: 0 where the stamp is.
+        own_s: seconds spent on it beside the model.
+        encode_s: seconds in `Pipeline.encode`.
+    """
+
+    camera: Camera
+    frame: Frame
+    wanted: frozenset[str]
+    image: UInt8Array
+    prompts: dict[str, Any]
+    stamp_ns: int
+    embedding: Embedding
+    own_s: float
+    encode_s: float
+
+
+class Worker:
+    """Takes frames in turns, converts, encodes, decodes, publishes. No frame and no model fault ends it.
+
+    One thread does it all; where the model overlaps, a second one decodes and publishes a frame while the first is with
+    the next. The age of a frame is checked right before inference: that is the last moment at which dropping it saves
+    work.
 
     Args:
         pipeline: model and live settings.
         cameras: by name.
-        frames: where the newest frames are taken from; closing it ends the thread.
+        frames: where the newest frames are taken from; closing it ends the work.
         clock: the node's clock, for ages.
         warn: takes the text of a log line.
     """
@@ -47,38 +76,75 @@ class Worker(threading.Thread):
         clock: Clock,
         warn: Callable[[str], Any],
     ) -> None:
-        super().__init__(name="inference", daemon=True)
         self._pipeline = pipeline
         self._cameras = cameras
         self._frames = frames
         self._clock = clock
         self._warn = warn
         self._stopping = threading.Event()
+        self._hand_over: HandOver[Encoded] | None = None
+        self._threads = [threading.Thread(target=self._take_frames, name="inference", daemon=True)]
+        if pipeline.model.overlaps:
+            self._hand_over = HandOver()
+            decoding = threading.Thread(target=self._take_encoded, args=(self._hand_over,), name="decode", daemon=True)
+            self._threads.append(decoding)
+
+    def start(self) -> None:
+        """Begin to take frames."""
+        for thread in self._threads:
+            thread.start()
+
+    def is_alive(self) -> bool:
+        """Whether frames are still taken and finished."""
+        return all(thread.is_alive() for thread in self._threads)
 
     def stop(self, timeout_s: float) -> bool:
-        """Ask the thread to end and wait; False when an inference still runs after `timeout_s`."""
+        """Ask the threads to end and wait; False when an inference still runs after `timeout_s`."""
         self._stopping.set()
         self._frames.close()
-        if self.is_alive():
-            self.join(timeout_s)
-        return not self.is_alive()
+        if self._hand_over is not None:
+            self._hand_over.close()
+        end = time.monotonic() + timeout_s
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
-    def run(self) -> None:
-        """Process frames until stopped."""
+    def _take_frames(self) -> None:
         while (frame := self._frames.take()) is not None:
-            camera = self._cameras[frame.camera]
-            try:
-                self._process(camera, frame)
-            except (DroppedFrame, ConversionError) as error:
-                self._drop(camera, error.reason, error)
-            except Exception as error:  # one bad frame must not end the node
-                self._drop(camera, "internal_error", error)
+            self._begin(self._cameras[frame.camera], frame)
 
-    def _process(self, camera: Camera, frame: Frame) -> None:
+    def _take_encoded(self, hand_over: HandOver[Encoded]) -> None:
+        while (encoded := hand_over.take()) is not None:
+            with self._dropping_faults(encoded.camera):
+                self._finish(encoded)
+            del encoded  # its arrays would live until the next frame
+
+    def _begin(self, camera: Camera, frame: Frame) -> None:
+        with self._dropping_faults(camera):
+            encoded = self._encode(camera, frame)
+            if encoded is None:
+                camera.ledger.dropped("no_subscriber")
+            elif self._hand_over is None:
+                self._finish(encoded)
+            elif not self._hand_over.give(encoded):
+                camera.ledger.dropped("disabled")
+
+    @contextlib.contextmanager
+    def _dropping_faults(self, camera: Camera) -> Iterator[None]:
+        """One bad frame must not end the node: whatever is raised costs that frame, and is counted and logged."""
+        try:
+            yield
+        except (DroppedFrame, ConversionError) as error:
+            self._drop(camera, error.reason, error)
+        except Exception as error:
+            self._drop(camera, "internal_error", error)
+
+    def _encode(self, camera: Camera, frame: Frame) -> Encoded | None:
+        """The first half; None where nobody wants a result."""
         wanted = camera.outputs.wanted()
         if not wanted:
-            camera.ledger.dropped("no_subscriber")
-            return
+            return None
         ledger, header, settings = camera.ledger, frame.message.header, self._pipeline.settings
         started = time.perf_counter()
         is_compressed = isinstance(frame.message, CompressedImage)
@@ -90,30 +156,39 @@ class Worker(threading.Thread):
             ledger.noticed("dropped_prompt", text)
             self._warn(f"{camera.label}: prompt {text}")
         self._check_age(camera, stamp_ns, frame, settings.max_frame_age_ms)
-
-        before_encode = before_decode = after_decode = time.perf_counter()
-        instances = labels = None
-        try:
+        before = time.perf_counter()
+        with _inference():
             embedding = self._pipeline.encode(image, camera.gate)
-            before_decode = after_decode = time.perf_counter()
-            if wanted - {"quality"}:
-                instances = self._pipeline.decode(embedding, **prompts)
-                after_decode = time.perf_counter()
-        except Exception as error:
-            raise DroppedFrame("inference_error", f"{type(error).__name__}: {error}") from error
+        after = time.perf_counter()
+        return Encoded(
+            camera, frame, wanted, image, prompts, stamp_ns, embedding, own_s=before - started, encode_s=after - before
+        )
+
+    def _finish(self, encoded: Encoded) -> None:
+        """The second half: decode and publish."""
+        camera, frame, wanted, embedding = encoded.camera, encoded.frame, encoded.wanted, encoded.embedding
+        ledger, header = camera.ledger, frame.message.header
+        instances = labels = None
+        before = after = time.perf_counter()
+        if wanted - {"quality"}:
+            with _inference():
+                instances = self._pipeline.decode(embedding, **encoded.prompts)
+            after = time.perf_counter()
         if self._stopping.is_set():
+            ledger.dropped("disabled")
             return
 
         if instances is not None:
             labels = camera.outputs.publish_masks(wanted, header, instances)
-        ledger.latency_ms.add(self._age_ms(stamp_ns, frame))
+        ledger.latency_ms.add(self._age_ms(encoded.stamp_ns, frame))
         camera.outputs.publish_quality(wanted, header, embedding.degradation, embedding.enhanced)
         if instances is not None:
-            camera.outputs.publish_overlay(wanted, header, image, instances, settings.overlay_alpha, labels)
+            alpha = self._pipeline.settings.overlay_alpha
+            camera.outputs.publish_overlay(wanted, header, encoded.image, instances, alpha, labels)
         ledger.degradation, ledger.enhanced = embedding.degradation, embedding.enhanced
-        ledger.encode_ms.add(1e3 * (before_decode - before_encode))
-        ledger.decode_ms.add(1e3 * (after_decode - before_decode))
-        ledger.own_ms.add(1e3 * (before_encode - started + time.perf_counter() - after_decode))
+        ledger.encode_ms.add(1e3 * encoded.encode_s)
+        ledger.decode_ms.add(1e3 * (after - before))
+        ledger.own_ms.add(1e3 * (encoded.own_s + time.perf_counter() - after))
         ledger.processed()
 
     def _check_stamp(self, camera: Camera, stamp: Any) -> int:
@@ -163,3 +238,14 @@ class Worker(threading.Thread):
             if reason in ("inference_error", "internal_error"):
                 text += "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
             self._warn(text)
+
+
+@contextlib.contextmanager
+def _inference() -> Iterator[None]:
+    """A fault of the pipeline as the reason why its frame is dropped."""
+    try:
+        yield
+    except OutOfMemory as error:
+        raise DroppedFrame("out_of_memory", str(error)) from error
+    except Exception as error:
+        raise DroppedFrame("inference_error", f"{type(error).__name__}: {error}") from error
