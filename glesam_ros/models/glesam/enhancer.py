@@ -1,0 +1,485 @@
+"""GleSAM's enhancer: one denoising step of a Stable Diffusion U-Net restores the latent of a bad picture.
+
+Read top to bottom: the configuration, the step and its checks (`OneStep`), the level of GleSAM++ (`LevelPredictor`,
+`LevelEmbedding`), the published enhancer (`Enhancer`), the small one that learns from it (`SmallEnhancer`).
+
+    z_hat = (gamma z_L - sqrt(1 - abar_T) eps(gamma z_L, T)) / (gamma sqrt(abar_T))
+
+z_L is what SAM's image encoder says of the degraded picture; it takes the place of a noisy latent, no noise is added.
+eps is the noise that the U-Net predicts, T a fixed timestep, abar the schedule of Stable Diffusion. gamma brings the
+latent to the scale that the U-Net was trained on (FDA, feature distribution alignment). The U-Net knows 4 channels, the
+latent has 256: the first and the last convolution are replicated 64 times (CRE, channel replication and expansion).
+Only LoRA matrices are trained.
+
+Source: GleSAM (CVPR 2025, arXiv 2503.12507), section 3; GleSAM++ (arXiv 2601.02018).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glesam_ros.models.glesam.base import LATENT_CHANNELS, Features
+from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
+
+allow_import_without_operators()  # diffusers and peft, which are imported below, want torchvision
+
+UNet2DConditionModel = Any
+"""diffusers' class; what it consists of is made at run time, and no checker of types sees it."""
+
+UNETS: dict[str, dict[str, Any]] = {
+    "sd21-base": {
+        "sample_size": 64,
+        "attention_head_dim": (5, 10, 20, 20),
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+    },
+    "sd15": {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
+}
+"""Where the U-Nets of Stable Diffusion 2.1-base and 1.5 differ from `diffusers.UNet2DConditionModel`'s defaults."""
+
+UNET_CHANNELS = 4
+"""Channels of the latent that Stable Diffusion was trained with."""
+TOKENS = 77
+"""Length of a prompt in tokens, the empty one too."""
+SIDE_DIVISOR = 8
+"""The U-Net halves the latent three times."""
+TIMESTEPS = 1000
+"""Length of the schedule."""
+LORA_TARGETS = [
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+    "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+    "conv_in", "conv_out",
+]  # fmt: skip
+"""Endings of the names of the adapted layers, as published: 280 of them in either U-Net."""
+SAM2_HIGH_CHANNELS = (32, 64)
+"""Channels of `Features.high` of SAM 2, at stride 4 and 8."""
+
+
+@dataclass(frozen=True)
+class EnhancerConfig:
+    """What an enhancer is; the content of `glesam.json`.
+
+    Attributes:
+        base: model whose latent is restored, a name of `catalogue.BASES`.
+        kind: "lora" (`Enhancer`) or "small" (`SmallEnhancer`).
+        unet: name in `UNETS`; of a small enhancer, the U-Net of its teacher.
+        gamma: factor of the latent before the U-Net, > 0.
+        timestep: T in 0..999.
+        rank, alpha: of LoRA; the update is alpha / rank * B A.
+        levels: GleSAM++: predicts the degradation level and is told it.
+        channels: of the latent, a multiple of 4.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    base: str
+    kind: str
+    unet: str
+    gamma: float = 5.0
+    timestep: int = 1
+    rank: int = 8
+    alpha: int = 8
+    levels: bool = False
+    channels: int = LATENT_CHANNELS
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("lora", "small"):
+            raise ValueError(f"kind: expected lora or small, got {self.kind!r}")
+        if self.unet not in UNETS:
+            raise ValueError(f"unet: expected one of {', '.join(UNETS)}, got {self.unet!r}")
+        if not (math.isfinite(self.gamma) and self.gamma > 0):
+            raise ValueError(f"gamma: expected a number > 0, got {self.gamma!r}")
+        if not (isinstance(self.timestep, int) and 0 <= self.timestep < TIMESTEPS):
+            raise ValueError(f"timestep: expected a whole number in 0..{TIMESTEPS - 1}, got {self.timestep!r}")
+        for name, value in (("rank", self.rank), ("alpha", self.alpha)):
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+        if not (isinstance(self.channels, int) and self.channels > 0 and self.channels % UNET_CHANNELS == 0):
+            raise ValueError(f"channels: expected a multiple of {UNET_CHANNELS}, got {self.channels!r}")
+
+
+def alpha_bar(timestep: int) -> float:
+    """Share of the signal at `timestep` in 0..999 of Stable Diffusion's schedule: scaled linear, 0.00085 to 0.012."""
+    first, last = math.sqrt(0.00085), math.sqrt(0.012)
+    return math.prod(1 - (first + (last - first) * t / (TIMESTEPS - 1)) ** 2 for t in range(timestep + 1))
+
+
+def one_step(scaled: Tensor, noise: Tensor, gamma: float, share: float) -> Tensor:
+    """Restored z of gamma z and the predicted noise, `share` the alpha bar; in the precision of its inputs.
+
+    Source: GleSAM, section 3; with gamma = 1 the prediction of x_0 in DDPM and DDIM.
+    """
+    return (scaled - math.sqrt(1 - share) * noise) / (gamma * math.sqrt(share))
+
+
+class OneStep(nn.Module, ABC):
+    """What both enhancers share: the step, its checks, the level predictor of GleSAM++.
+
+    Nothing depends on the values of a tensor, so that the forward pass can be captured as a CUDA graph, compiled and
+    exported. Convolutions run fastest after `to(memory_format=torch.channels_last)`.
+    """
+
+    def __init__(self, config: EnhancerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.share = alpha_bar(config.timestep)
+        self.level = LevelPredictor(config) if config.levels else None
+
+    @abstractmethod
+    def predict_noise(self, scaled: Tensor, level: Tensor | None) -> Tensor:
+        """gamma z (B, C, h, w) float32 or float64 and the level (B,), None without levels -> noise of that shape."""
+
+    @abstractmethod
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What an optimiser gets; all else is frozen."""
+
+    def forward(self, latent: Tensor, level: Tensor | None = None) -> Tensor:
+        """Restore latents.
+
+        Args:
+            latent: (B, C, h, w), h and w multiples of 8, float of any width.
+            level: (B,) degradation in 0 (clear) .. 1 (LQ-3); a model without levels ignores it.
+
+        Returns:
+            (B, C, h, w) in the type of `latent`. The network runs in the type of its weights (or of autocast), the
+            step in float32 at least.
+
+        Raises:
+            ValueError: a shape is wrong, or the level is missing where the model needs it.
+        """
+        channels = self.config.channels
+        if latent.ndim != 4 or latent.shape[1] != channels:
+            raise ValueError(f"latent: expected shape (B, {channels}, h, w), got {tuple(latent.shape)}")
+        if latent.shape[2] % SIDE_DIVISOR or latent.shape[3] % SIDE_DIVISOR:
+            raise ValueError(
+                f"latent: expected sides that are multiples of {SIDE_DIVISOR}, got {latent.shape[2]} x "
+                f"{latent.shape[3]}; take a processing size that is a multiple of {16 * SIDE_DIVISOR}"
+            )
+        if not self.config.levels:
+            level = None
+        elif level is None:
+            raise ValueError("level: expected a tensor (B,), got None; this enhancer was trained with levels")
+        elif level.shape != latent.shape[:1]:
+            raise ValueError(f"level: expected shape ({latent.shape[0]},), got {tuple(level.shape)}")
+        scaled = self.config.gamma * latent.to(torch.promote_types(latent.dtype, torch.float32))
+        noise = self.predict_noise(scaled, level).to(scaled.dtype)
+        return one_step(scaled, noise, self.config.gamma, self.share).to(latent.dtype)
+
+    def predict_level(self, features: Features) -> Tensor:
+        """Degradation (B,) float32 in 0 (clear) .. 1 (LQ-3) of B images.
+
+        Raises:
+            ValueError: the enhancer was made without levels.
+        """
+        if self.level is None:
+            raise ValueError("predict_level: expected an enhancer with levels (GleSAM++), got one without")
+        return self.level(features)
+
+
+class LevelPredictor(nn.Module):
+    """Degradation-level prediction of GleSAM++: how bad the picture is, from what the encoder says of it.
+
+    The paper's details are not public; this is our design. Blur, noise and blocks change the statistics of features
+    more than their layout, so the mean and the deviation of each channel over all positions are enough: of the latent,
+    and of the levels at stride 4 and 8 where the encoder gives them (SAM 2), which are closest to the pixels. The
+    logarithm of a deviation needs no normalisation, which would take out what noise does to all of them at once. It is
+    trained on LQSeg, level k as k / 3, and clear pictures as 0. The pipeline's auto mode skips the enhancer on a frame
+    whose level is low.
+    """
+
+    def __init__(self, config: EnhancerConfig) -> None:
+        super().__init__()
+        self.high = len(SAM2_HIGH_CHANNELS) if config.base.startswith("sam2") else 0
+        statistics = 2 * (config.channels + sum(SAM2_HIGH_CHANNELS[: self.high]))
+        self.first = nn.Linear(statistics, 128)
+        self.last = nn.Linear(128, 1)
+
+    def forward(self, features: Features) -> Tensor:
+        """Features -> level (B,) float32 in 0..1.
+
+        Raises:
+            ValueError: features of another base model.
+        """
+        if len(features.high) != self.high:
+            raise ValueError(f"features: expected {self.high} high levels, got {len(features.high)}")
+        parts = []
+        for x in (features.latent, *features.high):
+            deviation, mean = torch.std_mean(x.float(), (2, 3), correction=0)
+            parts += [mean, (deviation + 1e-5).log()]
+        statistics = torch.cat(parts, 1).to(self.first.weight.dtype)
+        return torch.sigmoid(self.last(F.silu(self.first(statistics))).float().squeeze(1))
+
+
+class LevelEmbedding(nn.Module):
+    """Level (B,) -> (B, width), what the U-Net adds to the embedding of its timestep: GleSAM++'s condition.
+
+    Sines and cosines of the level, then an MLP, as for the timestep. The fastest turns 1.5 times between clear and
+    LQ-3: LQSeg's levels stand 1/3 apart, and nothing is learnt of what turns faster. The last layer begins at zero, so
+    that a model that gets levels begins as it was without.
+    """
+
+    FREQUENCIES = 3
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(2 * self.FREQUENCIES, width)
+        self.last = nn.Linear(width, width)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, level: Tensor) -> Tensor:
+        turns = torch.arange(1, self.FREQUENCIES + 1, device=level.device, dtype=torch.float32)
+        angles = math.pi * level.float()[:, None] * turns
+        waves = torch.cat([angles.sin(), angles.cos()], 1).to(self.first.weight.dtype)
+        return self.last(F.silu(self.first(waves)))
+
+
+class Enhancer(OneStep):
+    """GleSAM's enhancer: a frozen U-Net of Stable Diffusion with replicated channels (CRE) and LoRA.
+
+    With `config.levels` it is GleSAM++'s: the level joins the embedding of the timestep by diffusers' way of class
+    embeddings.
+
+    For inference: `merge_lora()`, then `fold_constants()`, then the type and the device.
+    """
+
+    def __init__(self, config: EnhancerConfig, unet: UNet2DConditionModel, prompt: Tensor) -> None:
+        """Adapt a U-Net, in place.
+
+        Args:
+            unet: plain, 4 channels in and out.
+            prompt: (1, 77, C) float, what the text encoder of that U-Net says of the empty prompt.
+
+        Raises:
+            ValueError: the U-Net has other channels, or the prompt another shape.
+        """
+        super().__init__(config)
+        from peft import LoraConfig
+
+        width = unet.config.cross_attention_dim
+        if prompt.shape != (1, TOKENS, width):
+            raise ValueError(f"prompt: expected shape (1, {TOKENS}, {width}) of this U-Net, got {tuple(prompt.shape)}")
+        replicate_channels(unet, config.channels)
+        unet.requires_grad_(False)
+        unet.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=LORA_TARGETS))
+        if config.levels:
+            unet.class_embedding = LevelEmbedding(unet.time_embedding.linear_2.out_features)
+        self.unet = unet
+        self.register_buffer("prompt", prompt.detach().clone(), persistent=False)
+        # a tensor on the device: a number would be copied there in every call
+        self.register_buffer("step", torch.tensor([config.timestep], device=prompt.device), persistent=False)
+        self.prompt: Tensor
+        self.step: Tensor
+
+    def predict_noise(self, scaled: Tensor, level: Tensor | None) -> Tensor:
+        x = scaled.to(self.unet.conv_in.weight.dtype)
+        prompt = self.prompt.to(x.dtype).expand(len(x), -1, -1)
+        return self.unet(x, self.step, encoder_hidden_states=prompt, class_labels=level, return_dict=False)[0]
+
+    def lora_state(self) -> dict[str, Tensor]:
+        """The LoRA matrices in peft's key layout, "<module>.lora_A.default.weight"; empty once they are merged."""
+        return {key: x for key, x in self.unet.state_dict().items() if ".lora_A." in key or ".lora_B." in key}
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """LoRA, and what GleSAM++ adds."""
+        level = self.level.parameters() if self.level is not None else []
+        return [*(p for p in self.unet.parameters() if p.requires_grad), *level]
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Training takes less memory and more time."""
+        if on:
+            self.unet.enable_gradient_checkpointing()
+        else:
+            self.unet.disable_gradient_checkpointing()
+
+    def merge_lora(self) -> None:
+        """W0 + alpha / r B A takes the place of each adapted layer: the same output without the cost of LoRA.
+
+        Merge in float32, before the weights get a narrower type. There is no way back.
+        """
+        self.unet.fuse_lora()
+        self.unet.unload_lora()
+        self.unet.requires_grad_(False)
+
+    def fold_constants(self) -> None:
+        """Compute once what is the same in every call, with the same output.
+
+        T and the empty prompt never change: the embedding of T, and the keys and values of the prompt in each cross
+        attention become constants; without levels, the shift of each residual block by the embedding does, too. Their
+        layers are dropped (of SD 2.1-base 57 million parameters).
+
+        Raises:
+            ValueError: LoRA is not merged yet.
+        """
+        if self.lora_state():
+            raise ValueError("fold_constants: expected merged weights, got LoRA; call merge_lora() first")
+        from diffusers.models.attention_processor import Attention
+        from diffusers.models.resnet import ResnetBlock2D
+
+        unet = self.unet
+        with torch.no_grad():
+            embedding = unet.time_embedding(unet.time_proj(self.step).to(unet.dtype))
+            prompt = self.prompt.to(unet.dtype)
+            for name, module in unet.named_modules():
+                if isinstance(module, ResnetBlock2D) and not self.config.levels:
+                    module.register_module("time_emb_proj", Constant(module.time_emb_proj(F.silu(embedding))))
+                    module.skip_time_act = True
+                elif isinstance(module, Attention) and name.endswith("attn2"):
+                    module.register_module("to_k", Constant(module.to_k(prompt)))
+                    module.register_module("to_v", Constant(module.to_v(prompt)))
+        unet.time_proj = nn.Identity()
+        unet.time_embedding = Constant(embedding)
+
+
+class Constant(nn.Module):
+    """A layer whose output does not depend on its input."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+        self.value: Tensor
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """(B, ...) -> the value, B times."""
+        return self.value.expand(len(x), *self.value.shape[1:])
+
+
+def replicate_channels(unet: UNet2DConditionModel, channels: int) -> None:
+    """CRE: give the U-Net `channels` in and out, in place, by copies of what it has for 4.
+
+    Copies are not scaled: the first convolution of a latent of equal groups gives 64 times what it gave for one, which
+    the group norms after it take out.
+
+    Raises:
+        ValueError: the U-Net has not 4 channels in and out.
+    """
+    found = (unet.conv_in.in_channels, unet.conv_out.out_channels)
+    if found != (UNET_CHANNELS, UNET_CHANNELS):
+        raise ValueError(f"unet: expected 4 channels in and out, got {found[0]} and {found[1]}")
+    copies = channels // UNET_CHANNELS
+    with torch.no_grad():
+        unet.conv_in.weight = nn.Parameter(unet.conv_in.weight.repeat(1, copies, 1, 1))
+        unet.conv_out.weight = nn.Parameter(unet.conv_out.weight.repeat(copies, 1, 1, 1))
+        unet.conv_out.bias = nn.Parameter(unet.conv_out.bias.repeat(copies))
+    unet.conv_in.in_channels = unet.conv_out.out_channels = channels
+    unet.register_to_config(in_channels=channels, out_channels=channels)
+
+
+class SmallEnhancer(OneStep):
+    """A U-Net of 30 million parameters that learns from an `Enhancer`, for computers on board.
+
+    The same step around a network of our own: 256 channels in and out, trained from nothing. `config.timestep` may be
+    larger than the teacher's: at T = 1 the noise is 24 gamma times the error of the latent, at T = 100 2.9 gamma times,
+    which a network from nothing learns faster. The last convolution begins at zero, the output thus as z / sqrt(abar).
+    """
+
+    def __init__(self, config: EnhancerConfig) -> None:
+        super().__init__(config)
+        self.unet = SmallUNet(config.channels, config.levels)
+
+    def predict_noise(self, scaled: Tensor, level: Tensor | None) -> Tensor:
+        return self.unet(scaled.to(self.unet.conv_in.weight.dtype), level)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """All of it."""
+        return list(self.parameters())
+
+
+class SmallUNet(nn.Module):
+    """Three scales of plain 3 x 3 convolutions, attention at the coarsest only.
+
+    Depthwise convolutions would have fewer operations and be no faster: they are bound by memory and leave the tensor
+    cores of a Jetson idle. At the full resolution of the latent, where pixels are many, the width is smallest; most
+    parameters are at a quarter of it, where an attention over all positions is cheap (256 for an image of 1024).
+    """
+
+    WIDTHS = (128, 256, 512)
+    CONDITION = 256
+    """Width of the level's embedding."""
+
+    def __init__(self, channels: int, levels: bool) -> None:
+        super().__init__()
+        fine, middle, coarse = self.WIDTHS
+        condition = self.CONDITION if levels else 0
+        self.level = LevelEmbedding(condition) if levels else None
+        self.conv_in = nn.Conv2d(channels, fine, 3, padding=1)
+        self.down_fine = nn.ModuleList(ResidualBlock(fine, fine, condition) for _ in range(2))
+        self.to_middle = nn.Conv2d(fine, middle, 3, 2, 1)
+        self.down_middle = nn.ModuleList(ResidualBlock(middle, middle, condition) for _ in range(2))
+        self.to_coarse = nn.Conv2d(middle, coarse, 3, 2, 1)
+        self.before = nn.ModuleList(ResidualBlock(coarse, coarse, condition) for _ in range(2))
+        self.attention = SelfAttention(coarse)
+        self.after = nn.ModuleList(ResidualBlock(coarse, coarse, condition) for _ in range(2))
+        self.from_coarse = nn.Conv2d(coarse, middle, 3, padding=1)
+        self.up_middle = nn.ModuleList(ResidualBlock(width, middle, condition) for width in (2 * middle, middle))
+        self.from_middle = nn.Conv2d(middle, fine, 3, padding=1)
+        self.up_fine = nn.ModuleList(ResidualBlock(width, fine, condition) for width in (2 * fine, fine))
+        self.norm_out = nn.GroupNorm(32, fine)
+        self.conv_out = nn.Conv2d(fine, channels, 3, padding=1)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, level: Tensor | None) -> Tensor:
+        """gamma z (B, C, h, w), level (B,) where the network has levels -> noise (B, C, h, w)."""
+        condition = self.level(level) if self.level is not None else None
+
+        def run(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+            for block in blocks:
+                x = block(x, condition)
+            return x
+
+        fine = run(self.down_fine, self.conv_in(x))
+        middle = run(self.down_middle, self.to_middle(fine))
+        x = run(self.before, self.to_coarse(middle))
+        x = run(self.after, self.attention(x))
+        x = self.from_coarse(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        x = run(self.up_middle, torch.cat([x, middle], 1))
+        x = self.from_middle(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        x = run(self.up_fine, torch.cat([x, fine], 1))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class ResidualBlock(nn.Module):
+    """Norm, activation, convolution, twice; the level scales and shifts in between."""
+
+    def __init__(self, inside: int, outside: int, condition: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, inside)
+        self.conv1 = nn.Conv2d(inside, outside, 3, padding=1)
+        self.condition = nn.Linear(condition, 2 * outside, bias=False) if condition else None
+        self.norm2 = nn.GroupNorm(32, outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1)
+        self.skip = nn.Identity() if inside == outside else nn.Conv2d(inside, outside, 1)
+
+    def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        y = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        if self.condition is not None:
+            scale, shift = self.condition(condition)[:, :, None, None].chunk(2, 1)
+            y = y * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(y))
+
+
+class SelfAttention(nn.Module):
+    """Every position sees every other."""
+
+    HEADS = 8
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.HEADS, c // self.HEADS, h * w).transpose(3, 4).unbind(1)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(2, 3).reshape(b, c, h, w))

@@ -1,0 +1,374 @@
+"""GleSAM's enhancer: the published counts and formulas, the step against diffusers, merging, files, faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not all(map(importlib.util.find_spec, ("diffusers", "peft", "transformers"))):
+    pytest.skip("expected diffusers, peft and transformers", allow_module_level=True)
+
+from glesam_ros.models.glesam.base import Features  # noqa: E402
+from glesam_ros.models.glesam.enhancer import (  # noqa: E402
+    UNETS,
+    Enhancer,
+    EnhancerConfig,
+    SmallEnhancer,
+    alpha_bar,
+    one_step,
+    replicate_channels,
+)
+
+LORA = EnhancerConfig(base="sam_vit_b", kind="lora", unet="sd21-base", channels=8)
+SMALL = EnhancerConfig(base="sam_vit_b", kind="small", unet="sd21-base", channels=8)
+TINY = {
+    "block_out_channels": (8, 16, 16, 16),
+    "norm_num_groups": 4,
+    "attention_head_dim": (1, 2, 2, 2),
+    "cross_attention_dim": 12,
+    "use_linear_projection": True,
+}
+
+
+def tiny_unet(**other):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**{**TINY, **other})
+
+
+def tiny_enhancer(config=LORA, seed=0, trained=False):
+    torch.manual_seed(seed)
+    enhancer = Enhancer(config, tiny_unet(), torch.randn(1, 77, 12)).eval()
+    if trained:
+        with torch.no_grad():
+            for parameter in enhancer.trained_parameters():
+                parameter.normal_(std=0.1)
+    return enhancer
+
+
+def latent(batch=2, channels=8, side=16, seed=1):
+    return torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+# the published numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "parameters", "unet_parameters"),
+    [("sd21-base", 1024, 8_518_144, 865_910_724), ("sd15", 768, 8_452_608, 859_520_964)],
+)
+def test_full_size_counts(name, width, parameters, unet_parameters):
+    from diffusers import UNet2DConditionModel
+    from peft.tuners.lora import LoraLayer
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS[name])
+        assert sum(p.numel() for p in unet.parameters()) == unet_parameters
+        enhancer = Enhancer(EnhancerConfig("sam_vit_h", "lora", name), unet, torch.zeros(1, 77, width))
+    assert sum(isinstance(m, LoraLayer) for m in enhancer.modules()) == 280
+    trained = enhancer.trained_parameters()
+    assert sum(p.numel() for p in trained) == parameters == sum(x.numel() for x in enhancer.lora_state().values())
+    assert all(p.requires_grad for p in trained) and len(trained) == 560
+    assert enhancer.unet.conv_in.weight.shape == (320, 256, 3, 3)
+    assert enhancer.unet.conv_out.weight.shape == (256, 320, 3, 3)
+    assert enhancer.unet.conv_out.base_layer.bias.shape == (256,)
+
+
+def test_schedule():
+    import diffusers
+
+    assert alpha_bar(0) == pytest.approx(1 - 0.00085, abs=1e-15)
+    assert alpha_bar(1) == pytest.approx(0.998296, abs=5e-7)
+    assert math.sqrt(1 - alpha_bar(1)) == pytest.approx(0.041279, abs=5e-7)
+    theirs = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+    torch.testing.assert_close(torch.tensor([alpha_bar(t) for t in range(1000)]), theirs, rtol=1e-4, atol=0)
+
+
+def test_small_is_small():
+    config = EnhancerConfig("sam2.1_hiera_tiny", "small", "sd21-base", levels=True)
+    assert 25e6 < sum(p.numel() for p in SmallEnhancer(config).parameters()) < 40e6
+
+
+# channel replication
+
+
+def test_replicated_channels():
+    unet = tiny_unet().double()
+    first, last = unet.conv_in.weight.clone(), unet.conv_out.weight.clone()
+    first_bias, last_bias = unet.conv_in.bias.clone(), unet.conv_out.bias.clone()
+    x = latent(channels=4).double()
+    before = torch.nn.functional.conv2d(x, first, padding=1)
+    h = latent(channels=8).double()
+    narrow = unet.conv_out(h)
+    replicate_channels(unet, 256)
+    torch.testing.assert_close(unet.conv_in.bias, first_bias)
+    torch.testing.assert_close(unet.conv_in(x.repeat(1, 64, 1, 1)) - first_bias[:, None, None], 64 * before)
+    torch.testing.assert_close(unet.conv_out(h), narrow.repeat(1, 64, 1, 1))
+    for k in (0, 17, 63):
+        torch.testing.assert_close(unet.conv_in.weight[:, 4 * k : 4 * k + 4], first)
+        torch.testing.assert_close(unet.conv_out.weight[4 * k : 4 * k + 4], last)
+        torch.testing.assert_close(unet.conv_out.bias[4 * k : 4 * k + 4], last_bias)
+    assert (unet.config.in_channels, unet.config.out_channels) == (256, 256)
+
+
+# the step
+
+
+def test_step_undoes_the_noise():
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(3, 8, 8, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    for timestep in (0, 1, 500, 999):
+        for gamma in (1.0, 5.0):
+            share = alpha_bar(timestep)
+            noisy = math.sqrt(share) * clean + math.sqrt(1 - share) * noise / gamma
+            restored = one_step(gamma * noisy, noise, gamma, share)
+            torch.testing.assert_close(restored, clean, rtol=0, atol=1e-12 if timestep < 999 else 1e-10)
+
+
+def test_no_noise_only_divides():
+    enhancer = tiny_enhancer()
+    with torch.no_grad():
+        enhancer.unet.conv_out.weight.zero_()
+        enhancer.unet.conv_out.base_layer.bias.zero_()
+        out = enhancer(latent())
+    torch.testing.assert_close(out, latent() / math.sqrt(0.9982960278384514))
+    torch.testing.assert_close(SmallEnhancer(SMALL)(latent()), out)
+
+
+@pytest.mark.parametrize("timestep", [1, 321])
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DDIMScheduler"])
+def test_step_is_that_of_diffusers(timestep, scheduler):
+    import diffusers
+
+    gamma = 3.0
+    enhancer = tiny_enhancer(dataclasses.replace(LORA, timestep=timestep, gamma=gamma), trained=True)
+    schedule = getattr(diffusers, scheduler)(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+    )
+    schedule.set_timesteps(1000)
+    with torch.no_grad():
+        out = enhancer(latent())
+        noise = enhancer.unet(gamma * latent(), timestep, encoder_hidden_states=enhancer.prompt.repeat(2, 1, 1)).sample
+    assert noise.std() > 0.1
+    expected = schedule.step(noise, timestep, gamma * latent()).pred_original_sample / gamma
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_step_is_computed_in_float32(dtype):
+    enhancer = SmallEnhancer(SMALL).eval()
+    with torch.no_grad():
+        torch.nn.init.normal_(enhancer.unet.conv_out.weight, std=0.05)
+    enhancer = enhancer.to(dtype)
+    z = latent().to(dtype)
+    seen = []
+    enhancer.unet.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out)))
+    with torch.no_grad():
+        out = enhancer(z)
+    assert out.dtype == dtype and seen[0][0] == dtype
+    exact = one_step(5.0 * z.double(), seen[0][1].double(), 5.0, alpha_bar(1))
+    # one rounding at the very end
+    torch.testing.assert_close(out, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_batch_is_as_one_by_one():
+    enhancer = tiny_enhancer(trained=True)
+    with torch.no_grad():
+        torch.testing.assert_close(enhancer(latent())[1:], enhancer(latent()[1:]), rtol=1e-4, atol=1e-5)
+
+
+# LoRA
+
+
+def test_only_lora_is_trained():
+    enhancer = tiny_enhancer().train()
+    names = {name for name, p in enhancer.unet.named_parameters() if p.requires_grad}
+    assert names and all(".lora_A." in name or ".lora_B." in name for name in names)
+    before = {k: v.clone() for k, v in enhancer.state_dict().items()}
+    optimiser = torch.optim.SGD(enhancer.trained_parameters(), lr=0.1)
+    enhancer(latent()).square().mean().backward()
+    optimiser.step()
+    changed = {k for k, v in enhancer.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and all(".lora_B." in k for k in changed)  # B begins at zero, so A has no gradient yet
+
+
+def test_fresh_lora_changes_nothing():
+    enhancer = tiny_enhancer()
+    torch.manual_seed(0)
+    plain = tiny_unet().eval()
+    replicate_channels(plain, 8)
+    with torch.no_grad():
+        noise = plain(5 * latent(), 1, encoder_hidden_states=enhancer.prompt.repeat(2, 1, 1)).sample
+        torch.testing.assert_close(enhancer(latent()), one_step(5 * latent(), noise, 5.0, alpha_bar(1)))
+
+
+def test_checkpointing_keeps_gradients():
+    gradients = []
+    for on in (False, True):
+        enhancer = tiny_enhancer(trained=True).train()
+        enhancer.set_gradient_checkpointing(on)
+        enhancer(latent()).square().mean().backward()
+        gradients.append([p.grad for p in enhancer.trained_parameters()])
+        assert any(getattr(m, "gradient_checkpointing", False) for m in enhancer.unet.modules()) is on
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("levels", [False, True])
+def test_merged_and_folded_equal_the_adapters(levels):
+    enhancer = tiny_enhancer(dataclasses.replace(LORA, levels=levels, rank=4, alpha=6), trained=True)
+    level = torch.tensor([0.2, 0.9])
+    with torch.no_grad():
+        expected = enhancer(latent(), level)
+        assert (expected - tiny_enhancer(dataclasses.replace(LORA, levels=levels))(latent(), level)).abs().max() > 1e-3
+        enhancer.merge_lora()
+        torch.testing.assert_close(enhancer(latent(), level), expected, rtol=1e-5, atol=1e-5)
+        assert not enhancer.lora_state() and not any("lora" in name for name, _ in enhancer.named_modules())
+        parameters = sum(p.numel() for p in enhancer.parameters())
+        enhancer.fold_constants()
+        torch.testing.assert_close(enhancer(latent(), level), expected, rtol=1e-5, atol=1e-5)
+        assert sum(p.numel() for p in enhancer.parameters()) < parameters
+
+
+def test_folded_does_not_run_what_it_dropped():
+    enhancer = tiny_enhancer(trained=True)
+    enhancer.merge_lora()
+    enhancer.fold_constants()
+    with torch.no_grad():
+        expected = enhancer(latent())
+        enhancer.prompt.fill_(math.nan)
+        enhancer.step.fill_(7)
+        torch.testing.assert_close(enhancer(latent()), expected)
+
+
+def test_fold_wants_merged_weights():
+    with pytest.raises(ValueError, match="merge_lora"):
+        tiny_enhancer().fold_constants()
+
+
+@pytest.mark.parametrize("kind", ["lora", "small"])
+def test_exports_as_one_graph(kind):
+    """torch.export refuses what depends on values: what it takes can be compiled, captured and exported to ONNX."""
+    levels = True
+    if kind == "lora":
+        enhancer = tiny_enhancer(dataclasses.replace(LORA, levels=levels), trained=True)
+        enhancer.merge_lora()
+        enhancer.fold_constants()
+    else:
+        enhancer = SmallEnhancer(dataclasses.replace(SMALL, levels=levels)).eval()
+        with torch.no_grad():
+            torch.nn.init.normal_(enhancer.unet.conv_out.weight, std=0.05)
+    args = (latent(1), torch.tensor([0.5]))
+    with torch.no_grad():
+        exported = torch.export.export(enhancer, args)
+        torch.testing.assert_close(exported.module()(*args), enhancer(*args), rtol=1e-4, atol=1e-5)
+
+
+# levels
+
+
+def test_fresh_levels_change_nothing():
+    plain, levelled = tiny_enhancer(), tiny_enhancer(dataclasses.replace(LORA, levels=True))
+    with torch.no_grad():
+        for level in (0.0, 0.5, 1.0):
+            torch.testing.assert_close(levelled(latent(), torch.full((2,), level)), plain(latent()))
+
+
+@pytest.mark.parametrize("kind", ["lora", "small"])
+def test_the_level_can_be_learnt(kind):
+    config = dataclasses.replace(LORA if kind == "lora" else SMALL, levels=True)
+    enhancer = tiny_enhancer(config) if kind == "lora" else SmallEnhancer(config)
+    network = enhancer.unet
+    embedding = network.class_embedding if kind == "lora" else network.level
+    with torch.no_grad():
+        network.conv_out.weight.normal_(std=0.05)
+    z, level = latent(), torch.tensor([0.0, 1.0])
+    optimiser = torch.optim.Adam(embedding.parameters(), 0.1)
+    enhancer(z, level).square().mean().backward()
+    optimiser.step()
+    with torch.no_grad():
+        assert (enhancer(z, level) - enhancer(z, 1 - level)).abs().max() > 1e-4
+    trained = {id(p) for p in enhancer.trained_parameters()}
+    assert all(id(p) in trained for p in [*embedding.parameters(), *enhancer.level.parameters()])
+
+
+@pytest.mark.parametrize(("base", "high"), [("sam_vit_b", ()), ("sam2.1_hiera_tiny", (32, 64))])
+def test_predictor_learns_noise(base, high):
+    enhancer = SmallEnhancer(EnhancerConfig(base, "small", "sd15", levels=True, channels=8))
+
+    def features(noise, seed):
+        generator = torch.Generator().manual_seed(seed)
+        levels = [(8, 8), *((c, 16 * 2 ** (1 - k)) for k, c in enumerate(high))]
+        maps = [torch.randn(len(noise), c, s, s, generator=generator) for c, s in levels]
+        maps = [(1 + noise[:, None, None, None]) * m for m in maps]
+        return Features(maps[0], tuple(maps[1:]))
+
+    truth = torch.tensor([0, 1 / 3, 2 / 3, 1.0]).repeat(4)
+    optimiser = torch.optim.Adam(enhancer.level.parameters(), 3e-3)
+    for seed in range(100):
+        loss = (enhancer.predict_level(features(truth, seed)) - truth).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        predicted = enhancer.predict_level(features(truth, 1000))
+    assert predicted.shape == (16,) and predicted.min() >= 0 and predicted.max() <= 1
+    assert (predicted - truth).abs().mean() < 0.12
+    with pytest.raises(ValueError, match="high levels"):
+        enhancer.predict_level(Features(latent(), () if high else (latent(),)))
+
+
+def test_level_of_a_half_precision_model_does_not_overflow():
+    enhancer = SmallEnhancer(dataclasses.replace(SMALL, levels=True)).half()
+    level = enhancer.predict_level(Features(torch.full((1, 8, 16, 16), 3e4, dtype=torch.float16)))
+    assert level.dtype == torch.float32 and torch.isfinite(level).all()
+
+
+# faults
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"kind": "large"}, "kind: expected lora or small, got 'large'"),
+        ({"unet": "sdxl"}, "unet: expected one of sd21-base, sd15"),
+        ({"gamma": 0.0}, "gamma: expected a number > 0"),
+        ({"gamma": math.nan}, "gamma"),
+        ({"timestep": -1}, "timestep: expected a whole number in 0..999, got -1"),
+        ({"timestep": 1000}, "got 1000"),
+        ({"rank": 0}, "rank"),
+        ({"channels": 6}, "channels: expected a multiple of 4, got 6"),
+    ],
+)
+def test_config_refuses(values, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(LORA, **values)
+
+
+@pytest.mark.parametrize("make", [tiny_enhancer, lambda config=SMALL: SmallEnhancer(config)])
+def test_forward_refuses(make):
+    enhancer = make()
+    with pytest.raises(ValueError, match=r"expected shape \(B, 8, h, w\), got \(2, 4, 16, 16\)"):
+        enhancer(latent(channels=4))
+    with pytest.raises(ValueError, match="got .8, 16, 16."):
+        enhancer(latent()[0])
+    with pytest.raises(ValueError, match="multiples of 8, got 12 x 12"):
+        enhancer(latent(side=12))
+    with pytest.raises(ValueError, match="without"):
+        enhancer.predict_level(Features(latent()))
+    levelled = make(dataclasses.replace(enhancer.config, levels=True))
+    with pytest.raises(ValueError, match="trained with levels"):
+        levelled(latent())
+    with pytest.raises(ValueError, match=r"level: expected shape \(2,\), got \(1,\)"):
+        levelled(latent(), torch.zeros(1))
+
+
+def test_enhancer_refuses_a_foreign_prompt_and_unet():
+    with pytest.raises(ValueError, match=r"prompt: expected shape \(1, 77, 12\) of this U-Net, got \(1, 77, 16\)"):
+        Enhancer(LORA, tiny_unet(), torch.zeros(1, 77, 16))
+    with pytest.raises(ValueError, match="expected 4 channels in and out, got 9 and 4"):
+        Enhancer(LORA, tiny_unet(in_channels=9), torch.zeros(1, 77, 12))
