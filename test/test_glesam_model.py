@@ -303,7 +303,7 @@ def test_shapes_that_come_again_are_captured_once() -> None:
         captured.append(tuple(inputs[0].shape))
         return imitated_capture(function, inputs)
 
-    call = Replayed(lambda x, y: (x + y, x * y), "a test", capture)
+    call = Replayed(lambda x, y: (x + y, x * y), "a test", capture, at_once=False)
     results = []
     for k, n in enumerate((2, 3, 2, 2, 3, 2)):
         x = torch.full((n,), float(k))
@@ -319,6 +319,18 @@ def test_shapes_that_come_again_are_captured_once() -> None:
     assert captured == [(2,), (3,), (2,)]
 
 
+def test_shapes_that_hardly_vary_are_captured_at_once() -> None:
+    captured: list[int] = []
+
+    def capture(function: Function, inputs: Any) -> Function:
+        captured.append(len(inputs[0]))
+        return imitated_capture(function, inputs)
+
+    call = Replayed(lambda x: (x + 1,), "a test", capture, at_once=True)
+    assert call(torch.zeros(2))[0].tolist() == [1, 1] and captured == [2]
+    assert call(torch.ones(2))[0].tolist() == [2, 2] and captured == [2]
+
+
 def test_graphs_are_few_and_the_longest_unused_goes() -> None:
     captured: list[int] = []
 
@@ -326,7 +338,7 @@ def test_graphs_are_few_and_the_longest_unused_goes() -> None:
         captured.append(len(inputs[0]))
         return imitated_capture(function, inputs)
 
-    call = Replayed(lambda x: (x + 1,), "a test", capture)
+    call = Replayed(lambda x: (x + 1,), "a test", capture, at_once=False)
     for n in range(1, MAX_GRAPHS + 2):
         call(torch.zeros(n))
         call(torch.zeros(n))
@@ -346,7 +358,7 @@ def test_a_capture_that_fails_is_logged_once_and_the_stage_runs_as_it_is(
     def capture(function: Function, inputs: Any) -> Function:
         raise error
 
-    call = Replayed(lambda x: (x + 1,), "decode", capture)
+    call = Replayed(lambda x: (x + 1,), "decode", capture, at_once=False)
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
             assert call(torch.zeros(2))[0].tolist() == [1, 1]

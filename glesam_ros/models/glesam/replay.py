@@ -27,20 +27,20 @@ Capture = Callable[[Function, tuple[Tensor, ...]], Function]
 
 
 class Replayed:
-    """A function that is captured for the shapes that come more than once; for one thread at a time.
+    """A function that is captured for the shapes that it is called with; for one thread at a time.
 
-    The first call with new shapes runs the function, the second captures it, all others replay. Results are the
-    caller's own. A capture that fails, also for lack of memory, is logged once and the function runs as it is from then
-    on.
+    Later calls with these shapes replay. Results are the caller's own. A capture that fails, also for lack of memory, is
+    logged once and the function runs as it is from then on.
 
     Args:
         function: what to call; inputs are told apart by shape and dtype.
         what: its name in the log.
         capture: how to capture; None leaves the function as it is.
+        at_once: capture in the first call with new shapes; else in the second, where shapes vary and may not come again.
     """
 
-    def __init__(self, function: Function, what: str, capture: Capture | None) -> None:
-        self._function, self._what, self._capture = function, what, capture
+    def __init__(self, function: Function, what: str, capture: Capture | None, *, at_once: bool) -> None:
+        self._function, self._what, self._capture, self._at_once = function, what, capture, at_once
         self._graphs: OrderedDict[object, Function | None] = OrderedDict()  # None: the shapes were seen once
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -48,7 +48,7 @@ class Replayed:
             return self._function(*inputs)
         key = tuple((x.shape, x.dtype) for x in inputs)
         graph = self._graphs.get(key)
-        if graph is None and key in self._graphs:
+        if graph is None and (self._at_once or key in self._graphs):
             graph = self._try_capture(self._capture, inputs)
         if self._capture is not None:
             self._graphs[key] = graph

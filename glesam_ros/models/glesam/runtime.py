@@ -193,9 +193,9 @@ class TorchRuntime:
         self._enhancer = None if enhancer is None else _folded(enhancer, device, dtype)
 
         def stage(function: Function, what: str) -> Replayed:
-            return Replayed(
-                Compiled(function, what) if compile else function, what, capture_cuda if self._on_cuda else None
-            )
+            fast = Compiled(function, what) if compile else function
+            # the number of prompts varies, the size of the square hardly does
+            return Replayed(fast, what, capture_cuda if self._on_cuda else None, at_once=what != "decode")
 
         self._stages = {
             "encode": stage(self._encode, "encode"),
