@@ -134,7 +134,8 @@ class MemoryLadder:
                 size = max(self._own_size // 2, (now.size - 1) // SIZE_STEP * SIZE_STEP)
                 lower = dataclasses.replace(now, size=size)
             self._rungs.append(lower)
-        _LOG.warning("out of memory in %s: %s from now on", stage, self)
+            text = str(self)
+        _LOG.warning("out of memory in %s: %s from now on", stage, text)
 
     def went_well(self) -> None:
         """A frame was encoded; after enough of them one rung up."""
@@ -150,7 +151,8 @@ class MemoryLadder:
                 return
             self._rungs.pop()
             self._is_trial = True
-        _LOG.info("memory was enough for %d frames: %s is tried again", self._wait, self)
+            wait, text = self._wait, str(self)
+        _LOG.info("memory was enough for %d frames: %s is tried again", wait, text)
 
     def _begin(self) -> None:
         self._good, self._wait, self._is_trial, self.is_exhausted = 0, GOOD_FRAMES, False, False

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import logging
 import math
 import os
 import signal
@@ -423,6 +424,25 @@ class PerceptionNode(LifecycleNode):
         return stopped and not self._is_in_transition
 
 
+class NodeLog(logging.Handler):
+    """What the ROS-free core logs, in the log of `node`."""
+
+    def __init__(self, node: PerceptionNode) -> None:
+        super().__init__()
+        self._logger = node.get_logger()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass the text on; debug records are left out."""
+        text = record.getMessage()
+        # a line of code each: rclpy refuses another severity from the same one
+        if record.levelno >= logging.ERROR:
+            self._logger.error(text)
+        elif record.levelno >= logging.WARNING:
+            self._logger.warning(text)
+        elif record.levelno >= logging.INFO:
+            self._logger.info(text)
+
+
 def _corners(box: Any) -> tuple[float, float, float, float]:
     """xyxy of a vision_msgs/BoundingBox2D; of a rotated one the upright box around it."""
     cos, sin = abs(math.cos(box.center.theta)), abs(math.sin(box.center.theta))
@@ -450,6 +470,9 @@ def main(args: list[str] | None = None) -> int:
             rclpy.logging.get_logger(NODE_NAME).fatal(f"start parameters are not valid: {error}")
             rclpy.try_shutdown()
             return 1
+        core, to_node = logging.getLogger("glesam_ros"), NodeLog(node)
+        core.setLevel(logging.INFO)
+        core.addHandler(to_node)
         executor = MultiThreadedExecutor(num_threads=4)
         executor.add_node(node)
         ended = threading.Event()
@@ -462,6 +485,7 @@ def main(args: list[str] | None = None) -> int:
         is_idle = node.close()
         executor.shutdown(timeout_sec=EXIT_TIMEOUT_S)
         spinner.join(EXIT_TIMEOUT_S)
+        core.removeHandler(to_node)
         rclpy.try_shutdown()
     if not is_idle:
         # a thread is inside the model: the interpreter would wait for it, or tear the model down under it

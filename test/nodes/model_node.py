@@ -1,21 +1,32 @@
 """The perception node with small numpy models, so that the tests of the ROS layer need no weights.
 
 Models: `bright` finds connected bright regions; `steady` sleeps 0.1 s in each encode, `slow` 2 s; `busy` holds the
-interpreter for 2 s in each encode; `fragile` raises on a red image; `absent` cannot be loaded.
+interpreter for 2 s in each encode; `fragile` raises on a red image; `absent` cannot be loaded; `filed` can where the
+file that WEIGHTS names is there.
+
+Short of memory, own size 1024: `tight` has room for 768 pixels and 16 prompts a batch while the picture is red, `scant`
+has it always, `starved` has room for nothing. Each logs its stages with their times and takes 0.1 s for either half:
+`paired`, which overlaps, and `single`, which does not.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 
-from glesam_ros.models import Candidates, Embedding, register_model
+from glesam_ros.models import Candidates, Embedding, OutOfMemory, register_model
 
 SCALE = 4
 SLOW_S = 2.0
+PAUSE_S = 0.1
+ROOM = 768, 16
+LOG = logging.getLogger("glesam_ros.test_model")
 
 
 class Bright:
@@ -94,21 +105,84 @@ class Busy(Bright):
         return super().encode(image, budget)
 
 
+def is_red(image):
+    return image[0, 0, 0] == 255 and image[0, 0, 1] == 0
+
+
 class Fragile(Bright):
     def encode(self, image, budget):
-        if image[0, 0, 0] == 255 and image[0, 0, 1] == 0:
+        if is_red(image):
             raise RuntimeError("red is too much")
         return super().encode(image, budget)
+
+
+class Tight(Bright):
+    own_size = 1024
+    room = ROOM
+
+    def is_short(self, image):
+        return is_red(image)
+
+    def encode(self, image, budget):
+        self.has_room = not self.is_short(image)
+        size = budget.processing_size or self.own_size
+        if not self.has_room and size > self.room[0]:
+            raise OutOfMemory(f"expected room for {size} px, got {self.room[0]}")
+        return super().encode(image, budget)
+
+    def propose(self, embedding, score_threshold, limit, budget):
+        if not self.has_room and budget.points_per_batch > self.room[1]:
+            raise OutOfMemory(f"expected room for {budget.points_per_batch} prompts, got {self.room[1]}")
+        return super().propose(embedding, score_threshold, limit, budget)
+
+
+class Scant(Tight):
+    def is_short(self, image):
+        return True
+
+
+class Starved(Scant):
+    room = 0, 0
+
+
+class Paired(Bright):
+    overlaps = True
+
+    def encode(self, image, budget):
+        return timed("encode", super().encode, image, budget)
+
+    def propose(self, *arguments):
+        return timed("decode", super().propose, *arguments)
+
+
+class Single(Paired):
+    overlaps = False
+
+
+def timed(stage, call, *arguments):
+    start = time.monotonic()
+    time.sleep(PAUSE_S)
+    found = call(*arguments)
+    LOG.info("%s from %.4f to %.4f", stage, start, time.monotonic())
+    return found
 
 
 def _absent(device: str, precision: str):
     raise RuntimeError("expected weights beside the model, found none; train it first")
 
 
+def _filed(device: str, precision: str):
+    path = Path(os.environ["WEIGHTS"])
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: weights of filed are missing; get them: glesam models get filed")
+    return Bright(device, precision)
+
+
 if __name__ == "__main__":
     from glesam_ros.ros.node import main
 
-    for model in (Bright, Steady, Slow, Busy, Fragile):
+    for model in (Bright, Steady, Slow, Busy, Fragile, Tight, Scant, Starved, Paired, Single):
         register_model(model.__name__.lower(), model)
     register_model("absent", _absent)
+    register_model("filed", _filed)
     sys.exit(main())
