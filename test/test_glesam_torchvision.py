@@ -1,0 +1,33 @@
+"""torchvision can be imported beside a torch that its operators do not fit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+CALL = "from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators as allow; allow(); allow(); "
+
+
+def test_upstream_packages_can_be_imported() -> None:
+    assert run(CALL + "import segment_anything, transformers; print('there')") == "there"
+
+
+def test_what_is_not_installed_stays_so() -> None:
+    hide = "import sys; sys.modules['torchvision'] = None; "
+    assert run(hide + CALL + "print(sys.modules['torchvision'])") == "None"
+
+
+def test_a_missing_operator_raises_when_called() -> None:
+    code = (
+        CALL + "import torch, torchvision\n"
+        "boxes = torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1]])\n"
+        "try: print(torchvision.ops.nms(boxes, torch.ones(2), 0.5).tolist())\n"
+        "except RuntimeError: print('raised')"
+    )
+    assert run(code) in ("[0]", "raised")
