@@ -5,8 +5,9 @@ interpreter for 2 s in each encode; `fragile` raises on a red image; `absent` ca
 file that WEIGHTS names is there.
 
 Short of memory, own size 1024: `tight` has room for 768 pixels and 16 prompts a batch while the picture is red, `scant`
-has it always, `starved` has room for nothing. Each logs its stages with their times and takes 0.1 s for either half:
-`paired`, which overlaps, and `single`, which does not.
+has it always; `hungry` has room for nothing while the picture is red, `starved` always.
+
+Each half takes 0.1 s and is logged with its times: `paired`, which overlaps, and `single`, which does not.
 """
 
 from __future__ import annotations
@@ -136,6 +137,10 @@ class Tight(Bright):
         return super().propose(embedding, score_threshold, limit, budget)
 
 
+class Hungry(Tight):
+    room = 0, 0
+
+
 class Scant(Tight):
     def is_short(self, image):
         return True
@@ -181,7 +186,7 @@ def _filed(device: str, precision: str):
 if __name__ == "__main__":
     from glesam_ros.ros.node import main
 
-    for model in (Bright, Steady, Slow, Busy, Fragile, Tight, Scant, Starved, Paired, Single):
+    for model in (Bright, Steady, Slow, Busy, Fragile, Tight, Hungry, Scant, Starved, Paired, Single):
         register_model(model.__name__.lower(), model)
     register_model("absent", _absent)
     register_model("filed", _filed)

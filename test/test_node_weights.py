@@ -1,0 +1,51 @@
+"""A model whose files are missing: configure fails with their name and the command, and works once they are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ros_graph import image_message, picture, wait_for
+from sensor_msgs.msg import Image
+
+SQUARE = (20, 20, 60, 60)
+ERROR = b"\x02"
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch) -> Path:
+    """The file that the test model `filed` needs, not there yet."""
+    path = tmp_path / "filed.safetensors"
+    monkeypatch.setenv("WEIGHTS", str(path))
+    return path
+
+
+def error_of(client, *words):
+    status = client.status("model")
+    return status is not None and status.level == ERROR and all(word in status.message for word in words)
+
+
+def test_configure_names_file_and_command_and_works_once_the_file_is_there(launch, weights):
+    client = launch(model="filed", autostart=False, wait_active=False)
+    words = str(weights), "glesam models get filed"
+    for _ in range(2):
+        assert not client.change_state("configure")
+        assert client.state() == "unconfigured"
+    client.wait_log("configure failed", *words)
+    wait_for(lambda: error_of(client, *words), "an error in /diagnostics")
+    weights.touch()
+    assert client.change_state("configure") and client.change_state("activate")
+    masks = client.subscribe(Image, "masks")
+    client.stream(
+        lambda: image_message(picture((SQUARE,)), client.stamp()), lambda: masks.messages, "masks of the loaded model"
+    )
+    wait_for(lambda: not error_of(client), "an end of the error")
+
+
+def test_autostart_leaves_a_node_that_can_be_configured_by_hand(launch, weights):
+    client = launch(model="filed", wait_active=False)
+    client.wait_log("autostart stopped", "configure")
+    client.wait_log("configure failed", str(weights))
+    assert client.state() == "unconfigured"
+    weights.touch()
+    assert client.change_state("configure") and client.change_state("activate")
