@@ -11,7 +11,7 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-CALL = "from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators as allow; allow(); allow(); "
+CALL = "from glesam_ros.models.glesam import torchvision_ops as ops; " + 2 * "ops.allow_import_without_operators(); "
 
 
 def test_upstream_packages_can_be_imported() -> None:
