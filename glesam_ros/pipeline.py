@@ -20,6 +20,10 @@ from glesam_ros.settings import Settings
 from glesam_ros.validation import BoolArray, FloatArray, UInt8Array, check_boxes, check_image, check_points
 
 _LOG = logging.getLogger(__name__)
+FULL_SIZE_PACKAGES = (
+    "torch", "torchvision", "diffusers", "peft", "transformers", "safetensors", "segment_anything", "sam2"
+)
+"""What full-size models may need, all in the extra `glesam` of setup.py."""
 SIZE_STEP = 128
 """Pixels of processing size between two rungs, the multiple that SAM models work at."""
 LEAST_BATCH = 8
@@ -352,12 +356,20 @@ def load_pipeline(
     Raises:
         ValueError: unknown model, unknown setting or a value out of range.
         RuntimeError: the device asked for is not available.
+        FileNotFoundError: weights are missing; names the file and the command that gets it.
+        ModuleNotFoundError: a package of the extra `glesam` is missing.
     """
     try:
         chosen = Settings(model=model, enhancement=enhancement, device=device, precision=precision, **settings)
     except TypeError as error:
         raise ValueError(f"load_pipeline: {error}; see glesam_ros.Settings for the known ones") from error
-    return Pipeline(load_model(model, device, precision), chosen)
+    try:
+        return Pipeline(load_model(model, device, precision), chosen)
+    except ModuleNotFoundError as error:
+        if error.name not in FULL_SIZE_PACKAGES:
+            raise
+        text = f"model {model}: {error}; install what it needs: pip install 'glesam_ros[glesam]'"
+        raise ModuleNotFoundError(text, name=error.name) from error
 
 
 def mask_nms(masks: BoolArray, iou_threshold: float, limit: int) -> np.ndarray[Any, np.dtype[np.intp]]:

@@ -449,6 +449,17 @@ class TestLoading:
         with pytest.raises(ValueError, match=words):
             load_pipeline(**arguments)
 
+    @pytest.mark.parametrize(("missing", "helps"), [("torch", True), ("sam2", True), ("glesam_ros.typo", False)])
+    def test_a_missing_package_is_named_with_the_extra_that_brings_it(self, missing: str, helps: bool) -> None:
+        def factory(device: str, precision: str) -> Any:
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+        register_model(f"without_{missing}", factory)
+        with pytest.raises(ModuleNotFoundError, match=f"No module named '{missing}'") as caught:
+            load_pipeline(f"without_{missing}")
+        assert caught.value.name == missing
+        assert ("pip install 'glesam_ros[glesam]'" in str(caught.value)) is helps
+
     def test_images_are_checked(self) -> None:
         with pytest.raises(ValueError, match="stack a grey image"):
             pipeline(Known()).encode(np.zeros((4, 5), np.uint8))
