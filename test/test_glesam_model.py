@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from glesam_ros.models import Budget, OutOfMemory  # noqa: E402
 from glesam_ros.models.glesam import runtime as runtimes  # noqa: E402
@@ -378,6 +380,64 @@ def test_a_runtime_with_graphs_gives_what_it_gives_without(monkeypatch: pytest.M
             found.append((better.latent, *r.decode(better, points, np.ones((2, 1), np.float32), bool(k % 2))))
         for a, b in zip(*found):
             assert torch.equal(a, b)
+
+
+class Transfers(TorchDispatchMode):
+    """Notes operations that bring a number from the host to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        places = {x.device.type for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)}
+        if "cpu" in places or function is torch.ops.aten.lift_fresh.default:  # the latter ends torch.tensor(...)
+            self.seen.append(str(function))
+        return result
+
+
+def transfers(function: Callable[..., Any], *inputs: Any) -> list[str]:
+    """Operations of `function` on the meta device that CUDA could not capture; values are not known there, so that
+    control flow by values raises NotImplementedError or RuntimeError."""
+    with torch.inference_mode(), Transfers() as mode:
+        function(*inputs)
+    return mode.seen
+
+
+def test_what_cannot_be_captured_is_noticed() -> None:
+    x = torch.empty(2, device="meta")
+    assert not transfers(lambda x: x + 1, x)
+    assert transfers(lambda x: x + torch.tensor([1.0, 2.0], device=x.device), x)
+    assert transfers(lambda x: x + torch.ones(2).to(x.device), x)
+    for by_value in (lambda x: x[x > 0], lambda x: x.max().item()):
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            transfers(by_value, x)
+
+
+def bases() -> dict[str, Callable[[], BaseModel]]:
+    from glesam_ros.models.glesam.sam2 import build_sam2
+
+    return {"sam2.1_hiera_tiny": lambda: build_sam2("sam2.1_hiera_tiny")}
+
+
+@pytest.mark.parametrize("name", ["sam2.1_hiera_tiny"])
+def test_stages_can_be_captured(name: str) -> None:
+    base = bases()[name]().to(torch.bfloat16).to("meta")
+    pixels = torch.empty(1, 3, 1024, 1024, dtype=torch.bfloat16, device="meta")
+    points, labels = torch.empty(64, 2, 2, device="meta"), torch.empty(64, 2, device="meta")
+    assert transfers(base.encode, pixels) == []
+    with torch.inference_mode():
+        features = base.encode(pixels)
+    for several in (False, True):
+        assert transfers(base.decode, features, points, labels, several) == []
+    small = SmallEnhancer(EnhancerConfig(base="sam_vit_b", kind="small", unet="sd21-base", levels=True))
+    for made in (enhancer(levels=True), enhancer(), small):
+        if isinstance(made, Enhancer):
+            made.merge_lora()
+            made.fold_constants()
+        made.to(torch.bfloat16).to("meta")
+        assert transfers(made, features.latent, torch.empty(1, device="meta")) == []
 
 
 def test_a_compiler_that_fails_is_logged_once(
