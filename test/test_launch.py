@@ -140,6 +140,13 @@ def test_autostart_off_waits_and_use_sim_time_is_passed_on(launched):
     assert client.change_state("configure") and client.state() == "inactive"
 
 
+def test_a_model_name_with_a_dot_and_a_plus_arrives_as_it_is(launched):
+    client = launched("launch_name", model="bright2.1_tiny+glesam")
+    client.wait_state("active")
+    [model] = parameters(client, "model")
+    assert model.string_value == "bright2.1_tiny+glesam"
+
+
 def test_demo_camera_feeds_the_node(launched):
     client = launched("launch_demo", demo_camera="true")
     client.wait_state("active")

@@ -49,3 +49,8 @@ def test_autostart_leaves_a_node_that_can_be_configured_by_hand(launch, weights)
     assert client.state() == "unconfigured"
     weights.touch()
     assert client.change_state("configure") and client.change_state("activate")
+
+
+def test_a_name_with_a_dot_and_a_plus_is_a_model_name(launch):
+    client = launch(model="bright2.1_tiny+glesam")
+    client.wait_log("model bright2.1_tiny+glesam loaded on cpu")

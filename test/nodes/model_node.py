@@ -2,7 +2,7 @@
 
 Models: `bright` finds connected bright regions; `steady` sleeps 0.1 s in each encode, `slow` 2 s; `busy` holds the
 interpreter for 2 s in each encode; `fragile` raises on a red image; `absent` cannot be loaded; `filed` can where the
-file that WEIGHTS names is there.
+file that WEIGHTS names is there. `bright2.1_tiny+glesam` is `bright` with a name like those of full-size models.
 
 Short of memory, own size 1024: `tight` has room for 768 pixels and 16 prompts a batch while the picture is red, `scant`
 has it always; `hungry` has room for nothing while the picture is red, `starved` always.
@@ -27,6 +27,7 @@ SCALE = 4
 SLOW_S = 2.0
 PAUSE_S = 0.1
 ROOM = 768, 16
+DOTTED = "bright2.1_tiny+glesam"
 LOG = logging.getLogger("glesam_ros.test_model")
 
 
@@ -188,6 +189,7 @@ if __name__ == "__main__":
 
     for model in (Bright, Steady, Slow, Busy, Fragile, Tight, Hungry, Scant, Starved, Paired, Single):
         register_model(model.__name__.lower(), model)
+    register_model(DOTTED, Bright)
     register_model("absent", _absent)
     register_model("filed", _filed)
     sys.exit(main())
