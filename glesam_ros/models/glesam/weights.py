@@ -1,0 +1,148 @@
+"""Files of tensors: read without running what is in them, put into a module without leaving a key behind."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+NAMES_SHOWN = 8
+"""Keys that an error lists before it counts the rest."""
+LORA_SPELLINGS = {"lora.down": "lora_A", "lora.up": "lora_B", "lora_A": "lora_A", "lora_B": "lora_B"}
+"""Ends of module names in diffusers' older and newer layout, and what peft calls them."""
+ADAPTER = "default"
+"""Name of the adapter in peft's keys."""
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by key, on the CPU.
+
+    A `.safetensors` file, or a checkpoint of torch: the state dict itself, or one that lies under "model" or
+    "state_dict" (SAM 2, many trainers). Checkpoints are read with `weights_only`: a pickle that would run code is refused
+    before it does.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not such a file, cut short, with code in it, or with something else than tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected weights at {path}, found no file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: expected a safetensors file, cannot read it: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: expected tensors only, found a pickle with other objects, which may run code on loading; refused. "
+            "Take the file from its official source, or convert it to safetensors where you trust it "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except Exception as error:  # torch raises half a dozen kinds for a broken file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: expected a checkpoint of torch, cannot read it: {reason}") from error
+    state = content
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        found = sorted(k for k, v in state.items() if not isinstance(v, Tensor)) if isinstance(state, dict) else state
+        raise ValueError(f"{path}: expected a state dict of tensors, got {_listed(found, type(content).__name__)}")
+    return dict(state)
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, ignore: Sequence[str] = ()) -> None:
+    """Put a state dict into a module where both have the same keys and shapes; else nothing changes.
+
+    Args:
+        what: what the state is of, for the error.
+        ignore: beginnings of keys that may be missing or too many.
+
+    Raises:
+        ValueError: names every missing, unexpected or wrongly shaped key.
+    """
+    own = module.state_dict()
+
+    def counts(key: str) -> bool:
+        return not any(key.startswith(start) for start in ignore)
+
+    missing = [key for key in own if key not in state and counts(key)]
+    unexpected = [key for key in state if key not in own and counts(key)]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own if key in state and state[key].shape != own[key].shape
+    ]
+    faults = [
+        f"{name}: {_listed(keys)}"
+        for name, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes)) if keys
+    ]
+    if faults:
+        raise ValueError(f"{what}: expected the keys of {type(module).__name__}; {'; '.join(faults)}")
+    module.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+
+
+def lora_to_peft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LoRA keys of diffusers, "unet.<module>.lora.down.weight", in peft's layout, "<module>.lora_A.default.weight".
+
+    Raises:
+        ValueError: a key is of another kind.
+    """
+    found = {}
+    for key, value in state.items():
+        name = key.removeprefix("unet.").removesuffix(".weight").removesuffix(f".{ADAPTER}")
+        spelling = next((end for end in LORA_SPELLINGS if name.endswith(f".{end}")), None)
+        if spelling is None or not key.endswith(".weight"):
+            raise ValueError(f"expected LoRA keys, <module>.lora.down.weight or <module>.lora.up.weight; got {key!r}")
+        found[f"{name.removesuffix(spelling)}{LORA_SPELLINGS[spelling]}.{ADAPTER}.weight"] = value
+    return found
+
+
+def lora_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `lora_to_peft`.
+
+    Raises:
+        ValueError: a key is not in peft's layout.
+    """
+    found = {}
+    for key, value in state.items():
+        for end, spelling in (("lora_A", "lora.down"), ("lora_B", "lora.up")):
+            if key.endswith(f".{end}.{ADAPTER}.weight"):
+                found[f"unet.{key.removesuffix(f'{end}.{ADAPTER}.weight')}{spelling}.weight"] = value
+                break
+        else:
+            raise ValueError(f"expected peft keys, <module>.lora_A.{ADAPTER}.weight; got {key!r}")
+    return found
+
+
+def decoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mask decoder's part of a state dict of SAM ("mask_decoder."), SAM 2 ("sam_mask_decoder.") or of itself.
+
+    "module." in front of all, from training on several GPUs, is stripped: so is the released GleSAM decoder.
+
+    Raises:
+        ValueError: there is no mask decoder in it.
+    """
+    bare = {key.removeprefix("module."): value for key, value in state.items()}
+    for prefix in ("mask_decoder.", "sam_mask_decoder."):
+        part = {key.removeprefix(prefix): value for key, value in bare.items() if key.startswith(prefix)}
+        if part:
+            return part
+    if not any(key.startswith("iou_prediction_head.") for key in bare):
+        raise ValueError(f"expected the keys of a mask decoder, mask_decoder.*; got {_listed(sorted(bare))}")
+    return bare
+
+
+def _listed(keys: Any, otherwise: str = "nothing") -> str:
+    """Keys in words, the first few by name."""
+    if not isinstance(keys, list):
+        return otherwise
+    shown = ", ".join(keys[:NAMES_SHOWN]) or otherwise
+    return shown + (f" and {len(keys) - NAMES_SHOWN} more" if len(keys) > NAMES_SHOWN else "")
