@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
@@ -383,7 +384,7 @@ def test_a_runtime_with_graphs_gives_what_it_gives_without(monkeypatch: pytest.M
 
 
 class Transfers(TorchDispatchMode):
-    """Notes operations that bring a number from the host to the device."""
+    """Notes operations with a tensor on the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -392,17 +393,30 @@ class Transfers(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         places = {x.device.type for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)}
-        if "cpu" in places or function is torch.ops.aten.lift_fresh.default:  # the latter ends torch.tensor(...)
+        if "cpu" in places:
             self.seen.append(str(function))
         return result
+
+
+class Literals(TorchFunctionMode):
+    """Notes tensors made of Python's numbers, which come from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy):
+            self.seen.append(function.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 def transfers(function: Callable[..., Any], *inputs: Any) -> list[str]:
     """Operations of `function` on the meta device that CUDA could not capture; values are not known there, so that
     control flow by values raises NotImplementedError or RuntimeError."""
-    with torch.inference_mode(), Transfers() as mode:
+    with torch.no_grad(), Literals() as literals, Transfers() as copies:
         function(*inputs)
-    return mode.seen
+    return literals.seen + copies.seen
 
 
 def test_what_cannot_be_captured_is_noticed() -> None:
