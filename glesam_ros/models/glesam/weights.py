@@ -24,8 +24,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors by key, on the CPU.
 
     A `.safetensors` file, or a checkpoint of torch: the state dict itself, or one that lies under "model" or
-    "state_dict" (SAM 2, many trainers). Checkpoints are read with `weights_only`: a pickle that would run code is refused
-    before it does.
+    "state_dict" (SAM 2, many trainers). Checkpoints are read with `weights_only`: a pickle that would run code is
+    refused before it does.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -42,8 +42,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: expected tensors only, found a pickle with other objects, which may run code on loading; refused. "
-            "Take the file from its official source, or convert it to safetensors where you trust it "
+            f"{path}: expected tensors only, found a pickle with other objects, which may run code; refused. Take "
+            "the file from its official source, or convert it to safetensors where you trust it "
             f"({str(error).splitlines()[0]})"
         ) from error
     except Exception as error:  # torch raises half a dozen kinds for a broken file
