@@ -65,10 +65,8 @@ def build_sam2(name: str, config: Sam2Config | None = None) -> Sam2:
     """
     if config is None and name not in SAM2_SIZES:
         raise ValueError(f"SAM 2 model: expected one of {', '.join(SAM2_SIZES)}, got {name!r}")
-    try:
-        from sam2 import build_sam
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{name} needs the sam2 package ({error}): pip install sam2", name="sam2") from error
+    from sam2 import build_sam
+
     chosen = config or SAM2_SIZES[name]
     device = str(torch.empty(0).device)  # upstream's own default is CUDA
     net = build_sam.build_sam2(chosen.file, device=device, hydra_overrides_extra=list(chosen.overrides))
@@ -107,7 +105,7 @@ class Sam2(BaseModel):
         Raises:
             ValueError: a key is missing, unexpected or of another shape. The model is then as before.
         """
-        load_exactly(self.net, dict(state), self.name)
+        load_exactly(self.net, state, self.name)
         for part in VIDEO_PARTS:
             if hasattr(self.net, part):
                 delattr(self.net, part)
