@@ -256,4 +256,7 @@ def test_bench_list_names_models_and_devices(capsys):
     text = capsys.readouterr().out
     assert re.search(r"^cpu +yes$", text, re.MULTILINE)
     assert re.search(r"^cuda +(yes|no \(CUDAExecutionProvider)", text, re.MULTILINE)
-    assert "bright" in text and "nano" in text
+    assert re.search(r"^models: bright, nano$", text, re.MULTILINE)
+    # bases and enhancers, not each of their pairs
+    assert "sam2.1_hiera_tiny" in text and "+glesam_small" in text and text.count("+glesam_small") == 1
+    assert max(map(len, text.splitlines())) <= 100

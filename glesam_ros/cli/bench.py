@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,6 +191,8 @@ def _list_models() -> int:
     import onnxruntime
 
     from glesam_ros.models import model_names
+    from glesam_ros.models.glesam.catalogue import BASES, ENHANCERS
+    from glesam_ros.models.glesam.catalogue import model_names as full_size_names
     from glesam_ros.models.onnx_session import PROVIDERS
 
     # whether the driver plays along shows on loading
@@ -197,7 +200,10 @@ def _list_models() -> int:
     print(f"{'device':<10}here")
     for device, provider in PROVIDERS.items():
         print(f"{device:<10}{'yes' if provider in available else f'no ({provider} is not in this onnxruntime)'}")
-    print("\nmodels: " + ", ".join(model_names()))
+    print("\nmodels: " + ", ".join(sorted({*model_names()} - {*full_size_names()})))
+    print(textwrap.fill(f"at full size: {', '.join(BASES)}", 100, subsequent_indent="  "))
+    print(f"  each alone or with {', '.join(f'+{name}' for name in ENHANCERS)}, as {next(iter(BASES))}+glesam")
+    print("  `glesam models` says which are here and gets the others")
     return 0
 
 

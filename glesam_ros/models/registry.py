@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from glesam_ros.models.base import SegmentationModel
+from glesam_ros.models.glesam import catalogue
 
 Factory = Callable[[str, str], SegmentationModel]
 """(device, precision) -> model."""
@@ -16,7 +18,13 @@ def _nano(device: str, precision: str) -> SegmentationModel:
     return Nano(device, precision)
 
 
-_REGISTRY: dict[str, Factory] = {"nano": _nano}
+def _full_size(name: str, device: str, precision: str) -> SegmentationModel:
+    from glesam_ros.models.glesam.model import load_glesam  # torch is needed only here
+
+    return load_glesam(name, device, precision)
+
+
+_REGISTRY: dict[str, Factory] = {"nano": _nano, **{name: partial(_full_size, name) for name in catalogue.model_names()}}
 
 
 def register_model(name: str, factory: Factory) -> None:
@@ -37,7 +45,13 @@ def load_model(name: str, device: str = "auto", precision: str = "auto") -> Segm
     Raises:
         ValueError: unknown name; lists the known ones.
         RuntimeError: the device asked for is not available.
+        FileNotFoundError: weights are missing; names the file and how to get it.
+        ModuleNotFoundError: a package that this model needs is missing.
     """
     if name not in _REGISTRY:
-        raise ValueError(f"model: expected one of {', '.join(model_names())}; got {name!r}")
+        own = [known for known in model_names() if known not in catalogue.model_names()]
+        raise ValueError(
+            f"model: expected one of {', '.join([*own, *catalogue.BASES])}, SAM's also with "
+            f"{', '.join(f'+{enhancer}' for enhancer in catalogue.ENHANCERS)}; got {name!r}"
+        )
     return _REGISTRY[name](device, precision)

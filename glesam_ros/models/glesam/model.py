@@ -5,18 +5,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from glesam_ros.models.base import Budget, Candidates, Embedding
-from glesam_ros.models.glesam import everything
+from glesam_ros.models.glesam import catalogue, everything
 from glesam_ros.models.glesam.base import LOGIT_STRIDE, SIDE_MULTIPLE, STRIDE, BaseModel, Features
-from glesam_ros.models.glesam.runtime import Runtime
+from glesam_ros.models.glesam.enhancer import load_config, load_enhancer
+from glesam_ros.models.glesam.runtime import Runtime, TorchRuntime, choose_device, choose_precision
+from glesam_ros.models.glesam.weights import decoder_state, load_exactly, read_tensors
 from glesam_ros.models.nano import Nano
 from glesam_ros.validation import FloatArray, UInt8Array
+
+if TYPE_CHECKING:
+    from glesam_ros.models.glesam.sam import Sam
+    from glesam_ros.models.glesam.sam2 import Sam2
 
 _LOG = logging.getLogger(__name__)
 LEAST_SIDE = 2 * SIDE_MULTIPLE
@@ -141,6 +148,72 @@ class GlesamModel:
     @functools.cached_property
     def _nano(self) -> Nano:
         return Nano("cpu", threads=LEVEL_THREADS)
+
+
+def load_glesam(name: str, device: str = "auto", precision: str = "auto", *, compile: bool = False) -> GlesamModel:
+    """Load a full-size model from the files in `catalogue.home()`.
+
+    Args:
+        name: a base, "sam2.1_hiera_tiny", or a base and an enhancer, "sam2.1_hiera_tiny+glesam".
+        device: "auto" (CUDA where torch has it, else the CPU), "cuda", "cpu", or "tensorrt" (what `glesam export`
+            wrote, by onnxruntime).
+        precision: "auto", see `choose_precision`, "fp32", "fp16" or "bf16".
+        compile: see `TorchRuntime`.
+
+    Raises:
+        ValueError: unknown name, device or precision, or files that do not fit.
+        FileNotFoundError: a file is missing; names it and the command that gets it.
+        RuntimeError: the device is not available.
+    """
+    base_name, enhancer_name = catalogue.split_name(name)
+    enhances = enhancer_name is not None
+    if device == "tensorrt":
+        from glesam_ros.models.glesam.onnx_runtime import open_onnx_runtime  # onnxruntime of this device only here
+
+        return GlesamModel(name, open_onnx_runtime(name, device, precision), build_base(base_name), enhances)
+    place = choose_device(device)
+    dtype = choose_precision(precision, place)
+    folder = catalogue.home()
+    if enhances:
+        own = catalogue.enhancer_folder(name, folder)
+        config = load_config(own)
+        if config.base != base_name:
+            raise ValueError(f"{own}: expected an enhancer of {base_name}, got one of {config.base}")
+        if config.kind == "lora":
+            catalogue.unet_folder(config.unet, name, folder)
+        # what is missing is said before gigabytes are read
+        catalogue.base_file(base_name, folder)
+    enhancer = load_enhancer(own, folder) if enhances else None
+    base = load_base(base_name, folder)
+    if enhances and (decoder := own / catalogue.DECODER_FILE).is_file():
+        load_exactly(base.mask_decoder, decoder_state(read_tensors(decoder)), str(decoder))
+    runtime = TorchRuntime(base, enhancer, place, dtype, compile=compile)
+    _LOG.info("%s runs on %s", name, runtime.device)
+    return GlesamModel(name, runtime, base, enhances)
+
+
+def build_base(name: str) -> Sam | Sam2:
+    """A base of the catalogue with random weights."""
+    if catalogue.BASES[name].family == "sam2":
+        from glesam_ros.models.glesam.sam2 import build_sam2  # each needs a package that the other does without
+
+        return build_sam2(name)
+    from glesam_ros.models.glesam.sam import build_sam
+
+    return build_sam(name)
+
+
+def load_base(name: str, folder: Path) -> Sam | Sam2:
+    """A base of the catalogue with the official weights in `folder`, on the CPU in fp32.
+
+    Raises:
+        FileNotFoundError: the file is missing; names it and the command that gets it.
+        ValueError: its keys are others.
+    """
+    file = catalogue.base_file(name, folder)
+    base = build_base(name)
+    base.load_official(read_tensors(file))
+    return base
 
 
 def _square(features: Features) -> int:

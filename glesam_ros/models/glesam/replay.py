@@ -29,14 +29,14 @@ Capture = Callable[[Function, tuple[Tensor, ...]], Function]
 class Replayed:
     """A function that is captured for the shapes that it is called with; for one thread at a time.
 
-    Later calls with these shapes replay. Results are the caller's own. A capture that fails, also for lack of memory, is
-    logged once and the function runs as it is from then on.
+    Later calls with these shapes replay. Results are the caller's own. A capture that fails, also for lack of memory,
+    is logged once and the function runs as it is from then on.
 
     Args:
         function: what to call; inputs are told apart by shape and dtype.
         what: its name in the log.
         capture: how to capture; None leaves the function as it is.
-        at_once: capture in the first call with new shapes; else in the second, where shapes vary and may not come again.
+        at_once: capture in the first call with new shapes; else in the second, for shapes that may not come again.
     """
 
     def __init__(self, function: Function, what: str, capture: Capture | None, *, at_once: bool) -> None:
