@@ -1,7 +1,7 @@
 """GleSAM's enhancer: one denoising step of a Stable Diffusion U-Net restores the latent of a bad picture.
 
 Read top to bottom: the configuration, the step and its checks (`OneStep`), the level of GleSAM++ (`LevelPredictor`,
-`LevelEmbedding`), the published enhancer (`Enhancer`), the small one that learns from it (`SmallEnhancer`).
+`LevelEmbedding`), the published enhancer (`Enhancer`), the small one that learns from it (`SmallEnhancer`), files.
 
     z_hat = (gamma z_L - sqrt(1 - abar_T) eps(gamma z_L, T)) / (gamma sqrt(abar_T))
 
@@ -16,9 +16,12 @@ Source: GleSAM (CVPR 2025, arXiv 2503.12507), section 3; GleSAM++ (arXiv 2601.02
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glesam_ros.models.glesam.base import LATENT_CHANNELS, Features
+from glesam_ros.models.glesam.catalogue import CONFIG_FILE, DECODER_FILE, LORA_FILE
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
+from glesam_ros.models.glesam.weights import load_exactly, lora_to_diffusers, lora_to_peft, read_tensors
 
 allow_import_without_operators()  # diffusers and peft, which are imported below, want torchvision
 
@@ -56,10 +61,16 @@ LORA_TARGETS = [
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
     "conv_in", "conv_out",
-]  # fmt: skip
+]
 """Endings of the names of the adapted layers, as published: 280 of them in either U-Net."""
 SAM2_HIGH_CHANNELS = (32, 64)
 """Channels of `Features.high` of SAM 2, at stride 4 and 8."""
+LEVEL_FILE = "level.safetensors"
+"""What GleSAM++ adds: keys "predictor.*", and of an `Enhancer` "embedding.*"."""
+SMALL_FILE = "unet.safetensors"
+"""The network of a `SmallEnhancer`."""
+PROMPT_FILE = "empty_prompt.safetensors"
+"""The embedding of the empty prompt, key "prompt"; beside the U-Net that it is for."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +106,15 @@ class EnhancerConfig:
             raise ValueError(f"kind: expected lora or small, got {self.kind!r}")
         if self.unet not in UNETS:
             raise ValueError(f"unet: expected one of {', '.join(UNETS)}, got {self.unet!r}")
-        if not (math.isfinite(self.gamma) and self.gamma > 0):
+        if not (isinstance(self.gamma, (int, float)) and math.isfinite(self.gamma) and self.gamma > 0):
             raise ValueError(f"gamma: expected a number > 0, got {self.gamma!r}")
         if not (isinstance(self.timestep, int) and 0 <= self.timestep < TIMESTEPS):
             raise ValueError(f"timestep: expected a whole number in 0..{TIMESTEPS - 1}, got {self.timestep!r}")
         for name, value in (("rank", self.rank), ("alpha", self.alpha)):
             if not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+        if not isinstance(self.levels, bool):
+            raise ValueError(f"levels: expected true or false, got {self.levels!r}")
         if not (isinstance(self.channels, int) and self.channels > 0 and self.channels % UNET_CHANNELS == 0):
             raise ValueError(f"channels: expected a multiple of {UNET_CHANNELS}, got {self.channels!r}")
 
@@ -140,6 +153,10 @@ class OneStep(nn.Module, ABC):
     @abstractmethod
     def trained_parameters(self) -> list[nn.Parameter]:
         """What an optimiser gets; all else is frozen."""
+
+    @abstractmethod
+    def files(self) -> dict[str, nn.Module]:
+        """Modules whose weights are files of their own, whole, by the name of the file."""
 
     def forward(self, latent: Tensor, level: Tensor | None = None) -> Tensor:
         """Restore latents.
@@ -223,7 +240,7 @@ class LevelEmbedding(nn.Module):
 
     Sines and cosines of the level, then an MLP, as for the timestep. The fastest turns 1.5 times between clear and
     LQ-3: LQSeg's levels stand 1/3 apart, and nothing is learnt of what turns faster. The last layer begins at zero, so
-    that a model that gets levels begins as it was without.
+    that a model that gets levels begins as it was without. At level 0 it may learn to leave a latent as it is.
     """
 
     FREQUENCIES = 3
@@ -293,6 +310,21 @@ class Enhancer(OneStep):
         level = self.level.parameters() if self.level is not None else []
         return [*(p for p in self.unet.parameters() if p.requires_grad), *level]
 
+    def load_lora(self, state: Mapping[str, Tensor], what: str) -> None:
+        """Take LoRA matrices in the layout of `lora_state`; `what` they are, for errors.
+
+        Raises:
+            ValueError: a matrix is missing, left over, or of another shape.
+        """
+        trained = self.lora_state()
+        frozen = [key for key in self.unet.state_dict() if key not in trained]
+        load_exactly(self.unet, state, what, ignore=frozen)
+
+    def files(self) -> dict[str, nn.Module]:
+        if self.level is None:
+            return {}
+        return {LEVEL_FILE: nn.ModuleDict({"predictor": self.level, "embedding": self.unet.class_embedding})}
+
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Training takes less memory and more time."""
         if on:
@@ -314,7 +346,7 @@ class Enhancer(OneStep):
 
         T and the empty prompt never change: the embedding of T, and the keys and values of the prompt in each cross
         attention become constants; without levels, the shift of each residual block by the embedding does, too. Their
-        layers are dropped (of SD 2.1-base 57 million parameters).
+        layers are dropped (of SD 2.1-base 53 million parameters).
 
         Raises:
             ValueError: LoRA is not merged yet.
@@ -391,6 +423,10 @@ class SmallEnhancer(OneStep):
     def trained_parameters(self) -> list[nn.Parameter]:
         """All of it."""
         return list(self.parameters())
+
+    def files(self) -> dict[str, nn.Module]:
+        level = {} if self.level is None else {LEVEL_FILE: nn.ModuleDict({"predictor": self.level})}
+        return {SMALL_FILE: self.unet, **level}
 
 
 class SmallUNet(nn.Module):
@@ -483,3 +519,135 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.HEADS, c // self.HEADS, h * w).transpose(3, 4).unbind(1)
         y = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(y.transpose(2, 3).reshape(b, c, h, w))
+
+
+def save_enhancer(
+    enhancer: Enhancer | SmallEnhancer, folder: Path, decoder: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write what was trained: `glesam.json` and safetensors files; LoRA in diffusers' key layout.
+
+    Args:
+        folder: made if missing; files of the same names are replaced.
+        decoder: weights of the mask decoder after stage 2; None leaves a file of them as it is.
+
+    Raises:
+        ValueError: LoRA is merged already.
+    """
+    from safetensors.torch import save_file
+
+    states: dict[str, Mapping[str, Tensor]] = {name: m.state_dict() for name, m in enhancer.files().items()}
+    if isinstance(enhancer, Enhancer):
+        lora = enhancer.lora_state()
+        if not lora:
+            raise ValueError("save_enhancer: expected LoRA, got merged weights; save before merge_lora()")
+        states[LORA_FILE] = lora_to_diffusers(lora)
+    if decoder is not None:
+        states[DECODER_FILE] = decoder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(asdict(enhancer.config), indent=2) + "\n", encoding="utf-8")
+    for name, state in states.items():
+        save_file({key: x.detach().cpu().contiguous() for key, x in state.items()}, folder / name)
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    """A U-Net as published, from `config.json` and `diffusion_pytorch_model.safetensors`, on the CPU in float32.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: the weights do not fit the configuration.
+    """
+    from diffusers import UNet2DConditionModel as Network
+
+    config = read_object(folder / "config.json")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    with torch.device("meta"):  # its random weights would take many seconds
+        unet = Network.from_config(config)
+    unet.to_empty(device="cpu")
+    load_exactly(unet, read_tensors(file), str(file))
+    return unet
+
+
+def empty_prompt(folder: Path) -> Tensor:
+    """What the text encoder of a Stable Diffusion says of the empty prompt: (1, 77, C) float32.
+
+    Computed once with `folder`/tokenizer and `folder`/text_encoder, then read from `folder`/empty_prompt.safetensors.
+
+    Raises:
+        FileNotFoundError: neither that file nor tokenizer and text encoder are there.
+    """
+    file = folder / PROMPT_FILE
+    if file.is_file():
+        return read_tensors(file)["prompt"]
+    for part in ("tokenizer", "text_encoder"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"{folder / part}: expected it, or {file.name} beside it, for the empty prompt")
+    from safetensors.torch import save_file
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True).float().eval()
+    ids = tokenizer("", padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        prompt = encoder(ids).last_hidden_state.contiguous()
+    save_file({"prompt": prompt}, file)
+    return prompt
+
+
+def load_config(folder: Path) -> EnhancerConfig:
+    """What `glesam.json` says.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON, or a field is missing, unknown or out of range.
+    """
+    file = folder / CONFIG_FILE
+    fields = read_object(file)
+    try:
+        return EnhancerConfig(**fields)
+    except TypeError as error:  # of a missing or an unknown field
+        raise ValueError(f"{file}: expected the fields of EnhancerConfig: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def load_enhancer(folder: Path, unets: Path) -> Enhancer | SmallEnhancer:
+    """Read what `save_enhancer` wrote, or the LoRA file that the paper's authors published beside a `glesam.json`.
+
+    Args:
+        unets: holds `<unet>/unet/config.json` and `diffusion_pytorch_model.safetensors` as published by Stable
+            Diffusion, and what `empty_prompt` needs; a small enhancer does not read it.
+
+    Returns:
+        The enhancer on the CPU, in float32, for inference.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: weights do not fit, or as `load_config`.
+    """
+    config = load_config(folder)
+    enhancer: Enhancer | SmallEnhancer
+    if config.kind == "small":
+        enhancer = SmallEnhancer(config)
+    else:
+        enhancer = Enhancer(config, load_unet(unets / config.unet / "unet"), empty_prompt(unets / config.unet))
+        file = folder / LORA_FILE
+        enhancer.load_lora(lora_to_peft(read_tensors(file)), str(file))
+    for name, module in enhancer.files().items():
+        load_exactly(module, read_tensors(folder / name), str(folder / name))
+    return enhancer.eval()
