@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,25 @@ def test_autostart_leaves_a_node_that_can_be_configured_by_hand(launch, weights)
 def test_a_name_with_a_dot_and_a_plus_is_a_model_name(launch):
     client = launch(model="bright2.1_tiny+glesam")
     client.wait_log("model bright2.1_tiny+glesam loaded on cpu")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch (extra glesam)")
+def test_a_full_size_model_without_weights(launch, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLESAM_HOME", str(tmp_path))
+    client = launch(model="sam2.1_hiera_tiny+glesam", autostart=False, wait_active=False)
+    assert not client.change_state("configure")
+    words = str(tmp_path / "sam2.1_hiera_tiny+glesam"), "glesam models get sam2.1_hiera_tiny+glesam"
+    client.wait_log("configure failed", *words)
+    wait_for(lambda: error_of(client, *words), "an error in /diagnostics")
+    assert client.state() == "unconfigured"
+
+
+def test_a_full_size_model_without_its_packages(launch, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    client = launch(model="sam_vit_b", autostart=False, wait_active=False)
+    assert not client.change_state("configure")
+    words = "model sam_vit_b: No module named 'torch'", "pip install 'glesam_ros[glesam]'"
+    client.wait_log("configure failed", *words)
+    wait_for(lambda: error_of(client, *words), "an error in /diagnostics")
+    assert client.state() == "unconfigured"
