@@ -7,21 +7,25 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from safetensors.torch import save_file  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from glesam_ros.models import Budget, OutOfMemory  # noqa: E402
+from glesam_ros import load_pipeline  # noqa: E402
+from glesam_ros.models import Budget, OutOfMemory, load_model, model_names  # noqa: E402
+from glesam_ros.models.glesam import catalogue  # noqa: E402
 from glesam_ros.models.glesam import runtime as runtimes  # noqa: E402
 from glesam_ros.models.glesam.base import BaseModel, Features  # noqa: E402
-from glesam_ros.models.glesam.enhancer import Enhancer, EnhancerConfig, SmallEnhancer  # noqa: E402
-from glesam_ros.models.glesam.model import GlesamModel  # noqa: E402
+from glesam_ros.models.glesam.enhancer import Enhancer, EnhancerConfig, SmallEnhancer, save_enhancer  # noqa: E402
+from glesam_ros.models.glesam.model import GlesamModel, load_glesam  # noqa: E402
 from glesam_ros.models.glesam.replay import MAX_GRAPHS, Compiled, Function, Replayed  # noqa: E402
 from glesam_ros.models.glesam.runtime import TorchRuntime, choose_device, choose_precision  # noqa: E402
 from glesam_ros.models.nano import Nano  # noqa: E402
@@ -572,3 +576,118 @@ def test_freeing_and_closing_reach_the_runtime() -> None:
 def test_allocation_failures_are_known_by_their_words() -> None:
     assert runtimes.means_out_of_memory(MemoryError())
     assert not runtimes.means_out_of_memory(ValueError("out of memory"))
+
+
+# ---- files in the real layout, through the front door
+
+
+def tiny_sam2(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Register a narrow SAM 2 and give what lies in its official file."""
+    from glesam_ros.models.glesam import sam2
+
+    trunk = "++model.image_encoder.trunk"
+    narrow = (f"{trunk}.embed_dim=16", f"{trunk}.num_heads=1")
+    neck = "++model.image_encoder.neck.backbone_channel_list=[128,64,32,16]"
+    config = sam2.Sam2Config(sam2.SAM2_SIZES["sam2.1_hiera_tiny"].file, (*narrow, neck))
+    monkeypatch.setitem(sam2.SAM2_SIZES, "sam2.1_hiera_tiny", config)
+    torch.manual_seed(4)
+    return {"model": sam2.build_sam2("sam2.1_hiera_tiny").net.state_dict()}
+
+
+FAMILIES = {"sam2.1_hiera_tiny": tiny_sam2}
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """A base's name, and a $GLESAM_HOME with its file, a U-Net, and its enhancers glesam and glesam++."""
+    base, unet = request.param, tiny_unet()
+    monkeypatch.setenv("GLESAM_HOME", str(tmp_path))
+    content = FAMILIES[base](monkeypatch)
+    torch.save(content, tmp_path / catalogue.BASES[base].source.path)
+    unet.save_pretrained(tmp_path / "sd21-base" / "unet")
+    prompt = torch.randn(1, 77, 32, generator=torch.manual_seed(2))
+    save_file({"prompt": prompt}, tmp_path / "sd21-base" / "empty_prompt.safetensors")
+    for name, levels in (("glesam", False), ("glesam++", True)):
+        config = EnhancerConfig(base=base, kind="lora", unet="sd21-base", levels=levels, timestep=500)
+        made = Enhancer(config, tiny_unet(), prompt)
+        with torch.no_grad():
+            for parameter in made.trained_parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.manual_seed(3)))
+        save_enhancer(made, tmp_path / f"{base}+{name}")
+    return base, tmp_path
+
+
+EASY = {"processing_size": 256, "points_per_side": 3, "score_threshold": 0.0, "stability_threshold": 0.0,
+        "min_area": 0, "device": "cpu"}
+
+
+@pytest.mark.parametrize("enhancer_name", ["glesam", "glesam++"])
+def test_a_model_runs_from_its_files_in_every_mode(home: tuple[str, Path], enhancer_name: str) -> None:
+    base, _ = home
+    pipe = load_pipeline(f"{base}+{enhancer_name}", enhancement="always", **EASY)
+    assert pipe.model.name == f"{base}+{enhancer_name}" and pipe.model.device == "cpu (fp32, torch)"
+    image = picture()
+    found = {}
+    for mode in ("off", "always", "auto"):
+        pipe.settings = pipe.settings.replace(enhancement=mode)
+        everything_found = pipe.segment(image)
+        point = pipe.segment(image, points=[[40, 50]])
+        boxes = pipe.segment(image, boxes=[[10, 10, 60, 60], [5, 40, 90, 90]])
+        both = pipe.segment(image, points=[[20, 20], [90, 70]], labels=[1, 0], boxes=[[10, 10, 60, 60]])
+        assert (len(point), len(boxes), len(both)) == (1, 2, 2)
+        assert everything_found.masks.shape[1:] == SIZE and len(everything_found) >= 1
+        found[mode] = boxes
+    assert not found["off"].enhanced and found["always"].enhanced
+    level = found["off"].degradation
+    assert found["auto"].enhanced == (level > pipe.settings.enhance_above)
+    assert np.abs(found["off"].scores - found["always"].scores).max() > 0
+    own = Nano("cpu", threads=1).encode(image, Budget()).degradation
+    assert (level == pytest.approx(own, abs=1e-4)) == (enhancer_name == "glesam")
+    pipe.close()
+
+
+def test_a_base_alone_runs_and_never_enhances(home: tuple[str, Path]) -> None:
+    pipe = load_pipeline(home[0], enhancement="always", **EASY)
+    assert not pipe.segment(picture()).enhanced
+
+
+def test_the_mask_decoder_of_stage_2_takes_the_place_of_the_official_one(home: tuple[str, Path]) -> None:
+    base, folder = home
+    name = f"{base}+glesam"
+    before = load_glesam(name, "cpu")._base.mask_decoder.state_dict()
+    tuned = {f"module.mask_decoder.{key}": value + 1 for key, value in before.items()}
+    save_file(tuned, folder / name / catalogue.DECODER_FILE)
+    after = load_glesam(name, "cpu")._base.mask_decoder.state_dict()
+    assert all(torch.equal(after[key], before[key] + 1) for key in before)
+    assert torch.equal(load_glesam(base, "cpu")._base.mask_decoder.state_dict()[key := next(iter(before))], before[key])
+
+
+@pytest.mark.parametrize("missing", ["base", "unet", "lora", "config"])
+def test_a_missing_file_is_named_with_the_command_that_gets_it(home: tuple[str, Path], missing: str) -> None:
+    base, folder = home
+    name = f"{base}+glesam"
+    path = {
+        "base": folder / catalogue.BASES[base].source.path,
+        "unet": folder / "sd21-base" / "unet" / "diffusion_pytorch_model.safetensors",
+        "lora": folder / name / "pytorch_lora_weights.safetensors",
+        "config": folder / name / "glesam.json",
+    }[missing]
+    path.unlink()
+    with pytest.raises(FileNotFoundError) as raised:
+        load_model(name, "cpu")
+    assert str(path) in str(raised.value)
+    assert missing == "lora" or f"glesam models get {base}" in str(raised.value)
+
+
+def test_an_enhancer_of_another_base_is_refused(home: tuple[str, Path]) -> None:
+    base, folder = home
+    file = folder / f"{base}+glesam" / "glesam.json"
+    file.write_text(file.read_text().replace(base, "sam_vit_h"))
+    with pytest.raises(ValueError, match=f"expected an enhancer of {base}, got one of sam_vit_h"):
+        load_model(f"{base}+glesam", "cpu")
+
+
+def test_every_name_of_the_catalogue_is_a_model() -> None:
+    assert {"nano", *catalogue.model_names()} <= {*model_names()}
+    with pytest.raises(ValueError, match=r"expected one of .*nano, sam_vit_b.*\+glesam, .*; got 'sam_vit_b\+nosuch'"):
+        load_model("sam_vit_b+nosuch")
