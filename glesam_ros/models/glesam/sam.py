@@ -257,7 +257,7 @@ class FusedAttention(nn.Module):
 
 
 def _distances(positions: Tensor, size: int) -> Tensor:
-    """Relative positions (L, C) -> (size, size, C) of each pair; interpolated where L is of another size, as upstream."""
+    """Relative positions (L, C) -> (size, size, C) of each pair; interpolated where L is of another size."""
     length = 2 * size - 1
     if len(positions) != length:
         positions = F.interpolate(positions.T[None], size=length, mode="linear")[0].T
