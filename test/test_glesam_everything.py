@@ -16,14 +16,21 @@ from glesam_ros.models.glesam.base import Features  # noqa: E402
 from glesam_ros.models.glesam.everything import Crop, box_nms, crops, point_grid, propose  # noqa: E402
 
 
-class Square:
+class Plain:
+    """What fake bases share."""
+
+    def padded(self, points: Any, labels: Any) -> Any:
+        return points, labels
+
+
+class Square(Plain):
     """A base that squashes images into the square, as SAM 2."""
 
     def content(self, size: tuple[int, int], side: int) -> tuple[int, int]:
         return side, side
 
 
-class Aspect:
+class Aspect(Plain):
     """A base that keeps the aspect and pads, as SAM."""
 
     def content(self, size: tuple[int, int], side: int) -> tuple[int, int]:

@@ -106,26 +106,27 @@ class GlesamModel:
         """One mask for each object.
 
         A lone point is ambiguous: of three masks the one with the best predicted IoU. Anything more has one mask, as
-        segment-anything recommends.
+        segment-anything recommends. Objects with as many points are decoded together, so that none needs padding: the
+        result is that of each object alone.
         """
         features: Features = embedding.extra["features"]
         height, width = self._base.content(embedding.size, _square(features))
         scale = np.array([width / embedding.size[1], height / embedding.size[0]], np.float32)
         xy = (points * scale).astype(np.float32)
         used = labels >= 0
-        lone = (used.sum(1) == 1) & (labels == 1).any(1)
+        kinds = np.stack([used.sum(1), (labels >= 2).any(1)], 1)
         masks = np.empty((len(points), height // LOGIT_STRIDE, width // LOGIT_STRIDE), np.float32)
         scores = np.empty(len(points), np.float32)
-        for several in (True, False):
-            rows = np.flatnonzero(lone == several)
+        for count, boxed in np.unique(kinds, axis=0):
+            rows = np.flatnonzero((kinds == (count, boxed)).all(1))
+            several = bool(count == 1 and not boxed)
             for start in range(0, len(rows), budget.points_per_batch):
                 batch = rows[start : start + budget.points_per_batch]
-                if several:
-                    first = used[batch].argmax(1)
-                    prompts, kinds = xy[batch, first][:, None], labels[batch, first][:, None]
-                else:
-                    prompts, kinds = xy[batch], labels[batch]
-                logits, quality = self._runtime.decode(features, prompts, kinds, several)
+                own = used[batch]
+                tokens = everything.tokens(
+                    self._base, xy[batch][own].reshape(-1, count, 2), labels[batch][own].reshape(-1, count)
+                )
+                logits, quality = self._runtime.decode(features, *tokens, several)
                 logits, quality = _best(logits[..., : masks.shape[1], : masks.shape[2]], quality)
                 masks[batch], scores[batch] = logits.cpu().numpy(), quality.cpu().numpy()
         return Candidates(masks, scores)
