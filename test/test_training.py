@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="training needs torch; scripts/test.
 
 from glesam_ros.datasets import Photograph  # noqa: E402
 from glesam_ros.training import losses, prompts  # noqa: E402
-from glesam_ros.training.crops import MIN_CELLS, draw_crop  # noqa: E402
+from glesam_ros.training.crops import MIN_AREA, STRIDE, draw_crop  # noqa: E402
 from glesam_ros.training.sources import Scenes  # noqa: E402
 
 
@@ -124,7 +124,7 @@ def test_crops_keep_picture_and_regions_together(scenes: Scenes) -> None:
     for _ in range(20):
         image, regions = draw_crop(scenes.draw, rng, 96, 128)
         assert image.shape == (96, 128, 3) and image.dtype == np.uint8
-        assert regions.shape[1:] == (24, 32) and (regions.sum((1, 2)) >= MIN_CELLS).all()
+        assert regions.shape[1:] == (24, 32) and (regions.sum((1, 2)) * STRIDE**2 >= MIN_AREA).all()
         small = cv2.resize(image, (32, 24), interpolation=cv2.INTER_AREA)[..., 0]
         eroded = cv2.erode(regions.any(0).astype(np.uint8), np.ones((3, 3))) > 0
         outside = cv2.dilate(regions.any(0).astype(np.uint8), np.ones((3, 3))) == 0

@@ -1,4 +1,4 @@
-"""`glesam train`: train nano by GleSAM's recipe, or go on with a run."""
+"""`glesam train`: train nano or a full-size model by GleSAM's recipe, or go on with a run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from typing import Any
 from glesam_ros.cli.options import CommandError
 
 STAGES = ("base", "level", "restore", "decode")
+"""Of nano."""
+FULL_STAGES = ("level", "restore", "decode", "distill")
+"""Of the full size."""
 
 EPILOG = """\
 examples:
@@ -21,31 +24,39 @@ examples:
   glesam train nano --data DATA --out runs/big --set base.steps=20000 --set crop.width=512
   glesam train nano --data DATA --out runs/one --set start=runs/nano/restore.pt \\
       --set base.steps=0 --set level.steps=0 --set restore.steps=0 --set decode.loss=focal
+  glesam train glesam_tiny --data DATA --out runs/tiny             every stage of the full size, random weights
+  glesam train glesam_sam_vit_b --data DATA --out runs/b           GleSAM on SAM ViT-B
+  glesam train glesam_sam_vit_b --data DATA --out runs/plus --set enhancer.levels=true         GleSAM++
   glesam train --print-config nano > mine.yaml                     every key; train it with: glesam train mine.yaml ...
   accelerate launch -m glesam_ros.cli.main train nano --data DATA --out runs/nano      on several GPUs
 
 stages: base (encoder and decoder on clear crops), level (degradation-level head), restore (stage 1, latent
-reconstruction), decode (stage 2). DATA is the folder that the paths of the sources are relative to.
+reconstruction), decode (stage 2); at full size: level (GleSAM++ only), restore, decode, distill (a small enhancer
+learns from the large one). DATA is the folder that the paths of the sources are relative to. The full size reads the
+weights of SAM and Stable Diffusion that `glesam models get` brings.
 --out holds the losses (CSV, tensorboard/), checkpoint.pt of the stage under way, STAGE.pt of each finished one, and at
-the end nano.pt. Ctrl-C finishes the step, writes the checkpoint and exits with 130; after a kill the last periodic
-checkpoint counts. Either way the result is that of a run that was not stopped."""
+the end nano.pt, or at full size a folder BASE+ENHANCER: glesam models get BASE+ENHANCER --from FOLDER. Ctrl-C finishes
+the step, writes the checkpoint and exits with 130; after a kill the last periodic checkpoint counts. Either way the
+result is that of a run that was not stopped."""
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the sub-parsers of `glesam`."""
     parser = commands.add_parser(
         "train", help="train the model", epilog=EPILOG,
-        description="Train nano by GleSAM's recipe at any size, on a GPU where there is one.",
+        description="Train nano or a full-size model by GleSAM's recipe, on a GPU where there is one.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", metavar="CONFIG", help="nano, tiny, or a YAML file")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="nano, tiny, glesam_sam_vit_b (a wrong name lists all), or a YAML file"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the data sets that CONFIG names")
     parser.add_argument("--out", type=Path, metavar="DIR", help="checkpoints and losses; default: runs/CONFIG")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
         help="another value for a key of CONFIG, for example base.steps=100; may be repeated",
     )
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help=f"last stage to run; default: {STAGES[-1]}")
+    parser.add_argument("--until", choices=dict.fromkeys((*STAGES, *FULL_STAGES)), help="last stage to run")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one"
     )
@@ -55,10 +66,11 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; 130 when a signal stopped it."""
-    from glesam_ros.training.config import load_config, to_yaml
+    from glesam_ros.training.config import Config, to_yaml
+    from glesam_ros.training.full_config import load_any
 
     try:
-        config = load_config(args.config, args.changes)
+        config = load_any(args.config, args.changes)
     except ValueError as error:
         raise CommandError(str(error)) from error
     if args.print_config:
@@ -66,19 +78,30 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.data is None:
         raise CommandError("expected --data DIR, the folder with the data sets that the configuration names")
+    stages = STAGES if isinstance(config, Config) else FULL_STAGES
+    until = args.until or stages[-1]
+    if until not in stages:
+        raise CommandError(f"--until: expected one of {', '.join(stages)} for {args.config}, got {until}")
     out = args.out or Path("runs") / Path(args.config).stem
 
     from glesam_ros.training.loop import Stopped
-    from glesam_ros.training.nano import train_nano
 
     try:
-        weights = train_nano(config, args.data, out, args.device, args.until)
+        if isinstance(config, Config):
+            from glesam_ros.training.nano import train_nano
+
+            weights = train_nano(config, args.data, out, args.device, until)
+            said = f"weights for export: {weights}" if weights else ""
+        else:
+            from glesam_ros.training.full import train_full
+
+            said = "\n".join(f"enhancer: {folder}" for folder in train_full(config, args.data, out, args.device, until))
     except (ValueError, FloatingPointError) as error:
         raise CommandError(str(error)) from error
     except Stopped:
         print(f"glesam train: stopped; go on with: {_again(args, out)}", file=sys.stderr)
         return 130
-    print(f"weights for export: {weights}" if weights else f"done until {args.until}: {out}")
+    print(said or f"done until {until}: {out}")
     return 0
 
 
@@ -86,7 +109,7 @@ def _again(args: argparse.Namespace, out: Path) -> str:
     """The command that goes on."""
     command: Sequence[str] = ["glesam", "train", args.config, "--data", str(args.data), "--out", str(out)]
     command = [*command, *(part for change in args.changes for part in ("--set", change))]
-    if args.until != STAGES[-1]:
+    if args.until:
         command = [*command, "--until", args.until]
     if args.device != "auto":
         command = [*command, "--device", args.device]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -17,11 +17,11 @@ from glesam_ros.degradation import HELD_OUT_KINDS, TRAINING_KINDS
 CONFIGS = Path(__file__).parent / "configs"
 STAGES = ("base", "level", "restore", "decode")
 """The stages in the order in which they run."""
-NO_BEARING = ("workers", "checkpoint_every", "log_every", "pictures_every")
+NO_BEARING = ("workers", "checkpoint_every", "log_every", "pictures_every", "gradient_checkpointing")
 """Keys, of the run or of a stage, that change nothing in the weights: a run may go on with other values of them."""
 
 
-def _no_bool(value: Any) -> Any:
+def no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"expected a number, got {str(value).lower()}")
     return value
@@ -47,7 +47,7 @@ def _crop_side(value: int) -> int:
     return value
 
 
-def _zoom(value: tuple[float, float]) -> tuple[float, float]:
+def zoom_range(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
         raise ValueError(f"expected the smaller number first, got {list(value)}")
     return value
@@ -61,18 +61,21 @@ def _some(value: tuple[float, ...]) -> tuple[float, ...]:
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrNone = Annotated[int, Field(strict=True, ge=0)]
-Number = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
-Rate = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1)]
-Scale = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
-Zoom = Annotated[float, BeforeValidator(_no_bool), Field(ge=1, le=8)]
+Number = Annotated[float, BeforeValidator(no_bool), Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(no_bool), Field(ge=0, le=1)]
+Rate = Annotated[float, BeforeValidator(no_bool), Field(gt=0, le=1)]
+Scale = Annotated[float, BeforeValidator(no_bool), Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, BeforeValidator(no_bool), Field(ge=0, lt=1)]
+Zoom = Annotated[float, BeforeValidator(no_bool), Field(ge=1, le=8)]
 Side = Annotated[int, Field(strict=True, ge=32, le=4096), AfterValidator(_crop_side)]
 Text = Annotated[str, Field(min_length=1)]
 
-_STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid")
+
+Kind = TypeVar("Kind")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class SourceConfig:
     """Annotated photographs.
 
@@ -90,7 +93,7 @@ class SourceConfig:
     weight: Scale = 1.0
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class CropConfig:
     """Crops of photographs.
 
@@ -102,11 +105,11 @@ class CropConfig:
 
     height: Side = 320
     width: Side = 416
-    zoom: Annotated[tuple[Zoom, Zoom], AfterValidator(_zoom)] = (1.0, 1.8)
+    zoom: Annotated[tuple[Zoom, Zoom], AfterValidator(zoom_range)] = (1.0, 1.8)
     paste: Share = 0.4
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DegradationConfig:
     """What degrades the crops.
 
@@ -123,7 +126,7 @@ class DegradationConfig:
     levels: Annotated[tuple[Number, Number, Number], AfterValidator(_some)] = (1.0, 1.0, 2.0)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class EnhancerConfig:
     """The enhancer as it is trained.
 
@@ -136,7 +139,7 @@ class EnhancerConfig:
     condition: Literal["level", "none"] = "level"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class StageConfig:
     """What every stage has.
 
@@ -160,13 +163,13 @@ class StageConfig:
     final: Share = 0.01
     weight_decay: Number = 0.01
     clip: Number = 5.0
-    ema: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)] = 0.998
+    ema: Decay = 0.998
     checkpoint_every: Count = 100
     log_every: Count = 50
     pictures_every: CountOrNone = 500
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class BaseRates:
     """Peak rates: late backbone (from stride 16 on); neck and decoder."""
 
@@ -174,7 +177,7 @@ class BaseRates:
     fresh: Rate = 1e-3
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class BaseConfig(StageConfig):
     """Encoder and decoder on clear crops. `loss`: see `DecodeConfig`."""
 
@@ -184,14 +187,14 @@ class BaseConfig(StageConfig):
     loss: Literal["windowed", "focal"] = "windowed"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class LevelRates:
     """Peak rate of the level head."""
 
     head: Rate = 1e-3
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class LevelConfig(StageConfig):
     """The degradation-level head, on the statistics of `pairs` clear and degraded crops, `batch` rows a step."""
 
@@ -200,7 +203,7 @@ class LevelConfig(StageConfig):
     warm_up: CountOrNone = 0
     final: Share = 1.0
     clip: Number = 0.0
-    ema: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)] = 0.0
+    ema: Decay = 0.0
     checkpoint_every: Count = 4000
     log_every: Count = 500
     pictures_every: CountOrNone = 0
@@ -208,14 +211,14 @@ class LevelConfig(StageConfig):
     rates: LevelRates = field(default_factory=LevelRates)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RestoreRates:
     """Peak rate of the enhancer."""
 
     enhancer: Rate = 1e-3
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RestoreConfig(StageConfig):
     """Stage 1 of GleSAM: the enhancer, latent MSE. `clear`: share of inputs that are clear and must stay."""
 
@@ -226,7 +229,7 @@ class RestoreConfig(StageConfig):
     rates: RestoreRates = field(default_factory=RestoreRates)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DecodeRates:
     """Peak rates; that of what is not trained is not used."""
 
@@ -234,7 +237,7 @@ class DecodeRates:
     enhancer: Rate = 6e-4
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DecodeConfig(StageConfig):
     """Stage 2 of GleSAM: the decoder on restored latents.
 
@@ -251,7 +254,7 @@ class DecodeConfig(StageConfig):
     rates: DecodeRates = field(default_factory=DecodeRates)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """One run.
 
@@ -288,16 +291,27 @@ def shipped() -> tuple[str, ...]:
 
 
 def load_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
-    """A configuration by its name in the package, or from a YAML file.
+    """A configuration of nano by its name in the package, or from a YAML file.
 
     Args:
         name: one of `shipped()`, or a path that ends in .yaml or .yml.
         changes: `key=value` with dots between the parts of the key; the value is YAML.
 
     Raises:
-        ValueError: unknown name, YAML that cannot be read, or a key, a type or a value that does not fit; the message
-            has the full name of each.
+        ValueError: unknown name, YAML that cannot be read, a configuration of another model, or a key, a type or a
+            value that does not fit; the message has the full name of each.
         FileNotFoundError: the file does not exist.
+    """
+    data = read_config(name, changes)
+    if data.get("model", "nano") != "nano":
+        raise ValueError(f"{name}: expected a configuration of nano, got one of {data['model']!r}")
+    return make_config({key: value for key, value in data.items() if key != "model"}, str(name))
+
+
+def read_config(name: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """What a configuration says, not checked yet; its key `model` tells whose it is, nano's if it has none.
+
+    Args, Raises: as `load_config`.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -314,7 +328,7 @@ def load_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: expected keys and values, got {type(data).__name__}")
     for change in changes:
         _change(data, change)
-    return make_config(data, str(name))
+    return data
 
 
 def make_config(data: Mapping[str, Any], where: str = "configuration") -> Config:
@@ -323,20 +337,25 @@ def make_config(data: Mapping[str, Any], where: str = "configuration") -> Config
     Raises:
         ValueError: a key, a type or a value does not fit; the message has the full name of each.
     """
+    return validated(Config, data, where)
+
+
+def validated(kind: type[Kind], data: Mapping[str, Any], where: str) -> Kind:
+    """A configuration of `kind` from nested mappings. Raises ValueError as `make_config`."""
     try:
-        return TypeAdapter(Config).validate_python(dict(data))
+        return TypeAdapter(kind).validate_python(dict(data))
     except ValidationError as error:
         faults = [item for item in error.errors() if not _follows(item, error.errors())]
-        raise ValueError(f"{where}: " + "; ".join(_said(item) for item in faults)) from None
+        raise ValueError(f"{where}: " + "; ".join(_said(item, kind) for item in faults)) from None
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Nested dictionaries and lists, as YAML has them."""
-    plain: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dictionaries and lists of a configuration, as YAML has them."""
+    plain: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
     return plain
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Any) -> str:
     """Every key with its value; `load_config` reads it back."""
     return str(yaml.safe_dump(to_dict(config), sort_keys=False))
 
@@ -376,11 +395,11 @@ def _follows(item: Any, faults: Sequence[Any]) -> bool:
     return item["type"] == "too_short" and any(len(f["loc"]) > n and f["loc"][:n] == item["loc"] for f in faults)
 
 
-def _said(item: Any) -> str:
-    """One fault of pydantic in the words of this package."""
+def _said(item: Any, kind: type[Any]) -> str:
+    """One fault of pydantic in a configuration of `kind`, in the words of this package."""
     name = ".".join(str(part) for part in item["loc"]) or "configuration"
     if item["type"] == "unexpected_keyword_argument":
-        return f"{name}: unknown key, expected one of {', '.join(_siblings(item['loc']))}"
+        return f"{name}: unknown key, expected one of {', '.join(_siblings(item['loc'], kind))}"
     if item["type"] == "missing":
         return f"{name}: expected a value, found none"
     if item["type"] == "value_error":
@@ -394,9 +413,8 @@ def _said(item: Any) -> str:
     return f"{name}: {message}" + ("" if isinstance(value, (dict, list)) else f", got {value!r}")
 
 
-def _siblings(location: Sequence[str | int]) -> list[str]:
-    """Names of the keys where `location` looked for one."""
-    kind: Any = Config
+def _siblings(location: Sequence[str | int], kind: Any) -> list[str]:
+    """Names of the keys of a configuration of `kind` where `location` looked for one."""
     for part in location[:-1]:
         if part == "sources":
             kind = SourceConfig

@@ -12,38 +12,39 @@ from glesam_ros.datasets import Photograph
 
 STRIDE = 4
 """Masks are made at this stride of the crop: the decoder's own resolution."""
-MIN_CELLS = 12
-"""Smaller regions of a crop (in cells of STRIDE) are not trained on."""
+MIN_AREA = 192
+"""Smaller regions of a crop (in pixels; 12 cells of STRIDE) are not trained on."""
 
 
 def draw_crop(
     draw: Callable[[np.random.Generator], Photograph], rng: np.random.Generator, height: int, width: int,
-    zoom: tuple[float, float] = (1.0, 1.8), paste: float = 0.4,
+    zoom: tuple[float, float] = (1.0, 1.8), paste: float = 0.4, stride: int = STRIDE,
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """A random crop of a random photograph, with regions of another pasted in now and then.
 
     Args:
         draw: gives a photograph, for example `Scenes.draw`.
         rng: all chance comes from it.
-        height, width: of the crop in pixels, multiples of 4.
+        height, width: of the crop in pixels, multiples of `stride`.
         zoom: range of the scale, 1 is the largest crop that fits into the photograph.
         paste: share of the crops that get regions of another one.
+        stride: pixels of the crop a cell of the regions.
 
     Returns:
-        image (height, width, 3) uint8 RGB and regions (R, height / 4, width / 4) bool, R >= 1.
+        image (height, width, 3) uint8 RGB and regions (R, height / stride, width / stride) bool, R >= 1.
     """
     while True:
-        image, regions = _crop(draw(rng), rng, height, width, zoom)
+        image, regions = _crop(draw(rng), rng, height, width, zoom, stride)
         if rng.random() < paste:
-            other, objects = _crop(draw(rng), rng, height, width, zoom)
+            other, objects = _crop(draw(rng), rng, height, width, zoom, stride)
             image, regions = _paste(image, regions, other, objects, rng)
-        regions = regions[regions.sum((1, 2)) >= MIN_CELLS]
+        regions = regions[regions.sum((1, 2)) * stride**2 >= MIN_AREA]
         if len(regions):
             return _jitter(image, rng), regions
 
 
 def _crop(
-    photograph: Photograph, rng: np.random.Generator, height: int, width: int, zoom: tuple[float, float]
+    photograph: Photograph, rng: np.random.Generator, height: int, width: int, zoom: tuple[float, float], stride: int
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     h, w = photograph.image.shape[:2]
     scale = max(height / h, width / w) * rng.uniform(*zoom)
@@ -71,11 +72,11 @@ def _crop(
     regions = []
     for layer in layers:
         small = cv2.warpAffine(
-            layer, matrix(STRIDE), (width // STRIDE, height // STRIDE),
+            layer, matrix(stride), (width // stride, height // stride),
             flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_CONSTANT,
         )
         regions += [small == number for number in np.unique(small) if number > 0]
-    empty = np.zeros((0, height // STRIDE, width // STRIDE), bool)
+    empty = np.zeros((0, height // stride, width // stride), bool)
     return image, np.stack(regions) if regions else empty
 
 
@@ -83,8 +84,7 @@ def _paste(
     image: np.ndarray[Any, Any], regions: np.ndarray[Any, Any], other: np.ndarray[Any, Any],
     objects: np.ndarray[Any, Any], rng: np.random.Generator,
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    area = image.shape[0] * image.shape[1] / STRIDE**2
-    sizes = objects.sum((1, 2)) / area
+    sizes = objects.mean((1, 2))
     fit = np.flatnonzero((sizes > 0.01) & (sizes < 0.25))
     if not len(fit):
         return image, regions

@@ -21,13 +21,14 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from glesam_ros.training import checkpoint
-from glesam_ros.training.config import StageConfig
+from glesam_ros.training.config import StageConfig, differences, to_dict, to_yaml
 from glesam_ros.training.log import Log
 
 Batch = dict[str, Tensor]
@@ -54,15 +55,16 @@ class Stage(nn.Module, ABC):
 
     Attributes:
         name: of its files.
-        model: the network; its state is what checkpoints hold.
+        model: the network.
         settings: steps, batch and so on.
+        step: the one under way, from 0.
     """
 
     name: str
 
     def __init__(self, model: nn.Module, settings: StageConfig) -> None:
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.step = model, settings, 0
 
     @abstractmethod
     def groups(self) -> list[Group]:
@@ -79,6 +81,22 @@ class Stage(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses by name; "loss" is what is minimised, the others are logged."""
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """What takes the steps, of torch's parameter groups with their peak rates."""
+        return torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay, fused=True)
+
+    def clipped(self, groups: list[Group]) -> list[list[nn.Parameter]]:
+        """Sets of parameters whose gradients are clipped by their common norm."""
+        return [[p for group in groups for p in group.parameters]]
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the network."""
+        return self.model.state_dict()
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take over what `weights` gave."""
+        self.model.load_state_dict(weights)
 
     def prepare(self, drawn: Callable[[Draw, int], Iterator[Batch]]) -> None:  # noqa: B027  # most need nothing
         """Before the first step, also when a run goes on: `drawn(draw, n)` gives n batches on the device."""
@@ -142,6 +160,54 @@ class Run:
             return self.stop.requested
         flag = torch.tensor(float(self.stop.requested), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+
+def make_accelerator(device: str, precision: str, unused: bool = False) -> Accelerator:
+    """What runs the steps: one process, or those that `accelerate launch` started.
+
+    Args:
+        device: auto, cpu or cuda.
+        precision: no, bf16 or fp16.
+        unused: there are trained parameters that not every step uses.
+
+    Raises:
+        ValueError: there is no such device, or it cannot compute in `precision`.
+    """
+    gpu = torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise ValueError("device: expected a GPU that torch can use, found none; take --device cpu")
+    cpu = device == "cpu" or not gpu
+    if cpu and precision == "fp16":
+        raise ValueError("precision: expected no or bf16 on a CPU, got fp16")
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused else []
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
+
+
+def claim(out: Path, config: Any, accelerator: Accelerator) -> None:
+    """Make the folder of a run this configuration's.
+
+    Raises:
+        ValueError: the folder was begun with another configuration.
+    """
+    path = out / "config.yaml"
+    if path.is_file():
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: expected the configuration of the run, cannot read it") from error
+        changed = differences(before, to_dict(config)) if isinstance(before, dict) else ["every key"]
+        if changed:
+            raise ValueError(
+                f"{out}: begun with other values of {', '.join(changed)} (see {path}); take another --out, "
+                f"and start=STAGE.pt to begin with weights of this one"
+            )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(to_yaml(config), encoding="utf-8")
+        partial.replace(path)
+    accelerator.wait_for_everyone()
 
 
 class Average:
@@ -237,16 +303,14 @@ def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = No
     # before the checkpoint's weights: what is prepared belongs to the weights that the stage began with
     with there, accelerator.autocast():
         stage.prepare(partial(_prepared, run, number))
-    optimizer: Any = torch.optim.AdamW(
-        [{"params": group.parameters, "lr": group.rate} for group in groups], weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimizer: Any = stage.optimizer([{"params": group.parameters, "lr": group.rate} for group in groups])
     average = Average(trained, settings.ema) if settings.ema else None
     first = _load(saved, stage, optimizer, average, accelerator) if saved else 0
     log = Log(
         run.out if accelerator.is_main_process else None, stage.name, settings.log_every, first,
         saved["log"] if saved else None,
     )
+    clipped = stage.clipped(groups)
     model, optimizer = accelerator.prepare(stage, optimizer)
     accelerator.gradient_accumulation_steps, accelerator.step = settings.accumulate, 0
     stage.set_modes()
@@ -254,6 +318,7 @@ def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = No
     batches = _batches(run, stage.batch, (run.seed, number, TRAINING), numbers)
     try:
         for step in range(first, settings.steps):
+            stage.step = step
             rates = {group.name: group.rate * rate_share(step, settings) for group in groups}
             for entry, rate in zip(optimizer.param_groups, rates.values(), strict=True):
                 entry["lr"] = rate
@@ -266,7 +331,8 @@ def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = No
                     losses = model(batch)
                     accelerator.backward(losses["loss"])
                     if accelerator.sync_gradients and settings.clip:
-                        accelerator.clip_grad_norm_(trained, settings.clip)
+                        for together in clipped:
+                            accelerator.clip_grad_norm_(together, settings.clip)
                     optimizer.step()
                     optimizer.zero_grad()
                 for name, value in losses.items():
@@ -309,7 +375,7 @@ def _save(
     scaler = run.accelerator.scaler
     content = {
         "stage": stage.name, "step": step, "processes": run.accelerator.num_processes,
-        "model": stage.model.state_dict(), "optimizer": optimizer.state_dict(),
+        "model": stage.weights(), "optimizer": optimizer.state_dict(),
         "average": average.state() if average else None, "scaler": scaler.state_dict() if scaler else None, "log": log,
     }
     checkpoint.write(run.checkpoint, content)
@@ -324,7 +390,7 @@ def _load(
         raise ValueError(
             f"expected {saved['processes']} processes, with which the run was begun, got {accelerator.num_processes}"
         )
-    stage.model.load_state_dict(saved["model"])
+    stage.load_weights(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     if average:
         average.load(saved["average"])

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from glesam_ros.degradation import degrade, degrade_lqseg
@@ -25,12 +23,20 @@ from glesam_ros.training.config import (
     LevelConfig,
     RestoreConfig,
     StageConfig,
-    differences,
-    to_dict,
-    to_yaml,
 )
 from glesam_ros.training.crops import STRIDE, draw_crop
-from glesam_ros.training.loop import Batch, Draw, Group, Run, Stage, Stop, Stopped, train
+from glesam_ros.training.loop import (
+    Batch,
+    Draw,
+    Group,
+    Run,
+    Stage,
+    Stop,
+    Stopped,
+    claim,
+    make_accelerator,
+    train,
+)
 from glesam_ros.training.losses import dice_focal_loss, soft_iou, windowed_loss, windows
 from glesam_ros.training.prompts import draw_cells, draw_prompt
 from glesam_ros.training.sources import Scenes, load_scenes
@@ -393,7 +399,7 @@ def train_nano(
         FloatingPointError: the loss is infinite or not a number.
     """
     accelerator = make_accelerator(device, config.precision)
-    _claim(out, config, accelerator)
+    claim(out, config, accelerator)
     # gradients of pixels far from a region are denormal, which CPUs compute many times slower
     torch.set_flush_denormal(True)
     torch.manual_seed(config.seed)
@@ -430,44 +436,6 @@ def train_nano(
         checkpoint.write(out / "nano.pt", folded(net, config).state_dict())
     accelerator.wait_for_everyone()
     return out / "nano.pt"
-
-
-def make_accelerator(device: str, precision: str) -> Accelerator:
-    """What runs the steps: one process, or those that `accelerate launch` started.
-
-    Raises:
-        ValueError: there is no such device, or it cannot compute in `precision`.
-    """
-    gpu = torch.cuda.is_available()
-    if device == "cuda" and not gpu:
-        raise ValueError("device: expected a GPU that torch can use, found none; take --device cpu")
-    cpu = device == "cpu" or not gpu
-    if cpu and precision == "fp16":
-        raise ValueError("precision: expected no or bf16 on a CPU, got fp16")
-    return Accelerator(cpu=cpu, mixed_precision=precision)
-
-
-def _claim(out: Path, config: Config, accelerator: Accelerator) -> None:
-    """Make the folder this configuration's; refuse one of another."""
-    path = out / "config.yaml"
-    if path.is_file():
-        try:
-            before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: expected the configuration of the run, cannot read it") from error
-        changed = differences(before, to_dict(config)) if isinstance(before, dict) else ["every key"]
-        if changed:
-            raise ValueError(
-                f"{out}: begun with other values of {', '.join(changed)} (see {path}); take another --out, "
-                f"and start=STAGE.pt to begin with weights of this one"
-            )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(to_yaml(config), encoding="utf-8")
-        partial.replace(path)
-    accelerator.wait_for_everyone()
 
 
 def _load_weights(net: NanoNet, path: Path) -> None:

@@ -1,0 +1,272 @@
+"""What a training run of GleSAM at full size is made of; the defaults are the paper's, see `FullConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+
+from glesam_ros.training.config import (
+    STRICT,
+    Config,
+    Count,
+    CountOrNone,
+    Decay,
+    DegradationConfig,
+    Number,
+    Rate,
+    Scale,
+    Share,
+    SourceConfig,
+    StageConfig,
+    Text,
+    Zoom,
+    make_config,
+    read_config,
+    validated,
+    zoom_range,
+)
+
+FULL_STAGES = ("level", "restore", "decode", "distill")
+"""The stages in the order in which they run."""
+SIDE_MULTIPLE = 128
+"""Of the model's square input: stride 16 and three halvings in the U-Net (`glesam_ros.models.glesam.base`)."""
+
+
+def _model_side(value: int) -> int:
+    if value % SIDE_MULTIPLE:
+        raise ValueError(f"expected a multiple of {SIDE_MULTIPLE} px, got {value}")
+    return value
+
+
+def _crop_side(value: int) -> int:
+    if value % 4:
+        raise ValueError(f"expected a multiple of 4 px, got {value}")
+    return value
+
+
+@dataclass(frozen=True, config=STRICT)
+class SquareConfig:
+    """Square crops of photographs, which are degraded and then resized for the model.
+
+    Attributes:
+        side: pixels; LQSeg is made for 512.
+        zoom: range of the scale, 1 is the largest square that fits into the photograph.
+        paste: share of crops that get objects of another photograph; the paper has none.
+    """
+
+    side: Annotated[int, Field(strict=True, ge=32, le=4096), AfterValidator(_crop_side)] = 512
+    zoom: Annotated[tuple[Zoom, Zoom], AfterValidator(zoom_range)] = (1.0, 1.0)
+    paste: Share = 0.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class FullDegradationConfig(DegradationConfig):
+    """What degrades the crops; by default LQSeg alone, at the rates that the released code trains with.
+
+    Attributes:
+        rates: mixed (`glesam_ros.degradation.lqseg.MIXED_RATES`), or levels: LQ-1, 2, 3 by the weights of `levels`.
+    """
+
+    lq: Share = 1.0
+    rates: Literal["mixed", "levels"] = "mixed"
+
+
+@dataclass(frozen=True, config=STRICT)
+class AdaptationConfig:
+    """The enhancer, see `glesam_ros.models.glesam.enhancer.EnhancerConfig`.
+
+    Attributes:
+        gamma: factor of the latent before the U-Net (FDA).
+        timestep: of the one step.
+        rank, alpha: of LoRA.
+        levels: GleSAM++: predicts the degradation level and is told it.
+    """
+
+    gamma: Scale = 5.0
+    timestep: Annotated[int, Field(strict=True, ge=0, le=999)] = 1
+    rank: Count = 8
+    alpha: Count = 8
+    levels: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
+class FullLevelRates:
+    """Peak rate of the level predictor."""
+
+    predictor: Rate = 1e-3
+
+
+@dataclass(frozen=True, config=STRICT)
+class FullLevelConfig(StageConfig):
+    """The level predictor of GleSAM++ on clear (level 0) and degraded crops; skipped without `enhancer.levels`.
+
+    `clear`: share of clear crops.
+    """
+
+    steps: CountOrNone = 5000
+    clip: Number = 1.0
+    pictures_every: CountOrNone = 0
+    clear: Share = 0.25
+    rates: FullLevelRates = field(default_factory=FullLevelRates)
+
+
+@dataclass(frozen=True, config=STRICT)
+class FullRestoreRates:
+    """Peak rates: LoRA, with the level embedding of GleSAM++; the fake U-Net's LoRA and the classifier."""
+
+    enhancer: Rate = 1e-4
+    fake: Rate = 1e-4
+
+
+@dataclass(frozen=True, config=STRICT)
+class FullRestoreConfig(StageConfig):
+    """Stage 1: MSE of latents, which is all that the paper has.
+
+    The released code has two more terms, of DMD2 (arXiv 2405.14867): `distribution_matching: 1.0` and
+    `adversarial: 5.0e-3` are its weights. With either a second LoRA learns the distribution of restored latents at
+    every step, and the enhancer is trained at every `generator_every`-th only.
+
+    Attributes:
+        distribution_matching, adversarial: weights of the terms, 0 is off.
+        classification: weight of the classifier's loss beside the fake U-Net's.
+        generator_every: see above; without those terms the enhancer is trained at every step.
+        clear: share of inputs that are clear and must stay.
+    """
+
+    steps: CountOrNone = 100_000
+    batch: Count = 1
+    warm_up: CountOrNone = 500
+    final: Share = 1.0
+    clip: Number = 10.0
+    ema: Decay = 0.0
+    checkpoint_every: Count = 500
+    pictures_every: CountOrNone = 0
+    distribution_matching: Number = 0.0
+    adversarial: Number = 0.0
+    classification: Number = 1e-2
+    generator_every: Count = 5
+    clear: Share = 0.0
+    rates: FullRestoreRates = field(default_factory=FullRestoreRates)
+
+    @property
+    def guided(self) -> bool:
+        """Whether one of the terms of DMD2 is on."""
+        return self.distribution_matching > 0 or self.adversarial > 0
+
+
+@dataclass(frozen=True, config=STRICT)
+class FullDecodeRates:
+    """Peak rate of the mask decoder."""
+
+    decoder: Rate = 1e-4
+
+
+@dataclass(frozen=True, config=STRICT)
+class FullDecodeConfig(StageConfig):
+    """Stage 2: the mask decoder without its IoU head on restored latents; Adam, Dice and focal loss.
+
+    `clear`: share of crops that are clear.
+    """
+
+    steps: CountOrNone = 20_000
+    batch: Count = 1
+    warm_up: CountOrNone = 0
+    final: Share = 1.0
+    weight_decay: Number = 1e-5
+    clip: Number = 0.0
+    ema: Decay = 0.0
+    checkpoint_every: Count = 500
+    pictures_every: CountOrNone = 0
+    clear: Share = 0.0
+    rates: FullDecodeRates = field(default_factory=FullDecodeRates)
+
+
+@dataclass(frozen=True, config=STRICT)
+class DistillRates:
+    """Peak rate of the small enhancer."""
+
+    small: Rate = 2e-4
+
+
+@dataclass(frozen=True, config=STRICT)
+class DistillConfig(StageConfig):
+    """The small enhancer learns what the large one makes of a latent; not of the paper, off by default.
+
+    Attributes:
+        timestep: of the small enhancer's one step; see `SmallEnhancer`.
+        clear: share of inputs that are clear.
+    """
+
+    steps: CountOrNone = 0
+    warm_up: CountOrNone = 500
+    clip: Number = 1.0
+    ema: Decay = 0.999
+    checkpoint_every: Count = 500
+    pictures_every: CountOrNone = 0
+    timestep: Annotated[int, Field(strict=True, ge=0, le=999)] = 100
+    clear: Share = 0.1
+    rates: DistillRates = field(default_factory=DistillRates)
+
+
+@dataclass(frozen=True, config=STRICT)
+class FullConfig:
+    """One run of GleSAM, GleSAM2 or GleSAM++ (arXiv 2503.12507, sec. 3 and 4.1; arXiv 2601.02018).
+
+    Attributes:
+        model: tells this recipe from nano's.
+        seed: of the first weights and of every batch.
+        precision: no (fp32) or bf16.
+        workers: processes that draw batches ahead, 0 for none; the batches are the same.
+        random: tiny networks with random weights take the place of base and U-Net, to try the loop out.
+        base: name of the model whose latent is restored.
+        base_file: its checkpoint; null: that of `glesam models get`.
+        unet: sd21-base or sd15.
+        unet_folder: holds unet/ and text_encoder/, tokenizer/ or empty_prompt.safetensors; null: as for `base_file`.
+        start: folder with `glesam.json` to begin with, or null for a fresh LoRA.
+        side: of the model's square input in pixels.
+        gradient_checkpointing: less memory and more time in stage 1.
+        objects: prompted objects of a crop; with 3 random points each.
+    """
+
+    model: Literal["glesam"] = "glesam"
+    seed: CountOrNone = 10
+    precision: Literal["no", "bf16"] = "bf16"
+    workers: CountOrNone = 0
+    random: bool = False
+    base: Text = "sam_vit_b"
+    base_file: Text | None = None
+    unet: Literal["sd21-base", "sd15"] = "sd21-base"
+    unet_folder: Text | None = None
+    start: Text | None = None
+    side: Annotated[int, Field(strict=True, ge=SIDE_MULTIPLE, le=2048), AfterValidator(_model_side)] = 1024
+    gradient_checkpointing: bool = True
+    objects: Count = 1
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (
+        SourceConfig("lqseg", "msra10k"), SourceConfig("lqseg", "thinobject5k"), SourceConfig("lqseg", "lvis"),
+    )
+    crop: SquareConfig = field(default_factory=SquareConfig)
+    degradation: FullDegradationConfig = field(default_factory=FullDegradationConfig)
+    enhancer: AdaptationConfig = field(default_factory=AdaptationConfig)
+    level: FullLevelConfig = field(default_factory=FullLevelConfig)
+    restore: FullRestoreConfig = field(default_factory=FullRestoreConfig)
+    decode: FullDecodeConfig = field(default_factory=FullDecodeConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+
+def load_any(name: str | Path, changes: Sequence[str] = ()) -> Config | FullConfig:
+    """A configuration of nano or, where its key `model` says glesam, of the full size.
+
+    Args, Raises: as `glesam_ros.training.config.load_config`.
+    """
+    data = read_config(name, changes)
+    model = data.get("model", "nano")
+    if model == "glesam":
+        return validated(FullConfig, data, str(name))
+    if model != "nano":
+        raise ValueError(f"{name}: model: expected nano or glesam, got {model!r}")
+    return make_config({key: value for key, value in data.items() if key != "model"}, str(name))
