@@ -5,15 +5,20 @@ from __future__ import annotations
 import tracemalloc
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from glesam_ros.models import Budget  # noqa: E402
-from glesam_ros.models.glesam import everything  # noqa: E402
+from glesam_ros.models.glesam import everything, sam  # noqa: E402
 from glesam_ros.models.glesam.base import Features  # noqa: E402
 from glesam_ros.models.glesam.everything import Crop, box_nms, crops, point_grid, propose  # noqa: E402
+from glesam_ros.models.glesam.model import GlesamModel  # noqa: E402
+from glesam_ros.models.glesam.runtime import TorchRuntime  # noqa: E402
+from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators  # noqa: E402
+from glesam_ros.pipeline import upsample_into  # noqa: E402
 
 
 class Plain:
@@ -264,3 +269,103 @@ def test_tiny_images_have_crops_of_at_least_a_pixel() -> None:
         assert found[0] == Crop(0, 0, size[1], size[0], 0)
         for crop in found:
             assert 0 <= crop.left < crop.right <= size[1] and 0 <= crop.top < crop.bottom <= size[0]
+
+
+# ---- segment-anything itself
+
+
+def official(base: sam.Sam) -> Any:
+    """The same network as segment-anything runs it."""
+    allow_import_without_operators()
+    from segment_anything.build_sam import _build_sam
+
+    net = _build_sam(encoder_embed_dim=32, encoder_depth=2, encoder_num_heads=2, encoder_global_attn_indexes=[1])
+    net.load_state_dict(base.net.state_dict())
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def narrow() -> tuple[GlesamModel, Any]:
+    """A narrow SAM as our model, and as segment-anything runs it."""
+    torch.manual_seed(0)
+    base = sam.build_sam("narrow", sam.SamConfig(32, 2, 2, (1,)))
+    with torch.no_grad():  # random logits hardly leave 0; these have an inside and an outside
+        for mlp in base.mask_decoder.output_hypernetworks_mlps:
+            mlp.layers[-1].weight.mul_(30)
+            mlp.layers[-1].bias.normal_(0, 1)
+    theirs = official(base)
+    return GlesamModel("narrow", TorchRuntime(base, None, torch.device("cpu"), torch.float32), base, False), theirs
+
+
+def photograph(size: tuple[int, int]) -> np.ndarray:
+    """Smooth patches of colour."""
+    small = np.random.default_rng(5).integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    return np.asarray(cv2.resize(small, size[::-1], interpolation=cv2.INTER_CUBIC))
+
+
+def full_size(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros(size, bool)
+    upsample_into(mask, logits)
+    return mask
+
+
+def test_crops_are_those_of_segment_anything() -> None:
+    allow_import_without_operators()
+    from segment_anything.utils.amg import generate_crop_boxes
+
+    for size in ((480, 640), (1080, 1920), (301, 200)):
+        boxes, layers = generate_crop_boxes(size, 2, 512 / 1500)
+        assert [[*crop] for crop in crops(size, 2)] == [[*box, layer] for box, layer in zip(boxes, layers)]
+
+
+def test_everything_is_what_segment_anything_finds(
+    narrow: tuple[GlesamModel, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 1024 x 1024 pixels nothing is resized. No suppression, no stability: of cells here, of pixels there."""
+    from segment_anything import SamAutomaticMaskGenerator, automatic_mask_generator
+
+    model, theirs = narrow
+    image = photograph((1024, 1024))
+    monkeypatch.setattr(automatic_mask_generator, "batched_nms", lambda boxes, *_, **__: torch.arange(len(boxes)))
+    generator = SamAutomaticMaskGenerator(
+        theirs, points_per_side=3, points_per_batch=4, pred_iou_thresh=0.0, stability_score_thresh=0.0
+    )
+    records = sorted(generator.generate(image), key=lambda record: -record["predicted_iou"])
+    budget = Budget(points_per_side=3, points_per_batch=5, nms_iou=1.0)
+    found = model.propose(model.encode(image, budget), -9.0, 99, budget)
+    assert len(records) == len(found.scores) == 27
+    assert np.abs(found.scores - [record["predicted_iou"] for record in records]).max() < 1e-4
+    for logits, record in zip(found.logits, records):
+        assert iou(full_size(logits, (1024, 1024)), record["segmentation"]) > 0.999
+
+
+def test_prompts_are_answered_as_segment_anything_answers_each_alone(narrow: tuple[GlesamModel, Any]) -> None:
+    from segment_anything import SamPredictor
+
+    model, theirs = narrow
+    image = photograph((768, 1024))
+    predictor = SamPredictor(theirs)
+    predictor.set_image(image)
+    points = np.array(
+        [
+            [[200, 300], [0, 0], [0, 0], [0, 0]],
+            [[200, 300], [700, 500], [0, 0], [0, 0]],
+            [[100, 50], [600, 400], [0, 0], [0, 0]],
+            [[100, 50], [600, 400], [200, 300], [300, 300]],
+            [[900, 700], [0, 0], [0, 0], [0, 0]],
+        ],
+        np.float32,
+    )
+    labels = np.array(
+        [[1, -1, -1, -1], [1, 0, -1, -1], [2, 3, -1, -1], [2, 3, 1, 0], [1, -1, -1, -1]], np.float32
+    )
+    found = model.prompt(model.encode(image, Budget()), points, labels, Budget())
+    for k in range(len(points)):
+        plain, boxed = (labels[k] == 0) | (labels[k] == 1), (labels[k] >= 2).any()
+        _, scores, logits = predictor.predict(
+            points[k][plain] if plain.any() else None, labels[k][plain] if plain.any() else None,
+            points[k][labels[k] >= 2].ravel() if boxed else None, multimask_output=bool(plain.sum() == 1 and not boxed),
+        )
+        best = scores.argmax()
+        assert found.scores[k] == pytest.approx(scores[best], abs=1e-4)
+        assert np.abs(found.logits[k] - logits[best, :192]).max() < 2e-3

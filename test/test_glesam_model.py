@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from glesam_ros import load_pipeline  # noqa: E402
 from glesam_ros.models import Budget, OutOfMemory, load_model, model_names  # noqa: E402
-from glesam_ros.models.glesam import catalogue  # noqa: E402
+from glesam_ros.models.glesam import catalogue, sam, sam2  # noqa: E402
 from glesam_ros.models.glesam import runtime as runtimes  # noqa: E402
 from glesam_ros.models.glesam.base import BaseModel, Features  # noqa: E402
 from glesam_ros.models.glesam.enhancer import Enhancer, EnhancerConfig, SmallEnhancer, save_enhancer  # noqa: E402
-from glesam_ros.models.glesam.model import GlesamModel, load_glesam  # noqa: E402
+from glesam_ros.models.glesam.model import GlesamModel, build_base, load_glesam  # noqa: E402
 from glesam_ros.models.glesam.replay import MAX_GRAPHS, Compiled, Function, Replayed  # noqa: E402
 from glesam_ros.models.glesam.runtime import TorchRuntime, choose_device, choose_precision  # noqa: E402
 from glesam_ros.models.nano import Nano  # noqa: E402
@@ -433,15 +433,10 @@ def test_what_cannot_be_captured_is_noticed() -> None:
             transfers(by_value, x)
 
 
-def bases() -> dict[str, Callable[[], BaseModel]]:
-    from glesam_ros.models.glesam.sam2 import build_sam2
-
-    return {"sam2.1_hiera_tiny": lambda: build_sam2("sam2.1_hiera_tiny")}
-
-
-@pytest.mark.parametrize("name", ["sam2.1_hiera_tiny"])
-def test_stages_can_be_captured(name: str) -> None:
-    base = bases()[name]().to(torch.bfloat16).to("meta")
+@pytest.mark.parametrize("name", ["sam_vit_b", "sam2.1_hiera_tiny"])
+def test_stages_can_be_captured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAMILIES[name](monkeypatch)
+    base = build_base(name).to(torch.bfloat16).to("meta")
     pixels = torch.empty(1, 3, 1024, 1024, dtype=torch.bfloat16, device="meta")
     points, labels = torch.empty(64, 2, 2, device="meta"), torch.empty(64, 2, device="meta")
     assert transfers(base.encode, pixels) == []
@@ -449,13 +444,17 @@ def test_stages_can_be_captured(name: str) -> None:
         features = base.encode(pixels)
     for several in (False, True):
         assert transfers(base.decode, features, points, labels, several) == []
+
+
+def test_enhancers_can_be_captured() -> None:
+    latent = torch.empty(1, 256, 64, 64, dtype=torch.bfloat16, device="meta")
     small = SmallEnhancer(EnhancerConfig(base="sam_vit_b", kind="small", unet="sd21-base", levels=True))
     for made in (enhancer(levels=True), enhancer(), small):
         if isinstance(made, Enhancer):
             made.merge_lora()
             made.fold_constants()
         made.to(torch.bfloat16).to("meta")
-        assert transfers(made, features.latent, torch.empty(1, device="meta")) == []
+        assert transfers(made, latent, torch.empty(1, device="meta")) == []
 
 
 def test_a_compiler_that_fails_is_logged_once(
@@ -585,8 +584,6 @@ def test_allocation_failures_are_known_by_their_words() -> None:
 
 def tiny_sam2(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Register a narrow SAM 2 and give what lies in its official file."""
-    from glesam_ros.models.glesam import sam2
-
     trunk = "++model.image_encoder.trunk"
     narrow = (f"{trunk}.embed_dim=16", f"{trunk}.num_heads=1")
     neck = "++model.image_encoder.neck.backbone_channel_list=[128,64,32,16]"
@@ -596,7 +593,14 @@ def tiny_sam2(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"model": sam2.build_sam2("sam2.1_hiera_tiny").net.state_dict()}
 
 
-FAMILIES = {"sam2.1_hiera_tiny": tiny_sam2}
+def tiny_sam(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Register a narrow SAM and give what lies in its official file."""
+    monkeypatch.setitem(sam.SAM_SIZES, "sam_vit_b", sam.SamConfig(32, 2, 2, (1,)))
+    torch.manual_seed(4)
+    return sam.build_sam("sam_vit_b").net.state_dict()
+
+
+FAMILIES = {"sam2.1_hiera_tiny": tiny_sam2, "sam_vit_b": tiny_sam}
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -619,6 +623,7 @@ def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     return base, tmp_path
 
 
+ONE_FAMILY = pytest.mark.parametrize("home", ["sam_vit_b"], indirect=True)
 EASY = {"processing_size": 256, "points_per_side": 3, "score_threshold": 0.0, "stability_threshold": 0.0,
         "min_area": 0, "device": "cpu"}
 
@@ -653,6 +658,7 @@ def test_a_base_alone_runs_and_never_enhances(home: tuple[str, Path]) -> None:
     assert not pipe.segment(picture()).enhanced
 
 
+@ONE_FAMILY
 def test_the_mask_decoder_of_stage_2_takes_the_place_of_the_official_one(home: tuple[str, Path]) -> None:
     base, folder = home
     name = f"{base}+glesam"
@@ -664,6 +670,7 @@ def test_the_mask_decoder_of_stage_2_takes_the_place_of_the_official_one(home: t
     assert torch.equal(load_glesam(base, "cpu")._base.mask_decoder.state_dict()[key := next(iter(before))], before[key])
 
 
+@ONE_FAMILY
 @pytest.mark.parametrize("missing", ["base", "unet", "lora", "config"])
 def test_a_missing_file_is_named_with_the_command_that_gets_it(home: tuple[str, Path], missing: str) -> None:
     base, folder = home
@@ -681,6 +688,7 @@ def test_a_missing_file_is_named_with_the_command_that_gets_it(home: tuple[str, 
     assert missing == "lora" or f"glesam models get {base}" in str(raised.value)
 
 
+@ONE_FAMILY
 def test_an_enhancer_of_another_base_is_refused(home: tuple[str, Path]) -> None:
     base, folder = home
     file = folder / f"{base}+glesam" / "glesam.json"
