@@ -79,6 +79,7 @@ def test_full_size_counts(name, width, parameters, unet_parameters):
     trained = enhancer.trained_parameters()
     assert sum(p.numel() for p in trained) == parameters == sum(x.numel() for x in enhancer.lora_state().values())
     assert all(p.requires_grad for p in trained) and len(trained) == 560
+    assert sum(p.requires_grad for p in enhancer.parameters()) == 560
     assert enhancer.unet.conv_in.weight.shape == (320, 256, 3, 3)
     assert enhancer.unet.conv_out.weight.shape == (256, 320, 3, 3)
     assert enhancer.unet.conv_out.base_layer.bias.shape == (256,)
@@ -337,7 +338,8 @@ def test_level_of_a_half_precision_model_does_not_overflow():
 
 @pytest.fixture(scope="module")
 def unets(tmp_path_factory):
-    """A folder as published by Stable Diffusion, at tiny width: U-Net in fp16, text encoder, tokenizer."""
+    """A folder as published by Stable Diffusion 2.1, at tiny width: U-Net in fp16, text encoder, tokenizer."""
+    from safetensors.torch import load_file, save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
     folder = tmp_path_factory.mktemp("unets") / "sd21-base"
@@ -348,6 +350,9 @@ def unets(tmp_path_factory):
         max_position_embeddings=77, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    weights = {f"text_model.{key.removeprefix('text_model.')}": x for key, x in weights.items()}  # as published
+    save_file(weights, folder / "text_encoder" / "model.safetensors")
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
     words = {"!": 0, "<|startoftext|>": 1, "<|endoftext|>": 2, "!</w>": 3}
@@ -355,9 +360,11 @@ def unets(tmp_path_factory):
     (tokenizer / "merges.txt").write_text("#version: 0.2\n")
     settings = {
         "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "!",
+        "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
     }
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    special = {key: value for key, value in settings.items() if key.endswith("_token")}
+    (tokenizer / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": "!"}))
     return folder.parent
 
 
@@ -379,6 +386,21 @@ def test_empty_prompt_is_computed_once(unets):
             empty_prompt(folder)
     finally:
         (folder / "away").rename(folder / "text_encoder")
+
+
+def test_empty_prompt_wants_all_weights(unets, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(unets / "sd21-base", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("empty_prompt*"))
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    del weights["text_model.final_layer_norm.weight"]
+    save_file(weights, file)
+    with pytest.raises(ValueError, match="missing: .*final_layer_norm.weight"):
+        empty_prompt(tmp_path)
+    assert not (tmp_path / "empty_prompt.safetensors").exists()
 
 
 @pytest.mark.parametrize("levels", [False, True])

@@ -303,12 +303,12 @@ class Enhancer(OneStep):
 
     def lora_state(self) -> dict[str, Tensor]:
         """The LoRA matrices in peft's key layout, "<module>.lora_A.default.weight"; empty once they are merged."""
-        return {key: x for key, x in self.unet.state_dict().items() if ".lora_A." in key or ".lora_B." in key}
+        return {key: x for key, x in self.unet.state_dict().items() if is_lora(key)}
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """LoRA, and what GleSAM++ adds."""
-        level = self.level.parameters() if self.level is not None else []
-        return [*(p for p in self.unet.parameters() if p.requires_grad), *level]
+        lora = [p for name, p in self.unet.named_parameters() if is_lora(name)]
+        return [*lora, *(p for module in self.files().values() for p in module.parameters())]
 
     def load_lora(self, state: Mapping[str, Tensor], what: str) -> None:
         """Take LoRA matrices in the layout of `lora_state`; `what` they are, for errors.
@@ -369,6 +369,11 @@ class Enhancer(OneStep):
                     module.register_module("to_v", Constant(module.to_v(prompt)))
         unet.time_proj = nn.Identity()
         unet.time_embedding = Constant(embedding)
+
+
+def is_lora(key: str) -> bool:
+    """Whether a parameter of the U-Net is of LoRA, by its name."""
+    return ".lora_A." in key or ".lora_B." in key
 
 
 class Constant(nn.Module):
@@ -574,6 +579,7 @@ def empty_prompt(folder: Path) -> Tensor:
 
     Raises:
         FileNotFoundError: neither that file nor tokenizer and text encoder are there.
+        ValueError: weights of the text encoder are missing.
     """
     file = folder / PROMPT_FILE
     if file.is_file():
@@ -585,10 +591,17 @@ def empty_prompt(folder: Path) -> Tensor:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True).float().eval()
+    found: Any = CLIPTextModel.from_pretrained(
+        folder / "text_encoder", local_files_only=True, output_loading_info=True
+    )
+    encoder, report = found
+    if report["missing_keys"]:  # transformers takes random numbers instead
+        missing = ", ".join(sorted(report["missing_keys"])[:8])
+        raise ValueError(f"{folder / 'text_encoder'}: expected all weights of a CLIP text encoder, missing: {missing}")
+    # 2.1 pads with "!", 1.5 with its end token: the tokenizer's files say so
     ids = tokenizer("", padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
-        prompt = encoder(ids).last_hidden_state.contiguous()
+        prompt = encoder.float().eval()(ids).last_hidden_state.contiguous()
     save_file({"prompt": prompt}, file)
     return prompt
 
