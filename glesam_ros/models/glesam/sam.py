@@ -1,20 +1,33 @@
-"""SAM for single images: the modules of the segment_anything package at any square size, with fused attention.
+"""SAM and MobileSAM: the modules of the segment-anything package at any square size, with fast attention.
 
-Source: Segment Anything (Kirillov et al. 2023). Checkpoints: sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth,
-sam_vit_h_4b8939.pth.
+Read top to bottom: sizes, the model (`Sam`), attention in the image encoder, attention in the mask decoder.
+
+Official checkpoints: sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth; mobile_sam.pt.
+
+Source: Segment Anything (arXiv 2304.02643); MobileSAM (arXiv 2306.14289).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glesam_ros.models.glesam.base import LOGIT_STRIDE, SIDE_MULTIPLE, STRIDE, BaseModel, Features
+from glesam_ros.models.glesam.base import (
+    LATENT_CHANNELS,
+    LOGIT_STRIDE,
+    SIDE,
+    SIDE_MULTIPLE,
+    STRIDE,
+    BaseModel,
+    Features,
+)
+from glesam_ros.models.glesam.mobile_sam import CLASSIFIER, TinyVit, TinyVitConfig
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
 from glesam_ros.models.glesam.weights import load_exactly
 
@@ -22,22 +35,25 @@ if TYPE_CHECKING:
     from segment_anything.modeling import Sam as OfficialSam
 
 MEAN = (123.675, 116.28, 103.53)
+"""Of the input, for 0..255."""
 STD = (58.395, 57.12, 57.375)
-NOT_A_POINT = -1
-"""Label of a token that stands for no point: padding, and what upstream appends to points without a box."""
-LABELS = (0, 1, 2, 3)
-"""Outside, inside, top left corner, bottom right corner: the order of upstream's embeddings."""
+WINDOW = 14
+"""Side of the attention windows in cells of the latent."""
+BOX_CORNER = 2
+"""Labels from here on are corners of a box."""
+OWN_TOKENS = 5
+"""Tokens of the mask decoder before those of the prompt: predicted IoU, single mask, three masks."""
 
 
 @dataclass(frozen=True)
 class SamConfig:
-    """The image encoder of a SAM; all else is the same in every size.
+    """The image encoder of SAM, a vision transformer at stride 16; the rest is the same in all sizes.
 
     Attributes:
-        width: channels of the transformer.
+        width: channels.
         depth: blocks.
-        heads: of each attention.
-        global_blocks: blocks that attend over the whole image, the others over windows of 14 x 14.
+        heads: of attention.
+        global_blocks: blocks that attend to the whole image; the others to windows of 14 x 14 cells.
     """
 
     width: int
@@ -46,16 +62,17 @@ class SamConfig:
     global_blocks: tuple[int, ...]
 
 
-SAM_SIZES: dict[str, SamConfig] = {
+SAM_SIZES: dict[str, SamConfig | TinyVitConfig] = {
     "sam_vit_b": SamConfig(768, 12, 12, (2, 5, 8, 11)),
     "sam_vit_l": SamConfig(1024, 24, 16, (5, 11, 17, 23)),
     "sam_vit_h": SamConfig(1280, 32, 16, (7, 15, 23, 31)),
+    "mobile_sam": TinyVitConfig(),
 }
-"""The published models with a plain vision transformer."""
+"""The published models."""
 
 
-def build_sam(name: str, config: SamConfig | None = None) -> Sam:
-    """A SAM with random weights, in evaluation mode, on torch's default device.
+def build_sam(name: str, config: SamConfig | TinyVitConfig | None = None) -> Sam:
+    """A SAM with random weights and fast attention, in evaluation mode, on torch's default device.
 
     Args:
         name: one of `SAM_SIZES`, or any name if `config` is given.
@@ -63,35 +80,39 @@ def build_sam(name: str, config: SamConfig | None = None) -> Sam:
 
     Raises:
         ValueError: the name is unknown.
-        ModuleNotFoundError: the segment_anything package is missing.
+        ModuleNotFoundError: the segment_anything package, or torchvision, which it needs, is missing.
     """
     if config is None and name not in SAM_SIZES:
         raise ValueError(f"SAM model: expected one of {', '.join(SAM_SIZES)}, got {name!r}")
-    chosen = config or SAM_SIZES[name]
     allow_import_without_operators()
-    try:
-        from segment_anything.build_sam import _build_sam
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{name} needs the segment_anything package ({error}): pip install segment-anything torchvision",
-            name="segment_anything",
-        ) from error
-    net = _build_sam(
-        encoder_embed_dim=chosen.width, encoder_depth=chosen.depth, encoder_num_heads=chosen.heads,
-        encoder_global_attn_indexes=list(chosen.global_blocks),
+    from segment_anything import modeling as official
+
+    chosen = config or SAM_SIZES[name]
+    cells = SIDE // STRIDE
+    encoder = TinyVit(chosen) if isinstance(chosen, TinyVitConfig) else official.ImageEncoderViT(
+        img_size=SIDE, patch_size=STRIDE, embed_dim=chosen.width, depth=chosen.depth, num_heads=chosen.heads,
+        global_attn_indexes=chosen.global_blocks, window_size=WINDOW, out_chans=LATENT_CHANNELS, use_rel_pos=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )  # fmt: skip
+    prompts = official.PromptEncoder(
+        embed_dim=LATENT_CHANNELS, image_embedding_size=(cells, cells), input_image_size=(SIDE, SIDE), mask_in_chans=16
     )
-    return Sam(name, net)
+    transformer = official.TwoWayTransformer(depth=2, embedding_dim=LATENT_CHANNELS, mlp_dim=2048, num_heads=8)
+    decoder = official.MaskDecoder(transformer_dim=LATENT_CHANNELS, transformer=transformer)
+    sam = Sam(name, official.Sam(encoder, prompts, decoder))
+    use_fast_attention(sam)
+    return sam
 
 
 class Sam(BaseModel):
     """See `BaseModel`.
 
-    At other sides than 1024 the absolute position embedding is interpolated, relative positions of the global blocks
-    are interpolated as upstream does, and windows stay as they are.
+    Any S that is a multiple of `SIDE_MULTIPLE`: the absolute position embedding is interpolated (bicubic), so are the
+    relative positions of blocks that attend to the whole image (linear, as in segment-anything); windows stay 14 x 14
+    and are padded where they do not fit, as they are at 1024. MobileSAM has nothing to interpolate.
 
     Attributes:
-        net: Sam of the segment_anything package; its attentions are replaced by `RelativeAttention` and
-            `FusedAttention`, which keep the names of all weights.
+        net: Sam of the segment-anything package, with `TinyVit` as `image_encoder` where it is MobileSAM.
     """
 
     def __init__(self, name: str, net: OfficialSam) -> None:
@@ -99,30 +120,30 @@ class Sam(BaseModel):
         self.name, self.mean, self.std = name, MEAN, STD
         self.net = net
         self.mask_decoder = net.mask_decoder
-        fuse_attention(net)
         self.eval()
 
     def load_official(self, state: Mapping[str, Tensor]) -> None:
         """Load a published checkpoint.
 
         Args:
-            state: the content of the file, with its keys.
+            state: what is in the file, with its keys. The ImageNet classifier in MobileSAM's is left out.
 
         Raises:
             ValueError: a key is missing, unexpected or of another shape. The model is then as before.
         """
-        load_exactly(self.net, dict(state), self.name)
+        mobile = isinstance(self.net.image_encoder, TinyVit)
+        unused = [f"image_encoder.{start}" for start in CLASSIFIER] if mobile else []
+        load_exactly(self.net, state, self.name, ignore=unused)
 
     def content(self, size: tuple[int, int], side: int) -> tuple[int, int]:
-        """The long side fills the square, the aspect is kept.
+        """The image with its aspect, its long side as long as the square.
 
-        Upstream rounds the short side to whole pixels; here it is rounded to a multiple of 4, so that the padding ends
-        where a cell of the logits ends. That moves the far edge by at most 2 pixels of 1024.
+        segment-anything rounds the short side to a whole pixel; here it is the nearest multiple of `LOGIT_STRIDE`, at
+        least one, so that logits are cut without a rest: 2 px apart at most, where the side is not below 4. Points are
+        scaled by axis, so they stay on what they point at.
         """
-        scale = side / max(size)
-        height, width = (
-            min(side, max(LOGIT_STRIDE, round(length * scale / LOGIT_STRIDE) * LOGIT_STRIDE)) for length in size
-        )
+        long = max(size)
+        height, width = (max(1, round(length * side / long / LOGIT_STRIDE)) * LOGIT_STRIDE for length in size)
         return height, width
 
     def encode(self, pixels: Tensor) -> Features:
@@ -135,6 +156,8 @@ class Sam(BaseModel):
         if height != width or height % SIDE_MULTIPLE:
             raise ValueError(f"{self.name}: expected a square of {SIDE_MULTIPLE}k pixels, got {height}x{width}")
         encoder = self.net.image_encoder
+        if isinstance(encoder, TinyVit):
+            return Features(encoder(pixels))
         x = encoder.patch_embed(pixels)
         x = x + _resized_positions(encoder.pos_embed, x.shape[1])
         for block in encoder.blocks:
@@ -144,40 +167,44 @@ class Sam(BaseModel):
     def decode(self, features: Features, points: Tensor, labels: Tensor, several: bool) -> tuple[Tensor, Tensor]:
         """See `BaseModel.decode`.
 
-        As in segment-anything's own export for other runtimes, labels are taken as they are: where no object of the
-        batch has a box, `padded` appends the token that upstream appends.
+        Each prompt gets the masks that segment-anything gives it alone, whatever else is in the batch: nothing attends
+        to padding (label -1), except for the one token that segment-anything itself adds where a prompt has no box.
+
+        SAM's predicted IoU is a regression without a bound, now and then a little above 1. It comes as it is, because
+        everything mode ranks by it.
         """
-        latent = features.latent
+        latent, decoder = features.latent, self.net.mask_decoder
         height, width = latent.shape[2:]
         prompts = self.net.prompt_encoder
-        sparse = self._embed_prompts(points, labels, STRIDE * height).to(latent.dtype)
-        # as upstream's prompt encoder makes them, for the size at hand instead of the one it was built for
-        no_mask = prompts.no_mask_embed.weight.view(1, -1, 1, 1).expand(len(points), -1, height, width)
-        logits, scores = self.mask_decoder(
-            image_embeddings=latent,
-            image_pe=prompts.pe_layer((height, width))[None].to(latent.dtype),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=no_mask,
-            multimask_output=several,
+        # both as upstream's prompt encoder makes them, for the size at hand instead of the one it was built for
+        source = latent + prompts.no_mask_embed.weight.view(1, -1, 1, 1)
+        position = prompts.pe_layer((height, width))[None].to(latent.dtype)
+        tokens, hidden = self._tokens(points, labels, STRIDE * height, latent.dtype)
+        queries, keys = two_way(
+            decoder.transformer, source.flatten(2).transpose(1, 2), position.flatten(2).transpose(1, 2), tokens, hidden
         )
-        return logits, scores
+        fine = decoder.output_upscaling(keys.transpose(1, 2).unflatten(2, (height, width)))
+        chosen = range(1, 4) if several else range(1)
+        kernels = torch.stack([decoder.output_hypernetworks_mlps[k](queries[:, 1 + k]) for k in chosen], 1)
+        logits = (kernels @ fine.flatten(2)).unflatten(2, fine.shape[2:])
+        return logits, decoder.iou_prediction_head(queries[:, 0])[:, chosen.start : chosen.stop]
 
-    def padded(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the "not a point" token, unless the prompts are boxes: as upstream's prompt encoder does."""
-        if bool((labels >= 2).any()):
-            return points, labels
-        none = torch.full_like(labels[:, :1], NOT_A_POINT)
-        return torch.cat([points, torch.zeros_like(points[:, :1])], 1), torch.cat([labels, none], 1)
+    def _tokens(self, points: Tensor, labels: Tensor, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Tokens (K, 5 + N + 1, 256), the last one what is added to prompts without a box; bias of attention to them.
 
-    def _embed_prompts(self, points: Tensor, labels: Tensor, side: int) -> Tensor:
-        """(K, N, 2) and (K, N) -> (K, N, 256) float32: upstream's embedding without indices that depend on values."""
-        prompts = self.net.prompt_encoder
-        place = prompts.pe_layer._pe_encoding((points.float() + 0.5) / side)
-        kinds = labels[..., None]
-        place = torch.where(kinds == NOT_A_POINT, prompts.not_a_point_embed.weight.float(), place)
-        for kind in LABELS:
-            place = place + (kinds == kind) * prompts.point_embeddings[kind].weight.float()
-        return place
+        The bias (K, 1, 1, 5 + N + 1) is 0, or minus infinity where a prompt does not have that token. No shape depends
+        on a label, so that a CUDA graph and an exported graph can follow.
+        """
+        prompts, decoder = self.net.prompt_encoder, self.net.mask_decoder
+        boxless = (labels < BOX_CORNER).all(1, keepdim=True)
+        points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1.0)
+        place = prompts.pe_layer.forward_with_coords(points + 0.5, (side, side))
+        kinds = torch.cat([prompts.not_a_point_embed.weight, *(kind.weight for kind in prompts.point_embeddings)])
+        sparse = torch.where(labels[..., None] < 0, 0.0, place).to(dtype) + F.embedding(labels.long() + 1, kinds)
+        own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(points), -1, -1)
+        used = torch.cat([labels[:, :-1] >= 0, boxless], 1)
+        bias = torch.zeros(used.shape, dtype=dtype, device=used.device).masked_fill(~used, -torch.inf)
+        return torch.cat([own, sparse], 1), F.pad(bias, (OWN_TOKENS, 0))[:, None, None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sam:
         """As in nn.Module, but positions of prompts stay float32: in half precision they would be off by pixels."""
@@ -189,85 +216,106 @@ class Sam(BaseModel):
         return self
 
 
-def fuse_attention(net: OfficialSam) -> None:
-    """Put fused attention into the image encoder and the mask decoder, in place; weights and their names stay."""
-    from segment_anything.modeling.transformer import Attention
+def use_fast_attention(sam: Sam) -> None:
+    """Replace the attention of SAM's image encoder by `EncoderAttention`, with the same parameters under the same keys.
 
-    for block in net.image_encoder.blocks:
-        block.attn = RelativeAttention(block.attn)
-    for module in list(net.mask_decoder.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Attention):
-                setattr(module, name, FusedAttention(child))
+    MobileSAM's encoder and the mask decoder need no replacement: they have fast attention anyway.
+    """
+    if not isinstance(sam.net.image_encoder, TinyVit):
+        for block in sam.net.image_encoder.blocks:
+            block.attn = EncoderAttention(block.attn)
 
 
-class RelativeAttention(nn.Module):
-    """Attention of SAM's image encoder with its decomposed relative positions, in one fused operator.
+class EncoderAttention(nn.Module):
+    """Attention with decomposed relative positions, in one fused operator.
 
-    Upstream adds q . Rh[row distance] + q . Rw[column distance] to each of (h w) x (h w) products, which takes 0.8 GB a
-    block in float32 for 12 heads at 1024 pixels. The sum is itself an inner product: of the query with both terms for
-    every row and column behind it, and the key with a one for its own row and its own column. So the fused operator
-    does it with h + w channels more, and the matrix is never made.
+    segment-anything adds q . Rh[row distance] + q . Rw[column distance] to each of (h w) x (h w) products, and stores
+    that matrix several times: 0.8 GB each in a block of 12 heads at 1024 px, in float32. The sum is itself one inner
+    product: of the query with both terms for every row and every column behind it, and of the key with a one at its own
+    row and at its own column. So the operator gets h + w channels more, and no matrix is made.
+
+    Args:
+        layer: the attention of segment-anything whose parameters are taken over.
     """
 
-    def __init__(self, official: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.num_heads, self.scale = official.num_heads, official.scale
-        self.qkv, self.proj = official.qkv, official.proj
-        self.rel_pos_h, self.rel_pos_w = official.rel_pos_h, official.rel_pos_w
-        self.scale: float
-        self.num_heads: int
+        self.heads, self.scale = layer.num_heads, layer.scale
+        self.qkv, self.proj = layer.qkv, layer.proj
+        self.rel_pos_h, self.rel_pos_w = layer.rel_pos_h, layer.rel_pos_w
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, C) -> (B, h, w, C)."""
-        b, h, w, c = x.shape
-        heads, head = self.num_heads, c // self.num_heads
-        q, k, v = self.qkv(x).reshape(b, h * w, 3, heads, head).permute(2, 0, 3, 1, 4).unbind(0)
-        grid = q.reshape(b, heads, h, w, head)
-        rows = torch.einsum("bnhwc,hkc->bnhwk", grid, _distances(self.rel_pos_h, h))
-        columns = torch.einsum("bnhwc,wkc->bnhwk", grid, _distances(self.rel_pos_w, w))
-        here = torch.arange(h * w, device=x.device)
-        own_row = (here[:, None] // w == torch.arange(h, device=x.device)).to(q.dtype)
-        own_column = (here[:, None] % w == torch.arange(w, device=x.device)).to(q.dtype)
-        own = torch.cat([own_row, own_column], 1).expand(b, heads, -1, -1)
+        batch, height, width, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        cells = q.unflatten(2, (height, width))
+        rows = torch.einsum("bnhwc,hkc->bnhwk", cells, _distances(self.rel_pos_h, height))
+        columns = torch.einsum("bnhwc,wkc->bnhwk", cells, _distances(self.rel_pos_w, width))
         q = torch.cat([q * self.scale, rows.flatten(2, 3), columns.flatten(2, 3)], 3)
-        k = torch.cat([k, own], 3)
-        # channels of v that are zero: the fused operators want three inputs of one width
-        y = F.scaled_dot_product_attention(q, k, F.pad(v, (0, h + w)), scale=1.0)[..., :head]
-        return self.proj(y.transpose(1, 2).reshape(b, h, w, c))
+        own_row = torch.eye(height, dtype=x.dtype, device=x.device)[:, None].expand(-1, width, -1)
+        own_column = torch.eye(width, dtype=x.dtype, device=x.device)[None].expand(height, -1, -1)
+        own = torch.cat([own_row, own_column], 2).flatten(0, 1)
+        k = torch.cat([k, own.expand(batch, self.heads, -1, -1)], 3)
+        # zeros behind v: the fused kernels want three inputs of one width
+        mixed = F.scaled_dot_product_attention(q, k, F.pad(v, (0, height + width)), scale=1.0)[..., : v.shape[3]]
+        return self.proj(mixed.transpose(1, 2).reshape(x.shape))
 
 
-class FusedAttention(nn.Module):
-    """Attention of SAM's mask decoder in one fused operator."""
-
-    def __init__(self, official: nn.Module) -> None:
-        super().__init__()
-        self.num_heads = official.num_heads
-        self.q_proj, self.k_proj, self.v_proj = official.q_proj, official.k_proj, official.v_proj
-        self.out_proj = official.out_proj
-        self.num_heads: int
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, Nq, C), (B, Nk, C), (B, Nk, C) -> (B, Nq, C)."""
-        q, k, v = (
-            layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-            for layer, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
-        )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+def _distances(table: Tensor, size: int) -> Tensor:
+    """(2 n - 1, c) embeddings of the distances -(n - 1) .. n - 1 -> (size, size, c), for each query and key."""
+    if len(table) != 2 * size - 1:
+        table = F.interpolate(table.T[None], 2 * size - 1, mode="linear")[0].T
+    at = torch.arange(size, device=table.device)
+    return table[at[:, None] - at + size - 1]
 
 
-def _distances(positions: Tensor, size: int) -> Tensor:
-    """Relative positions (L, C) -> (size, size, C) of each pair; interpolated where L is of another size."""
-    length = 2 * size - 1
-    if len(positions) != length:
-        positions = F.interpolate(positions.T[None], size=length, mode="linear")[0].T
-    here = torch.arange(size, device=positions.device)
-    return positions[here[:, None] - here + size - 1]
+def _resized_positions(table: Tensor, size: int) -> Tensor:
+    """Absolute positions (1, n, n, C) for another grid, (1, size, size, C)."""
+    if table.shape[1] == size:
+        return table
+    grid = F.interpolate(table.permute(0, 3, 1, 2).float(), (size, size), mode="bicubic", align_corners=False)
+    return grid.permute(0, 2, 3, 1).to(table.dtype)
 
 
-def _resized_positions(positions: Tensor, side: int) -> Tensor:
-    """Absolute positions (1, 64, 64, C) for a grid of `side` x `side`."""
-    if positions.shape[1] == side:
-        return positions
-    fine = F.interpolate(positions.permute(0, 3, 1, 2).float(), (side, side), mode="bicubic", align_corners=False)
-    return fine.permute(0, 2, 3, 1).to(positions.dtype)
+def two_way(
+    transformer: Any, image: Tensor, position: Tensor, tokens: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """SAM's two-way transformer for K prompts of one image, with hidden tokens.
+
+    The image is the same for all prompts until they first write into it, so until then it is projected once.
+
+    Args:
+        transformer: TwoWayTransformer of segment-anything.
+        image: (1, h * w, C), without its positions.
+        position: (1, h * w, C).
+        tokens: (K, T, C); at the same time their own positions.
+        hidden: (K, 1, 1, T), added to the attention to a token: 0 or minus infinity.
+
+    Returns:
+        Tokens (K, T, C) and image (K, h * w, C).
+    """
+    count = len(tokens)
+    queries, keys = tokens, image
+    for layer in transformer.layers:
+        if layer.skip_first_layer_pe:
+            queries = layer.norm1(_attend(layer.self_attn, queries, queries, queries, count, hidden))
+        else:
+            placed = queries + tokens
+            queries = layer.norm1(queries + _attend(layer.self_attn, placed, placed, queries, count, hidden))
+        seen = _attend(layer.cross_attn_token_to_image, queries + tokens, keys + position, keys, count)
+        queries = layer.norm2(queries + seen)
+        queries = layer.norm3(queries + layer.mlp(queries))
+        told = _attend(layer.cross_attn_image_to_token, keys + position, queries + tokens, queries, count, hidden)
+        keys = layer.norm4(keys + told)
+    seen = _attend(transformer.final_attn_token_to_image, queries + tokens, keys + position, keys, count)
+    return transformer.norm_final_attn(queries + seen), keys
+
+
+def _attend(layer: Any, q: Tensor, k: Tensor, v: Tensor, count: int, hidden: Tensor | None = None) -> Tensor:
+    """A layer of the mask decoder's attention for `count` prompts; inputs (count, n, C), or (1, n, C) for them all."""
+    q, k, v = (
+        project(x).unflatten(2, (layer.num_heads, -1)).transpose(1, 2).expand(count, -1, -1, -1)
+        for project, x in ((layer.q_proj, q), (layer.k_proj, k), (layer.v_proj, v))
+    )
+    return layer.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=hidden).transpose(1, 2).flatten(2))
