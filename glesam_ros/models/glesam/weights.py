@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -56,8 +55,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        found = sorted(k for k, v in state.items() if not isinstance(v, Tensor)) if isinstance(state, dict) else state
-        raise ValueError(f"{path}: expected a state dict of tensors, got {_listed(found, type(content).__name__)}")
+        odd = [str(k) for k, v in state.items() if not isinstance(v, Tensor)] if isinstance(state, dict) else []
+        raise ValueError(f"{path}: expected a state dict of tensors, got {_listed(sorted(odd)) or type(state).__name__}")
     return dict(state)
 
 
@@ -142,9 +141,7 @@ def decoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return bare
 
 
-def _listed(keys: Any, otherwise: str = "nothing") -> str:
+def _listed(keys: Sequence[str]) -> str:
     """Keys in words, the first few by name."""
-    if not isinstance(keys, list):
-        return otherwise
-    shown = ", ".join(keys[:NAMES_SHOWN]) or otherwise
-    return shown + (f" and {len(keys) - NAMES_SHOWN} more" if len(keys) > NAMES_SHOWN else "")
+    more = f" and {len(keys) - NAMES_SHOWN} more" if len(keys) > NAMES_SHOWN else ""
+    return ", ".join(keys[:NAMES_SHOWN]) + more
