@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from glesam_ros import load_pipeline  # noqa: E402
+from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.models import Budget, OutOfMemory, load_model, model_names  # noqa: E402
 from glesam_ros.models.glesam import catalogue, sam, sam2  # noqa: E402
 from glesam_ros.models.glesam import runtime as runtimes  # noqa: E402
@@ -62,7 +65,7 @@ class TinyBase(BaseModel):
         axis = torch.arange(cells) * 4 + 2
         away = ((axis - middle[:, :1]) ** 2)[:, None] + ((axis - middle[:, 1:]) ** 2)[:, :, None]
         count = 3 if several else 1
-        radius = 4.0 * (1 + torch.arange(count))[:, None, None] + 0 * features.latent.float().mean()
+        radius = 4.0 * (1 + torch.arange(count))[:, None, None] + features.latent.float().mean()
         scores = torch.tensor([0.2, 0.9, 0.5])[:count] + 0.001 * used.sum(1, keepdim=True)
         return radius - away[:, None].sqrt(), scores
 
@@ -283,6 +286,68 @@ def test_read_only_and_strided_images_are_taken_without_a_warning() -> None:
         warnings.simplefilter("error")
         assert torch.equal(runtime.encode(frozen, 256).latent, expected)
         assert torch.equal(runtime.encode(wide[:, ::2], 256).latent, expected)
+
+
+def test_one_thread_encodes_while_another_decodes() -> None:
+    runtime = on_cpu(made=enhancer())
+    for stage in runtime._stages.values():
+        stage._capture = imitated_capture  # static buffers, which a second thread would overwrite
+    points, labels = np.full((2, 1, 2), 60, np.float32), np.ones((2, 1), np.float32)
+
+    def encode(k: int) -> Features:
+        return runtime.enhance(runtime.encode(picture(k), 256), 0.5)
+
+    def decode(features: Features) -> Any:
+        return runtime.decode(features, points, labels, True)[0]
+
+    alone = [decode(encode(k)) for k in range(8)]
+    with ThreadPoolExecutor(1) as decoder, ThreadPoolExecutor(2) as encoders:
+        together = list(decoder.map(decode, encoders.map(encode, range(8))))
+    for a, b in zip(alone, together):
+        assert torch.equal(a, b)
+    assert not torch.equal(alone[0], alone[1])
+
+
+class FakeStream:
+    """Notes what a CUDA stream is told to wait for."""
+
+    def __init__(self) -> None:
+        self.waits: list[Any] = []
+
+    def wait_event(self, event: Any) -> None:
+        self.waits.append(event)
+
+    def wait_stream(self, stream: Any) -> None:
+        self.waits.append(stream)
+
+
+class FakeEvent:
+    def record(self, stream: Any) -> None:
+        self.stream = stream
+
+
+class Level:
+    """A tensor on CUDA, as far as streams go."""
+
+    def __init__(self) -> None:
+        self.used_on: list[Any] = []
+
+    def record_stream(self, stream: Any) -> None:
+        self.used_on.append(stream)
+
+
+def test_decoding_waits_for_its_features_and_not_for_the_next_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, own, here = on_cpu(), FakeStream(), FakeStream()
+    monkeypatch.setattr(runtime, "_stream", own)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    first, second = (runtime._placed(Level(), Level()) for _ in range(2))  # type: ignore[arg-type]
+    runtime._await(first)
+    assert here.waits == [first.ready] != [second.ready] and first.ready.stream is own
+    # memory of the features may be reused only when this stream is done with them
+    assert all(level.used_on == [here] for level in (first.latent, *first.high))
+    runtime._await(Features(Level()))  # type: ignore[arg-type]  # without an event: all that was queued
+    assert here.waits[1:] == [own]
 
 
 # ---- CUDA graphs, with a capture that works as CUDA's does but on the CPU
@@ -668,6 +733,22 @@ def test_the_mask_decoder_of_stage_2_takes_the_place_of_the_official_one(home: t
     after = load_glesam(name, "cpu")._base.mask_decoder.state_dict()
     assert all(torch.equal(after[key], before[key] + 1) for key in before)
     assert torch.equal(load_glesam(base, "cpu")._base.mask_decoder.state_dict()[key := next(iter(before))], before[key])
+
+
+@ONE_FAMILY
+def test_bench_times_a_full_size_model(home: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    base, folder = home
+    sizes = {"processing-size": "256", "points-per-side": "2", "score-threshold": "0", "device": "cpu"}
+    options = [part for name, value in sizes.items() for part in (f"--{name}", value)]
+    name = f"{base}+glesam"
+    assert main(["bench", "--model", name, "--frames", "1", "--size", "96x64", "--json", "-", *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"] == name and report["device"] == "cpu (fp32, torch)"
+    # the base, the U-Net, LoRA; not the other enhancer, not the prompt
+    files = [folder / catalogue.BASES[base].source.path, folder / "sd21-base" / "unet", folder / name]
+    weights = [p for f in files for p in ([f] if f.is_file() else f.glob("*.safetensors"))]
+    total = sum(p.stat().st_size for p in weights) / 1e6
+    assert len(weights) == 3 and report["weights_mb"] == pytest.approx(total, abs=0.01)
 
 
 @ONE_FAMILY

@@ -166,11 +166,20 @@ def peak_rss_mb() -> float:
 
 
 def weights_mb(model: str) -> float:
-    """Size of the shipped files of `model` in MB (10^6 bytes), of all precisions; 0 for a model without files."""
+    """Size of the files of `model` in MB (10^6 bytes), of all precisions; 0 for a model without files."""
     from glesam_ros import models
+    from glesam_ros.models.glesam import catalogue
 
-    files = (Path(models.__file__).parent / "weights").glob(f"{model}_*")
-    return sum(path.stat().st_size for path in files) / 1e6
+    if model not in catalogue.model_names():
+        files = list((Path(models.__file__).parent / "weights").glob(f"{model}_*"))
+    else:
+        home, (base, _) = catalogue.home(), catalogue.split_name(model)
+        files = [home / catalogue.BASES[base].source.path, *(home / model).glob("*.safetensors")]
+        config = home / model / catalogue.CONFIG_FILE
+        fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if fields.get("kind") == "lora":
+            files += (home / fields["unet"] / "unet").glob("*.safetensors")
+    return sum(path.stat().st_size for path in files if path.is_file()) / 1e6
 
 
 def usable_cores() -> int:

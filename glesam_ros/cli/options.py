@@ -12,7 +12,10 @@ from glesam_ros import settings
 if TYPE_CHECKING:
     from glesam_ros.pipeline import Pipeline
 
-MODEL_SETTINGS = ("model", "device", "precision", "enhancement", "processing_size")
+MODEL_SETTINGS = (
+    "model", "device", "precision", "enhancement", "processing_size", "points_per_side", "points_per_batch",
+    "crop_layers",
+)
 """Settings that choose and drive the model."""
 SELECTION_SETTINGS = (
     "enhance_above", "enhance_below", "score_threshold", "stability_threshold", "nms_iou", "max_instances", "min_area",
