@@ -201,7 +201,7 @@ class Sam(BaseModel):
         place = prompts.pe_layer.forward_with_coords(points + 0.5, (side, side))
         kinds = torch.cat([prompts.not_a_point_embed.weight, *(kind.weight for kind in prompts.point_embeddings)])
         sparse = torch.where(labels[..., None] < 0, 0.0, place).to(dtype) + F.embedding(labels.long() + 1, kinds)
-        own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(points), -1, -1)
+        own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(points.shape[0], -1, -1)
         used = torch.cat([labels[:, :-1] >= 0, boxless], 1)
         bias = torch.zeros(used.shape, dtype=dtype, device=used.device).masked_fill(~used, -torch.inf)
         return torch.cat([own, sparse], 1), F.pad(bias, (OWN_TOKENS, 0))[:, None, None]
@@ -295,7 +295,7 @@ def two_way(
     Returns:
         Tokens (K, T, C) and image (K, h * w, C).
     """
-    count = len(tokens)
+    count = tokens.shape[0]
     queries, keys = tokens, image
     for layer in transformer.layers:
         if layer.skip_first_layer_pe:

@@ -135,7 +135,7 @@ class Sam2(BaseModel):
         trained = prompts.input_image_size[0] / (STRIDE * height)
         sparse, _ = prompts(points=((points + 0.5) * trained - 0.5, labels), boxes=None, masks=None)
         # both as upstream's prompt encoder makes them, for the size at hand instead of the one it was built for
-        no_mask = prompts.no_mask_embed.weight.view(1, -1, 1, 1).expand(len(points), -1, height, width)
+        no_mask = prompts.no_mask_embed.weight.view(1, -1, 1, 1).expand(points.shape[0], -1, height, width)
         position = prompts.pe_layer((height, width))[None]
         logits, scores, _, _ = self.mask_decoder(
             image_embeddings=latent,
