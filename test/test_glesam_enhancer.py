@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import stat
 
 import pytest
 
@@ -420,6 +421,8 @@ def test_saved_lora_comes_back(unets, tmp_path, levels):
     assert lora["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.lora.up.weight"].shape == (8, 4)
     assert load_file(folder / "mask_decoder.safetensors")["a.weight"].tolist() == [1, 1]
     assert (folder / "level.safetensors").is_file() is levels
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()}
+    assert len(modes) == 1  # weights are as readable as their glesam.json
     again = load_enhancer(folder, unets)
     assert again.config == config and not again.training
     assert {p.dtype for p in again.parameters()} == {torch.float32}

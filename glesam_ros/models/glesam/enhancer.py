@@ -526,6 +526,13 @@ class SelfAttention(nn.Module):
         return x + self.out(y.transpose(2, 3).reshape(b, c, h, w))
 
 
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """A safetensors file that others may read as the umask allows; safetensors' own are for their owner alone."""
+    from safetensors.torch import save
+
+    file.write_bytes(save({key: x.detach().cpu().contiguous() for key, x in tensors.items()}))
+
+
 def save_enhancer(
     enhancer: Enhancer | SmallEnhancer, folder: Path, decoder: Mapping[str, Tensor] | None = None
 ) -> None:
@@ -538,8 +545,6 @@ def save_enhancer(
     Raises:
         ValueError: LoRA is merged already.
     """
-    from safetensors.torch import save_file
-
     states: dict[str, Mapping[str, Tensor]] = {name: m.state_dict() for name, m in enhancer.files().items()}
     if isinstance(enhancer, Enhancer):
         lora = enhancer.lora_state()
@@ -551,7 +556,7 @@ def save_enhancer(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(asdict(enhancer.config), indent=2) + "\n", encoding="utf-8")
     for name, state in states.items():
-        save_file({key: x.detach().cpu().contiguous() for key, x in state.items()}, folder / name)
+        write_tensors(state, folder / name)
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
@@ -587,7 +592,6 @@ def empty_prompt(folder: Path) -> Tensor:
     for part in ("tokenizer", "text_encoder"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder / part}: expected it, or {file.name} beside it, for the empty prompt")
-    from safetensors.torch import save_file
     from transformers import CLIPTextModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
@@ -601,8 +605,8 @@ def empty_prompt(folder: Path) -> Tensor:
     # 2.1 pads with "!", 1.5 with its end token: the tokenizer's files say so
     ids = tokenizer("", padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
-        prompt = encoder.float().eval()(ids).last_hidden_state.contiguous()
-    save_file({"prompt": prompt}, file)
+        prompt = encoder.float().eval()(ids).last_hidden_state
+    write_tensors({"prompt": prompt}, file)
     return prompt
 
 
