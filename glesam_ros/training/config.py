@@ -27,6 +27,10 @@ def no_bool(value: Any) -> Any:
     return value
 
 
+def no_as_text(value: Any) -> Any:
+    return "no" if value is False else value  # YAML reads a bare no as false
+
+
 def _training_split(value: str) -> str:
     if "test" in value:
         raise ValueError(f"expected a split for training, got {value!r}: nothing is trained on a test split")
@@ -69,6 +73,7 @@ Decay = Annotated[float, BeforeValidator(no_bool), Field(ge=0, lt=1)]
 Zoom = Annotated[float, BeforeValidator(no_bool), Field(ge=1, le=8)]
 Side = Annotated[int, Field(strict=True, ge=32, le=4096), AfterValidator(_crop_side)]
 Text = Annotated[str, Field(min_length=1)]
+Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(no_as_text)]
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -268,7 +273,7 @@ class Config:
     """
 
     seed: CountOrNone = 10
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    precision: Precision = "bf16"
     workers: CountOrNone = 0
     start: Text | None = None
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (

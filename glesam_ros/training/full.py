@@ -319,11 +319,11 @@ def train_full(
         FloatingPointError: the loss is infinite or not a number.
     """
     accelerator = make_accelerator(device, config.precision, unused=True)
-    claim(out, config, accelerator)
     # gradients of pixels far from a region are denormal, which CPUs compute many times slower
     torch.set_flush_denormal(True)
     torch.manual_seed(config.seed)
     networks = load_networks(config).to(accelerator.device)
+    claim(out, config, accelerator)  # not before the weights are known to be there
     stages = stages_of(config)
     asked = [name for name in stages if FULL_STAGES.index(name) <= FULL_STAGES.index(until)]
     scenes: Scenes | None = None

@@ -7,7 +7,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from glesam_ros.training.config import (
@@ -26,6 +26,7 @@ from glesam_ros.training.config import (
     Text,
     Zoom,
     make_config,
+    no_as_text,
     read_config,
     validated,
     zoom_range,
@@ -47,6 +48,9 @@ def _crop_side(value: int) -> int:
     if value % 4:
         raise ValueError(f"expected a multiple of 4 px, got {value}")
     return value
+
+
+FullPrecision = Annotated[Literal["no", "bf16"], BeforeValidator(no_as_text)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -235,8 +239,8 @@ class FullConfig:
 
     model: Literal["glesam"] = "glesam"
     seed: CountOrNone = 10
-    precision: Literal["no", "bf16"] = "bf16"
-    workers: CountOrNone = 0
+    precision: FullPrecision = "bf16"
+    workers: CountOrNone = 4
     random: bool = False
     base: Text = "sam_vit_b"
     base_file: Text | None = None
