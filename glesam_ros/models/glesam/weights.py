@@ -56,7 +56,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         odd = [str(k) for k, v in state.items() if not isinstance(v, Tensor)] if isinstance(state, dict) else []
-        raise ValueError(f"{path}: expected a state dict of tensors, got {_listed(sorted(odd)) or type(state).__name__}")
+        found = _listed(sorted(odd)) or type(state).__name__
+        raise ValueError(f"{path}: expected a state dict of tensors, got {found}")
     return dict(state)
 
 

@@ -1,0 +1,153 @@
+"""Runs what `glesam export` wrote, by onnxruntime with TensorRT, CUDA or on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glesam_ros.models.base import OutOfMemory
+from glesam_ros.models.glesam import catalogue
+from glesam_ros.models.glesam.base import BaseModel, Features
+from glesam_ros.models.glesam.onnx_export import Manifest, read_manifest
+from glesam_ros.models.glesam.runtime import means_out_of_memory
+from glesam_ros.models.onnx_session import Shapes, choose_device, open_session
+from glesam_ros.validation import FloatArray, UInt8Array
+
+FOLDER = "onnx"
+"""Of the graphs, in the folder of the model below `catalogue.home()`."""
+MOST_PROMPTS, MOST_POINTS = 256, 16
+"""Largest batch that a TensorRT engine is built for; more prompts are decoded in several batches."""
+PROFILE: Shapes = {
+    "points": ((1, 1, 2), (64, 1, 2), (MOST_PROMPTS, MOST_POINTS, 2)),
+    "labels": ((1, 1), (64, 1), (MOST_PROMPTS, MOST_POINTS)),
+}
+"""Smallest, usual and largest shapes of prompts, so that one engine serves all."""
+LACKS = ("Failed to allocate", "bad allocation", "bad_alloc", "out of memory", "cudaErrorMemoryAllocation")
+"""Parts of onnxruntime's messages that mean: not enough memory."""
+
+
+def export_folder(name: str, home: Path) -> Path:
+    """Where the graphs of a model lie."""
+    return home / name / FOLDER
+
+
+def open_onnx_runtime(
+    name: str, device: str, precision: str = "auto", folder: Path | None = None, *, base: BaseModel
+) -> OnnxRuntime:
+    """Open the exported graphs of a model.
+
+    Args:
+        device: "tensorrt", "cuda" or "cpu".
+        precision: "auto" (fp16 with TensorRT, else fp32), "fp32", or "fp16" (TensorRT only).
+        folder: with the graphs; None takes what `glesam export` fills.
+        base: says how pictures become pixels; its weights are not used.
+
+    Raises:
+        FileNotFoundError: nothing was exported; names the command.
+        ValueError: files that do not fit, or a precision that the device does not have.
+        RuntimeError: this onnxruntime does not offer the device.
+    """
+    device = choose_device(device)
+    if precision == "auto":
+        precision = "fp16" if device == "tensorrt" else "fp32"
+    if precision not in ("fp32", "fp16") or (precision == "fp16" and device != "tensorrt"):
+        raise ValueError(
+            f"precision: expected auto or fp32 for exported graphs, fp16 with TensorRT; got {precision!r} on {device}"
+        )
+    folder = export_folder(name, catalogue.home()) if folder is None else folder
+    manifest = read_manifest(folder, name)
+    return OnnxRuntime(folder, manifest, base, device, precision)
+
+
+class OnnxRuntime:
+    """See `glesam_ros.models.glesam.runtime.Runtime`.
+
+    The side is that of the export, whatever is asked for. Engines of TensorRT are cached beside the graphs; the first
+    start builds them, which takes minutes.
+    """
+
+    overlaps = False
+
+    def __init__(self, folder: Path, manifest: Manifest, base: BaseModel, device: str, precision: str) -> None:
+        self.side = manifest.side
+        self._base = base
+        self._manifest = manifest
+        cache = folder / "tensorrt"
+
+        def open_part(part: str, shapes: Shapes | None = None) -> Any:
+            return open_session(folder / f"{part}.onnx", device, precision == "fp16", cache, shapes=shapes)
+
+        parts = ["encoder", *(["enhancer"] if manifest.enhances else []), *(["level"] if manifest.levels else [])]
+        self._sessions = {part: open_part(part) for part in parts}
+        high = {
+            value.name: (tuple(value.shape),) * 3
+            for value in self._sessions["encoder"].get_outputs()
+        }
+        for part in ("decoder_one", "decoder_three"):
+            self._sessions[part] = open_part(part, {**PROFILE, **high})
+        provider = self._sessions["encoder"].get_providers()[0]
+        self.device = f"{device} ({precision}, onnxruntime, {provider})"
+
+    def encode(self, image: UInt8Array, side: int) -> Features:
+        """(H, W, 3) uint8 RGB -> features of a batch of one; `side` gives way to that of the export."""
+        images = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None]
+        latent, *high = self._run("encoder", {"pixels": self._base.pixels(images, self.side)})
+        return Features(latent, tuple(high))
+
+    def level(self, features: Features) -> float | None:
+        """Degradation 0 .. 1 where the enhancer predicts it, else None."""
+        if not self._manifest.levels:
+            return None
+        (level,) = self._run("level", _named(features))
+        return min(1.0, max(0.0, float(level[0])))
+
+    def enhance(self, features: Features, level: float) -> Features:
+        """Features with a restored latent; as they came where there is no enhancer."""
+        if not self._manifest.enhances:
+            return features
+        levels = {"level": torch.tensor([level], dtype=torch.float32)} if self._manifest.levels else {}
+        (latent,) = self._run("enhancer", {"latent": features.latent, **levels})
+        return features._replace(latent=latent)
+
+    def decode(
+        self, features: Features, points: FloatArray, labels: FloatArray, several: bool
+    ) -> tuple[Tensor, Tensor]:
+        """As `BaseModel.decode`, on the CPU.
+
+        Raises:
+            ValueError: more points a prompt than the engines are built for.
+        """
+        if labels.shape[1] > MOST_POINTS:
+            raise ValueError(f"prompts: expected at most {MOST_POINTS} points each, got {labels.shape[1]}")
+        part = "decoder_three" if several else "decoder_one"
+        found = []
+        for first in range(0, len(points), MOST_PROMPTS):
+            batch = slice(first, first + MOST_PROMPTS)
+            prompts = {"points": torch.from_numpy(points[batch]), "labels": torch.from_numpy(labels[batch])}
+            found.append(self._run(part, {**prompts, **_named(features)}))
+        logits, scores = (torch.cat(column) for column in zip(*found))
+        return logits, scores
+
+    def free(self) -> None:
+        """onnxruntime keeps its arena; there is nothing to give back."""
+
+    def close(self) -> None:
+        """Free everything; the runtime cannot be used afterwards."""
+        self._sessions.clear()
+
+    def _run(self, part: str, feed: dict[str, Tensor]) -> list[Tensor]:
+        arrays = {name: np.ascontiguousarray(x.float().cpu().numpy()) for name, x in feed.items()}
+        try:
+            return [torch.from_numpy(array) for array in self._sessions[part].run(None, arrays)]
+        except Exception as error:  # onnxruntime's exceptions share no base of their own
+            if means_out_of_memory(error) or any(lack in str(error) for lack in LACKS):
+                raise OutOfMemory(f"{part}: {str(error).splitlines()[0]}") from None
+            raise
+
+
+def _named(features: Features) -> dict[str, Tensor]:
+    return {"latent": features.latent, **{f"high{k}": level for k, level in enumerate(features.high)}}
