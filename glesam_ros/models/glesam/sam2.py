@@ -129,7 +129,11 @@ class Sam2(BaseModel):
         return Features(latent.to(pixels.dtype), (fine, middle))
 
     def decode(self, features: Features, points: Tensor, labels: Tensor, several: bool) -> tuple[Tensor, Tensor]:
-        """See `BaseModel.decode`. Boxes come as two points with labels 2 and 3, as upstream passes them on."""
+        """See `BaseModel.decode`. Boxes come as two points with labels 2 and 3, as upstream passes them on.
+
+        Padding (label -1) is a token that the others attend to, as upstream: prompts of as many points as each other,
+        without padding, get what upstream gives each alone. The token that upstream always appends is added here.
+        """
         latent, prompts = features.latent, self.net.sam_prompt_encoder
         height, width = latent.shape[2:]
         trained = prompts.input_image_size[0] / (STRIDE * height)
