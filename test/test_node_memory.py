@@ -79,6 +79,7 @@ def test_activate_fails_where_nothing_fits_and_says_what_to_do(launch):
     wait_for(lambda: status_is(client, ERROR, "take a smaller model"), "an error")
     assert "at least processing size 512 of 1024" in client.status("model").message
     assert client.wait_log("activate failed", "expected memory for at least")
+    assert "Traceback" not in client.ros.output
 
 
 def test_room_for_nothing_is_an_error_until_there_is_room_again(launch):

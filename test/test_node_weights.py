@@ -66,6 +66,7 @@ def test_a_full_size_model_without_weights(launch, tmp_path, monkeypatch):
     client.wait_log("configure failed", *words)
     wait_for(lambda: error_of(client, *words), "an error in /diagnostics")
     assert client.state() == "unconfigured"
+    assert "Traceback" not in client.ros.output
 
 
 def test_a_full_size_model_without_its_packages(launch, tmp_path, monkeypatch):
@@ -77,3 +78,4 @@ def test_a_full_size_model_without_its_packages(launch, tmp_path, monkeypatch):
     client.wait_log("configure failed", *words)
     wait_for(lambda: error_of(client, *words), "an error in /diagnostics")
     assert client.state() == "unconfigured"
+    assert "Traceback" not in client.ros.output

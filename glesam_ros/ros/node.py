@@ -28,7 +28,7 @@ from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
 from rclpy.exceptions import InvalidParameterException, ParameterException
-from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
+from rclpy.executors import ExternalShutdownException, InvalidHandle, MultiThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.signals import SignalHandlerOptions
@@ -36,6 +36,7 @@ from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import SetBool, Trigger
 
+from glesam_ros.models import OutOfMemory
 from glesam_ros.pipeline import Pipeline, load_pipeline
 from glesam_ros.ros import diagnostics, parameters, qos, shared_memory
 from glesam_ros.ros.camera import Camera
@@ -52,6 +53,9 @@ EXIT_TIMEOUT_S = 1.0
 WARM_UP_SIZE = (480, 640)
 CLICK_TOPIC = "overlay_mouse_left"
 """rqt_image_view publishes clicks on `<image topic>_mouse_left` as geometry_msgs/Point in pixels."""
+
+FOR_THE_USER = (FileNotFoundError, ModuleNotFoundError, OutOfMemory)
+"""Faults of transitions whose text says what to do, so that a traceback would only hide it."""
 
 SUCCESS, FAILURE, ERROR = (
     TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE, TransitionCallbackReturn.ERROR
@@ -148,7 +152,8 @@ class PerceptionNode(LifecycleNode):
             action()
         except Exception as error:  # any fault of a transition is logged
             self._last_error = f"{name}: {type(error).__name__}: {error}"
-            self.get_logger().error(f"{name} failed: {error}\n{traceback.format_exc().rstrip()}")
+            where = "" if isinstance(error, FOR_THE_USER) else f"\n{traceback.format_exc().rstrip()}"
+            self.get_logger().error(f"{name} failed: {error}{where}")
             if undo is None:
                 return ERROR
             undo()
@@ -522,6 +527,9 @@ def _spin(
             if not ended.is_set():
                 request_end()
             return
+        except InvalidHandle as error:
+            # deactivate removed a subscription while the executor was about to wait for it; it goes on without
+            node.get_logger().debug(f"a removed subscription was still waited for: {error}")
         except Exception:  # whatever a callback raises
             if not ended.is_set():
                 node.get_logger().error(f"a callback failed:\n{traceback.format_exc().rstrip()}")
