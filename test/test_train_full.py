@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.cli.train import FULL_STAGES as CLI_STAGES  # noqa: E402
 from glesam_ros.degradation import degrade_lqseg_mixed  # noqa: E402
 from glesam_ros.models.glesam.enhancer import UNETS, Enhancer, EnhancerConfig, SmallUNet, load_enhancer  # noqa: E402
+from glesam_ros.models.glesam.model import build_base, load_parts  # noqa: E402
 from glesam_ros.models.glesam.weights import decoder_state, read_tensors  # noqa: E402
 from glesam_ros.training import checkpoint, full  # noqa: E402
 from glesam_ros.training import config as configs  # noqa: E402
@@ -585,6 +587,28 @@ def test_a_run_begins_with_the_folder_of_another(whole: Path, data: Path, unets:
     assert all(torch.equal(decoder[name], value) for name, value in networks.base.mask_decoder.state_dict().items())
     with pytest.raises(ValueError, match=r"start: .*glesam\.json: expected gamma 2.0 as in this run, found 5.0"):
         networks_of(tiny(unets, f"start={folder}", "enhancer.gamma=2.0"))
+
+
+def test_a_run_from_files_becomes_a_model(
+    data: Path, unets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, out = tmp_path / "home", tmp_path / "out"
+    monkeypatch.setenv("GLESAM_HOME", str(home))
+    shutil.copytree(unets, home)
+    torch.manual_seed(0)
+    base = build_base("mobile_sam")
+    torch.save(base.net.state_dict(), home / "mobile_sam.pt")
+    changes = ["random=false", "unet_folder=null", "base=mobile_sam", "enhancer.levels=false", "distill.steps=0"]
+    given = [part for change in (*SHORT[1:2], *changes, "decode.steps=1") for part in ("--set", change)]
+    assert main(["train", "glesam_tiny", "--data", str(data), "--out", str(out), "--device", "cpu", *given]) == 0
+    assert main(["models", "get", "mobile_sam+glesam", "--from", str(out / "mobile_sam+glesam")]) == 0
+    loaded, enhancer = load_parts("mobile_sam+glesam", home)
+    lora = checkpoint.read(out / "restore.pt")
+    assert len(lora) == len(enhancer.lora_state())
+    assert all(torch.equal(lora[f"model.enhancer.unet.{key}"], value) for key, value in enhancer.lora_state().items())
+    trained = loaded.mask_decoder.state_dict()
+    moved = {key for key, value in base.mask_decoder.state_dict().items() if not torch.equal(value, trained[key])}
+    assert moved and not any("iou" in key for key in moved)
 
 
 def test_sam_too_and_without_levels(data: Path, unets: Path, tmp_path: Path) -> None:

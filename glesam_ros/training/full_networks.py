@@ -25,6 +25,7 @@ from glesam_ros.models.glesam.enhancer import (
     save_enhancer,
 )
 from glesam_ros.models.glesam.enhancer import load_config as load_enhancer_config
+from glesam_ros.models.glesam.model import build_base, load_base
 from glesam_ros.models.glesam.weights import decoder_state, load_exactly, lora_to_peft, read_tensors
 from glesam_ros.training.full_config import FullConfig
 
@@ -89,8 +90,7 @@ def load_networks(config: FullConfig) -> Networks:
     """
     if config.base not in catalogue.BASES:
         raise ValueError(f"base: expected one of {', '.join(catalogue.BASES)}, got {config.base!r}")
-    family = catalogue.BASES[config.base].family
-    base = _random_base(family) if config.random else _base(config, family)
+    base = _random_base(catalogue.BASES[config.base].family) if config.random else _base(config)
     unet, prompt = _unet(config)
     enhancer = Enhancer(
         EnhancerConfig(base=base.name, kind="lora", unet=config.unet, **dataclasses.asdict(config.enhancer)),
@@ -119,21 +119,13 @@ def write_enhancer(networks: Networks, out: Path, decoder: bool) -> Path:
     return folder
 
 
-def _base(config: FullConfig, family: str) -> BaseModel:
-    file = Path(config.base_file) if config.base_file else catalogue.base_file(config.base, catalogue.home())
-    state = read_tensors(file)
-    base: Any
-    if family == "sam2":
-        from glesam_ros.models.glesam.sam2 import build_sam2
-
-        base = build_sam2(config.base)
-    else:
-        from glesam_ros.models.glesam.sam import build_sam
-
-        base = build_sam(config.base)
+def _base(config: FullConfig) -> BaseModel:
+    if config.base_file is None:
+        return load_base(config.base, catalogue.home())
+    state = read_tensors(Path(config.base_file))
+    base = build_base(config.base)
     base.load_official(state)
-    model: BaseModel = base
-    return model
+    return base
 
 
 def _random_base(family: str) -> BaseModel:
@@ -170,8 +162,5 @@ def _start(networks: Networks, folder: Path) -> None:
     enhancer.load_lora(lora_to_peft(read_tensors(folder / LORA_FILE)), str(folder / LORA_FILE))
     for name, module in enhancer.files().items():
         load_exactly(module, read_tensors(folder / name), str(folder / name))
-    for name in (DECODER_FILE, catalogue.RELEASED_DECODER):
-        if (folder / name).is_file():
-            file = folder / name
-            load_exactly(networks.base.mask_decoder, decoder_state(read_tensors(file)), str(file))
-            return
+    if (decoder := folder / DECODER_FILE).is_file():
+        load_exactly(networks.base.mask_decoder, decoder_state(read_tensors(decoder)), str(decoder))

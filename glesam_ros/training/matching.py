@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glesam_ros.models.glesam.enhancer import TIMESTEPS, Enhancer, alpha_bar
+from glesam_ros.models.glesam.enhancer import TIMESTEPS, Enhancer, alpha_bar, is_lora
 
 FIRST, LAST = 20, 980
 """Timesteps at which distributions are compared; nearer to the ends nothing is to be learnt."""
@@ -191,4 +191,4 @@ class Guide(nn.Module):
 
 def is_adapted(name: str) -> bool:
     """Whether a U-Net's parameter is of LoRA or of the level embedding, by its name."""
-    return ".lora_A." in name or ".lora_B." in name or name.startswith("class_embedding.")
+    return is_lora(name) or name.startswith("class_embedding.")
