@@ -41,6 +41,26 @@ class Photograph:
 
 
 @dataclass(frozen=True)
+class StoredPhotograph:
+    """A photograph on disk; sets of many do not fit into memory.
+
+    Attributes:
+        name, alternatives: as of `Photograph`.
+        image, layers: files.
+    """
+
+    name: str
+    image: Path
+    layers: tuple[Path, ...]
+    alternatives: bool
+
+    def read(self) -> Photograph:
+        """Raises FileNotFoundError when a file is missing or no picture."""
+        layers = [_read(path, cv2.IMREAD_UNCHANGED).astype(np.int16) for path in self.layers]
+        return Photograph(self.name, read_rgb(self.image), layers, self.alternatives)
+
+
+@dataclass(frozen=True)
 class LqsegPair:
     """A photograph, clear and degraded.
 
@@ -139,11 +159,26 @@ def load_lqseg(folder: Path, level: int | None = None, kind: str | None = None) 
     return _lqseg_pairs(folder, level, kind)
 
 
+def load_clear_lqseg(folder: Path) -> list[StoredPhotograph]:
+    """The clear photographs of an LQSeg data set, not read yet.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_lqseg_info`.
+    """
+    read_lqseg_info(folder)
+    with (folder / LQSEG_MANIFEST).open(encoding="utf-8") as lines:
+        return [_stored(folder, entry) for entry in map(json.loads, lines)]
+
+
+def _stored(folder: Path, entry: dict[str, Any]) -> StoredPhotograph:
+    layers = tuple(folder / name for name in entry["layers"])
+    return StoredPhotograph(entry["id"], folder / entry["image"], layers, entry["alternatives"])
+
+
 def _lqseg_pairs(folder: Path, level: int | None, kind: str | None) -> Iterator[LqsegPair]:
     with (folder / LQSEG_MANIFEST).open(encoding="utf-8") as lines:
         for entry in map(json.loads, lines):
-            layers = [_read(folder / name, cv2.IMREAD_UNCHANGED).astype(np.int16) for name in entry["layers"]]
-            clear = Photograph(entry["id"], read_rgb(folder / entry["image"]), layers, entry["alternatives"])
+            clear = _stored(folder, entry).read()
             for item in entry["degraded"]:
                 if level in (None, item["level"]) and kind in (None, item["kind"]):
                     degraded = replace(clear, image=read_rgb(folder / item["file"]))

@@ -345,8 +345,13 @@ def test_an_lqseg_set_gives_its_clear_pictures_of_the_right_split(data: Path, tm
     assert main(built) == 0
     scenes = load_scenes((SourceConfig("lqseg", "lq"),), tmp_path)
     assert len(scenes.photographs) == 3
-    assert np.array_equal(scenes.photographs[0].image, load_scenes((SourceConfig("coco", "coco_small"),), data)
-                          .photographs[0].image)
+    source = load_scenes((SourceConfig("coco", "coco_small"),), data).photographs
+    for stored, whole in zip(scenes.photographs, source, strict=True):
+        read = stored.read()
+        assert (read.name, read.alternatives) == (stored.name, whole.alternatives)
+        assert np.array_equal(read.image, whole.image) and np.array_equal(read.layers, whole.layers)
+    drawn = scenes.draw(np.random.default_rng(0))
+    assert drawn.image.shape == (120, 160, 3)
     with pytest.raises(ValueError, match="expected a data set of the split 'val', it is of 'train'"):
         load_scenes((SourceConfig("lqseg", "lq", split="val"),), tmp_path)
 

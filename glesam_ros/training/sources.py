@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from glesam_ros.datasets import Photograph, load_bsds, load_camvid, load_coco, load_lqseg, read_lqseg_info
+from glesam_ros.datasets import (
+    Photograph,
+    StoredPhotograph,
+    load_bsds,
+    load_camvid,
+    load_clear_lqseg,
+    load_coco,
+    read_lqseg_info,
+)
 from glesam_ros.training.config import SourceConfig
 
 READERS = {"coco": load_coco, "bsds": load_bsds, "camvid": load_camvid}
@@ -20,16 +28,17 @@ class Scenes:
     """Photographs and how often each is drawn.
 
     Attributes:
-        photographs: at least one.
+        photographs: at least one; those of LQSeg sets are read when they are drawn.
         upto: (P,) cumulated weights, the last is their sum.
     """
 
-    photographs: list[Photograph]
+    photographs: list[Photograph | StoredPhotograph]
     upto: np.ndarray[Any, Any]
 
     def draw(self, rng: np.random.Generator) -> Photograph:
         """A photograph, by weight."""
-        return self.photographs[int(np.searchsorted(self.upto, rng.random() * self.upto[-1], side="right"))]
+        found = self.photographs[int(np.searchsorted(self.upto, rng.random() * self.upto[-1], side="right"))]
+        return found.read() if isinstance(found, StoredPhotograph) else found
 
 
 def load_scenes(sources: Sequence[SourceConfig], data: Path) -> Scenes:
@@ -39,7 +48,7 @@ def load_scenes(sources: Sequence[SourceConfig], data: Path) -> Scenes:
         FileNotFoundError: a folder, a list or a picture of a source is missing.
         ValueError: a source has no annotated photograph, or an LQSeg set is of another split.
     """
-    photographs: list[Photograph] = []
+    photographs: list[Photograph | StoredPhotograph] = []
     weights: list[float] = []
     for number, source in enumerate(sources):
         folder = data / source.path
@@ -47,6 +56,7 @@ def load_scenes(sources: Sequence[SourceConfig], data: Path) -> Scenes:
             raise FileNotFoundError(
                 f"sources.{number}.path: expected a folder {folder}, found none; --data is the folder that holds it"
             )
+        found: Sequence[Photograph | StoredPhotograph]
         if source.kind == "lqseg":
             found = _clear_of_lqseg(folder, source.split)
         else:
@@ -58,9 +68,9 @@ def load_scenes(sources: Sequence[SourceConfig], data: Path) -> Scenes:
     return Scenes(photographs, np.cumsum(weights))
 
 
-def _clear_of_lqseg(folder: Path, split: str) -> list[Photograph]:
+def _clear_of_lqseg(folder: Path, split: str) -> list[StoredPhotograph]:
     """The clear pictures; training degrades anew for every crop."""
-    settings = read_lqseg_info(folder)["settings"]
-    if settings["split"] != split:
-        raise ValueError(f"{folder}: expected a data set of the split {split!r}, it is of {settings['split']!r}")
-    return [pair.clear for pair in load_lqseg(folder, settings["levels"][0], settings["kinds"][0])]
+    built = read_lqseg_info(folder)["settings"]["split"]
+    if built != split:
+        raise ValueError(f"{folder}: expected a data set of the split {split!r}, it is of {built!r}")
+    return load_clear_lqseg(folder)
