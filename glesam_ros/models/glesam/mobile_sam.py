@@ -80,24 +80,21 @@ class Downsample(nn.Module):
 class WindowAttention(nn.Module):
     """Attention among the n x n cells of a window, with a learnt bias for each distance in x and y."""
 
-    offsets: Tensor
-
     def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.window = heads, window
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.attention_biases = nn.Parameter(torch.zeros(heads, window * window))
-        at = torch.arange(window)
-        apart = (at[:, None] - at).abs()  # the bias of a distance (dy, dx) is number dy * n + dx
-        offsets = apart[:, None, :, None] * window + apart[None, :, None, :]
-        self.register_buffer("offsets", offsets.reshape(window**2, window**2), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(windows, n * n, C) -> (windows, n * n, C)."""
         q, k, v = self.qkv(self.norm(x)).unflatten(2, (self.heads, 3, -1)).transpose(1, 2).unbind(3)
-        bias = self.attention_biases[:, self.offsets].to(x.dtype)
+        at = torch.arange(self.window, device=x.device)
+        apart = (at[:, None] - at).abs()  # the bias of a distance (dy, dx) is number dy * n + dx
+        offsets = apart[:, None, :, None] * self.window + apart[None, :, None, :]
+        bias = self.attention_biases[:, offsets].flatten(3).flatten(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(x), -1, -1, -1))
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
