@@ -1,6 +1,6 @@
-"""Parameters and memory of the weights of every full-size model, as the node holds them: LoRA merged, constants folded.
+"""Parameters and memory of the weights of every full-size model, as the node has them: LoRA merged, constants folded.
 
-Counted on torch's meta device: nothing is downloaded, nothing is computed. Activations, CUDA itself and the desktop come
+The weights are random or on torch's meta device: nothing is downloaded. Activations, CUDA itself and the desktop come
 on top; `glesam_speed.py` measures the peak on a GPU.
 
     python benchmarks/model_memory.py
@@ -55,8 +55,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     args = parser.parse_args()
+    bases = {name: base_million(name) for name in BASES}
     with torch.device("meta"):
-        bases = {name: base_million(name) for name in BASES}
         enhancers = {"alone": 0.0, **{f"+ {unet}": enhancer_million(unet) for unet in ("small", *UNETS)}}
     print("parameters in millions, and MB (10^6 bytes) of weights in 16 bits, alone and with an enhancer\n")
     print(f"{'base':<24}{'M':>8}" + "".join(f"{name:>14}" for name in enhancers))

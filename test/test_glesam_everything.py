@@ -21,21 +21,14 @@ from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operat
 from glesam_ros.pipeline import upsample_into  # noqa: E402
 
 
-class Plain:
-    """What fake bases share."""
-
-    def padded(self, points: Any, labels: Any) -> Any:
-        return points, labels
-
-
-class Square(Plain):
+class Square:
     """A base that squashes images into the square, as SAM 2."""
 
     def content(self, size: tuple[int, int], side: int) -> tuple[int, int]:
         return side, side
 
 
-class Aspect(Plain):
+class Aspect:
     """A base that keeps the aspect and pads, as SAM."""
 
     def content(self, size: tuple[int, int], side: int) -> tuple[int, int]:

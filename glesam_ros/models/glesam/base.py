@@ -76,14 +76,6 @@ class BaseModel(nn.Module, ABC):
             Logits (K, M, S / 4, S / 4) and predicted IoU (K, M) in 0..1, M = 3 if `several` else 1.
         """
 
-    def padded(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompts as `decode` expects them: with the tokens that the model appends, on the CPU or where they are.
-
-        Args:
-            points: (K, N, 2) and labels (K, N) as for `decode`; all K with a box, or none.
-        """
-        return points, labels
-
     def pixels(self, images: Tensor, side: int) -> Tensor:
         """Images (B, H, W, 3) uint8 RGB -> normalised, resized and padded pixels (B, 3, side, side) float32."""
         height, width = self.content((images.shape[1], images.shape[2]), side)

@@ -137,12 +137,6 @@ def crops(size: tuple[int, int], layers: int) -> list[Crop]:
     return found
 
 
-def tokens(base: BaseModel, points: FloatArray, labels: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Prompts as `BaseModel.padded` completes them."""
-    xy, kinds = base.padded(torch.from_numpy(points), torch.from_numpy(labels))
-    return xy.numpy(), kinds.numpy()
-
-
 def box_nms(boxes: FloatArray, scores: FloatArray, iou_threshold: float, limit: int) -> IntArray:
     """Greedy non-maximum suppression.
 
@@ -190,8 +184,7 @@ def _crop_masks(
     points = (grid * (content[1], content[0])).astype(np.float32)
 
     def decode(rows: IntArray) -> tuple[Tensor, Tensor]:
-        prompts = tokens(base, points[rows, None], np.ones((len(rows), 1), np.float32))
-        logits, scores = runtime.decode(features, *prompts, True)
+        logits, scores = runtime.decode(features, points[rows, None], np.ones((len(rows), 1), np.float32), True)
         return logits[..., : content[0] // LOGIT_STRIDE, : content[1] // LOGIT_STRIDE], scores
 
     none = np.zeros(0, np.intp)

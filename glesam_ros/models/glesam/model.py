@@ -123,10 +123,8 @@ class GlesamModel:
             for start in range(0, len(rows), budget.points_per_batch):
                 batch = rows[start : start + budget.points_per_batch]
                 own = used[batch]
-                tokens = everything.tokens(
-                    self._base, xy[batch][own].reshape(-1, count, 2), labels[batch][own].reshape(-1, count)
-                )
-                logits, quality = self._runtime.decode(features, *tokens, several)
+                prompts = xy[batch][own].reshape(-1, count, 2), labels[batch][own].reshape(-1, count)
+                logits, quality = self._runtime.decode(features, *prompts, several)
                 logits, quality = _best(logits[..., : masks.shape[1], : masks.shape[2]], quality)
                 masks[batch], scores[batch] = logits.cpu().numpy(), quality.cpu().numpy()
         return Candidates(masks, scores)
@@ -170,8 +168,7 @@ def load_glesam(name: str, device: str = "auto", precision: str = "auto", *, com
     if device == "tensorrt":
         from glesam_ros.models.glesam.onnx_runtime import open_onnx_runtime  # onnxruntime of this device only here
 
-        with torch.device("meta"):
-            plan = build_base(base_name)
+        plan = build_base(base_name).to("meta")
         exported = open_onnx_runtime(name, device, precision, base=plan)
         return GlesamModel(name, exported, plan, enhancer_name is not None)
     place = choose_device(device)

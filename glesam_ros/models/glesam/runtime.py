@@ -59,7 +59,7 @@ class Runtime(Protocol):
     def decode(
         self, features: Features, points: FloatArray, labels: FloatArray, several: bool
     ) -> tuple[Tensor, Tensor]:
-        """As `BaseModel.decode`, float32 on any device; the caller has completed the prompts by `BaseModel.padded`."""
+        """As `BaseModel.decode`, float32 on any device."""
         ...
 
     def free(self) -> None:
