@@ -68,12 +68,10 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     images = _pictures(args.images)
 
-    import torch
-
     from glesam_ros.models.glesam import onnx_export, onnx_runtime
     from glesam_ros.models.glesam.base import SIDE_MULTIPLE
     from glesam_ros.models.glesam.model import load_parts
-    from glesam_ros.models.glesam.runtime import TorchRuntime
+    from glesam_ros.models.glesam.runtime import TorchRuntime, choose_device, choose_precision
 
     if args.size <= 0 or args.size % SIDE_MULTIPLE:
         raise CommandError(f"--size: expected a multiple of {SIDE_MULTIPLE}, got {args.size}")
@@ -84,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
         manifest = onnx_export.export_model(args.name, base, enhancer, out, args.size)
         theirs = onnx_runtime.open_onnx_runtime(args.name, args.device, args.precision, out, base=base)
         # the export merged LoRA already
-        ours = TorchRuntime(base, enhancer, torch.device("cpu"), torch.float32)
+        place = choose_device("cpu")
+        ours = TorchRuntime(base, enhancer, place, choose_precision("fp32", place))
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     size = sum((out / file).stat().st_size for file in manifest.files) / 1e6
