@@ -41,7 +41,10 @@ from glesam_ros.training.sources import load_scenes  # noqa: E402
 SHIPPED = [name for name in configs.shipped() if name.startswith("glesam")]
 GUIDED = ("restore.distribution_matching=1.0", "restore.adversarial=5.0e-3", "restore.generator_every=2")
 SHORT = tuple(f"{name}.steps=2" for name in FULL_STAGES) + tuple(f"{name}.batch=1" for name in FULL_STAGES)
-State = dict[str, Tensor]
+UNET = {
+    **RANDOM_UNET, "down_block_types": ("DownBlock2D",) * 3 + ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * 3,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,8 +96,8 @@ def unets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("unets")
     torch.manual_seed(3)
-    UNet2DConditionModel(**RANDOM_UNET).save_pretrained(folder / "sd21-base" / "unet")
-    prompt = torch.randn(1, 77, RANDOM_UNET["cross_attention_dim"])
+    UNet2DConditionModel(**UNET).save_pretrained(folder / "sd21-base" / "unet")
+    prompt = torch.randn(1, 77, UNET["cross_attention_dim"])
     save_file({"prompt": prompt}, folder / "sd21-base" / "empty_prompt.safetensors")
     return folder
 
@@ -335,7 +338,7 @@ def test_the_classifier_learns_to_tell_restored_from_clear(adapted: Networks) ->
     for p in guide.trained_parameters():
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(guide.classifier.parameters(), 1e-3)
-    x, clear = latents(0), 3 + latents(1)
+    x, clear = latents(0, 1), 3 + latents(1, 1)
     seen = []
     for _ in range(12):
         loss = guide.losses(x, clear)["classifier"]
