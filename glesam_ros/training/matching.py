@@ -169,7 +169,7 @@ class Guide(nn.Module):
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """No gradient for the guide's own parameters; autocast keeps no copies of them either."""
+        """No gradient for the guide's own parameters; autocast of older torch would keep copies of them without one."""
         trained = [p for p in self.trained_parameters() if p.requires_grad]
         for p in trained:
             p.requires_grad_(False)
