@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,20 +23,31 @@ from glesam_ros.models.glesam.catalogue import Base, Source
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
 
+from glesam_ros.models.glesam.weights import decoder_state, load_exactly, read_tensors  # noqa: E402
+
 CONTENT = np.random.default_rng(0).bytes(3 * download.CHUNK + 17)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; breaks the next `cuts` answers off in the middle; knows Range unless told otherwise."""
+    """Serves `files`; breaks the next `cuts` answers off in the middle; knows Range unless told otherwise.
+
+    Below /hub it redirects as the hub does, and names `tag` on the way.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.files: dict[str, bytes] = {}
-        self.cuts, self.knows_range, self.asked = 0, True, []
+        self.cuts, self.knows_range, self.asked, self.tag = 0, True, [], None
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        if self.path.startswith("/hub/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/hub"))
+            self.send_header("X-Linked-Etag", f'"{self.server.tag}"')
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         content = self.server.files.get(self.path)
         if content is None:
             return self.send_error(404)
@@ -40,7 +57,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if asked and self.server.knows_range:
             first = int(asked.removeprefix("bytes=").removesuffix("-"))
             if first >= len(content):
-                return self.send_error(416)
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
         self.send_response(206 if first else 200)
         self.send_header("Content-Length", str(len(content) - first))
         self.end_headers()
@@ -59,7 +79,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield server
         server.shutdown()
@@ -107,6 +127,59 @@ def test_a_part_of_another_file_is_thrown_away(server, home):
     with pytest.raises(download.DownloadError, match="did not fit"):
         fetch(server, home)
     assert fetch(server, home).read_bytes() == CONTENT[:100]
+
+
+def test_a_whole_part_is_not_fetched_again(server, home):
+    server.files["/a/file.bin"] = CONTENT
+    (home / "a").mkdir(parents=True)
+    (home / "a/file.bin.partial").write_bytes(CONTENT)  # as after a kill between the last byte and the new name
+    assert fetch(server, home).read_bytes() == CONTENT
+    assert server.asked == [f"bytes={len(CONTENT)}-"]
+    assert dict(download.verify(home)) == {"a/file.bin": "ok"}
+
+
+@pytest.mark.parametrize("named", ["by the catalogue", "by the hub"])
+def test_a_published_checksum_is_held_against_every_byte(server, home, named):
+    server.files["/a/file.bin"], server.cuts = CONTENT, 1
+    published = hashlib.sha256(CONTENT).hexdigest()
+    known = source(server, sha256=published)
+    if named == "by the hub":
+        server.tag = published
+        known = Source("a/file.bin", f"http://127.0.0.1:{server.server_port}/hub/a/file.bin", "none")
+
+    def bring():
+        return download.fetch(known, home, lambda *_: lambda _: None)
+
+    with pytest.raises(download.DownloadError, match="goes on where it stopped"):
+        bring()
+    partial = home / "a/file.bin.partial"
+    with partial.open("r+b") as file:  # the first half was of an older file
+        file.write(b"old")
+    with pytest.raises(download.DownloadError, match=f"expected SHA-256 {published}"):
+        bring()
+    assert len(server.asked) == 2 and server.asked[1] is not None  # the rest alone was asked for, also when redirected
+    assert not partial.exists() and not (home / "a/file.bin").exists()
+    assert bring().read_bytes() == CONTENT
+
+
+def test_a_tag_of_a_small_file_is_no_checksum(server, home):
+    server.files["/a/file.bin"], server.tag = CONTENT, "0" * 40
+    known = Source("a/file.bin", f"http://127.0.0.1:{server.server_port}/hub/a/file.bin", "none")
+    assert download.fetch(known, home, lambda *_: lambda _: None).read_bytes() == CONTENT
+
+
+def test_a_full_disk_is_said_before_the_download(server, home, monkeypatch):
+    server.files["/a/file.bin"] = CONTENT
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=len(CONTENT) - 1))
+    with pytest.raises(download.DownloadError, match=f"expected {len(CONTENT)} bytes free .* set GLESAM_HOME"):
+        fetch(server, home)
+    assert not (home / "a/file.bin.partial").exists()
+
+
+def test_no_server(home):
+    nobody = Source("a", "http://127.0.0.1:9/a", "none")
+    with pytest.raises(download.DownloadError, match="127.0.0.1:9/a: .* goes on where it stopped"):
+        download.fetch(nobody, home, lambda *_: lambda _: None)
 
 
 def test_refusals_name_the_address(server, home):
@@ -216,7 +289,7 @@ def test_from_takes_a_checkpoint_and_a_trained_folder(home, tmp_path, small_sam,
     assert (home / "sam_vit_h+glesam_small/glesam.json").is_file()
     own.joinpath("glesam.json").write_text(json.dumps({"base": "sam_vit_b", "kind": "small", "unet": "sd21-base"}))
     assert main(["models", "get", "sam_vit_h+glesam", "--from", str(own)]) == 1
-    assert "expected an enhancer of sam_vit_h" in capsys.readouterr().err
+    assert "of sam_vit_b+glesam_small, expected that of sam_vit_h+glesam" in capsys.readouterr().err
 
 
 class Hostile:
@@ -237,8 +310,156 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_nothing(home, tmp_path
 def test_names_and_folders_that_are_none(home, tmp_path, capsys):
     assert main(["models", "get", "sam_vit_x"]) == 1
     assert "expected one of sam_vit_b" in capsys.readouterr().err
-    assert main(["models", "get", "sam_vit_b", "--from", str(tmp_path)]) == 1
-    assert "glesam.json" in capsys.readouterr().err
+    for name, expected in {
+        "sam_vit_b": "expected for sam_vit_b a checkpoint file of sam_vit_b; found none",
+        "sam_vit_b+glesam": "a folder with glesam.json or pytorch_lora_weights.safetensors, or a folder of diffusers",
+        "sd15": "expected for sd15 a folder of diffusers with unet/config.json; found none",
+    }.items():
+        assert main(["models", "get", name, "--from", str(tmp_path)]) == 1
+        error = capsys.readouterr().err
+        assert expected in error and error.count("\n") == 1
+    for action in ("where", "verify"):
+        assert main(["models", action, "sam_vit_x"]) == 1
+        assert "expected one of sam_vit_b" in capsys.readouterr().err
+    assert main(["models", "verify"]) == 1
+    assert f"found no files to verify in {home}" in capsys.readouterr().err
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in (*catalogue.BASES, *catalogue.UNETS, *catalogue.RELEASED, *catalogue.ENHANCERS))
+
+
+def test_the_catalogue_is_sound():
+    sources = [base.source for base in catalogue.BASES.values()]
+    assert all(re.fullmatch("[0-9a-f]{64}", s.sha256) and s.megabytes == round(s.size / 1e6) for s in sources)
+    assert len({s.sha256 for s in sources}) == len({s.size for s in sources}) == len(sources)
+    sources += [s for files in (*catalogue.UNETS.values(), *catalogue.RELEASED.values()) for s in files]
+    assert len({s.path for s in sources}) == len({s.url for s in sources}) == len(sources)
+    for s in sources:
+        assert s.url.startswith("https://") and s.licence and not Path(s.path).is_absolute()
+        assert Path(s.url).name == Path(s.path).name
+
+
+def test_the_released_decoder_is_one_of_sam(tmp_path):
+    """Its published size is that of SAM's mask decoder and the names of its tensors; nothing else fits in."""
+    ops = pytest.importorskip("glesam_ros.models.glesam.torchvision_ops")
+    ops.allow_import_without_operators()
+    modeling = pytest.importorskip("segment_anything.modeling")
+
+    def make():
+        return modeling.MaskDecoder(transformer_dim=256, transformer=modeling.TwoWayTransformer(2, 256, 8, 2048))
+
+    decoder, other = make(), make()
+    published = {f"module.mask_decoder.{key}": value for key, value in decoder.state_dict().items()}
+    torch.save(published, tmp_path / "ft-decoder.pth")
+    size = catalogue.RELEASED["sam_vit_h+glesam"][1].size
+    assert (tmp_path / "ft-decoder.pth").stat().st_size == pytest.approx(size, rel=0.001)
+    load_exactly(other, decoder_state(read_tensors(tmp_path / "ft-decoder.pth")), "ft-decoder.pth")
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in decoder.state_dict().items())
+
+
+def diffusers_folder(folder: Path, width: int) -> Path:
+    for part in ("unet", "tokenizer"):
+        (folder / part).mkdir(parents=True)
+    (folder / "unet/config.json").write_text(json.dumps({"cross_attention_dim": width}))
+    (folder / "tokenizer/vocab.json").write_text("{}")
+    return folder
+
+
+def test_a_diffusion_model_by_its_own_name(small_sam, home, tmp_path, capsys):
+    assert main(["models", "where", "sd21-base"]) == 1
+    assert main(["models", "get", "sd21-base"]) == 0
+    assert main(["models", "where", "sd21-base"]) == 0
+    assert {path.name for path in home.iterdir()} == {"sd21-base", "checksums.json"}
+    folder = diffusers_folder(tmp_path / "mine", 768)
+    assert main(["models", "get", "sd21-base", "--from", str(folder)]) == 1
+    assert "expected the diffusion model sd21-base, got sd15" in capsys.readouterr().err
+    (folder / "unet/config.json").write_text('{"cross_attention_dim": 1024, "mine": 1}')
+    assert main(["models", "get", "sd21-base", "--from", str(folder)]) == 0
+    assert "mine" in (home / "sd21-base/unet/config.json").read_text()
+    (folder / "unet/config.json").write_text('{"cross_attention_dim": [1024]}')
+    assert main(["models", "get", "sam_vit_h+glesam", "--from", str(folder)]) == 1
+    assert "sd21-base or sd15, got another one" in capsys.readouterr().err
+
+
+def test_a_taken_checkpoint_that_is_not_the_published_one_is_said(home, tmp_path, capsys):
+    file = tmp_path / "fine-tuned.pth"
+    torch.save({"a": torch.ones(3)}, file)
+    assert main(["models", "get", "sam_vit_b", "--from", str(file)]) == 0
+    assert "note:" in (error := capsys.readouterr().err) and catalogue.BASES["sam_vit_b"].source.sha256 in error
+    assert main(["models", "verify", "sam_vit_b"]) == 0
+    assert main(["models", "verify", "sam_vit_l"]) == 1
+    # a file that was put there by hand is held against what is published
+    (home / catalogue.BASES["sam_vit_l"].source.path).write_bytes(b"other")
+    assert main(["models", "verify", "sam_vit_b"]) == 0
+    capsys.readouterr()
+    assert main(["models", "verify"]) == 1
+    assert re.search(r"changed +sam_vit_l_0b3195.pth", capsys.readouterr().out)
+
+
+def enhancer(folder: Path, base: str, *files: str, **config) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "glesam.json").write_text(json.dumps({"base": base, "kind": "lora", "unet": "sd21-base", **config}))
+    for file in files:
+        safetensors.save_file({"a": torch.ones(1)}, folder / file)
+    return folder
+
+
+def test_no_file_of_an_old_enhancer_stays_beside_a_new_one(small_sam, home, tmp_path, capsys):
+    old = enhancer(tmp_path / "old", "sam_vit_h", catalogue.LORA_FILE, catalogue.DECODER_FILE)
+    new = enhancer(tmp_path / "new", "sam_vit_h", catalogue.LORA_FILE, rank=4, alpha=4)
+    own = home / "sam_vit_h+glesam"
+    for folder in (old, new):
+        assert main(["models", "get", own.name, "--from", str(folder)]) == 0
+        assert {p.name for p in own.iterdir()} == {p.name for p in folder.iterdir()}
+    assert json.loads((own / "glesam.json").read_text())["rank"] == 4
+    assert main(["models", "verify", own.name]) == 0
+    (own / catalogue.LORA_FILE).write_bytes(b"other")
+    assert main(["models", "verify", own.name]) == 1
+    assert main(["models", "get", own.name, "--from", str(own)]) == 1
+    assert "nothing to copy" in capsys.readouterr().err and (own / "glesam.json").is_file()
+
+
+@pytest.mark.parametrize("config", [{"kind": "small"}, {"levels": True}, {"gamma": -1}, {"width": 3}])
+def test_an_enhancer_of_another_kind_is_refused_and_the_old_one_stays(small_sam, home, tmp_path, capsys, config):
+    own = enhancer(home / "sam_vit_h+glesam", "sam_vit_h", catalogue.LORA_FILE)
+    other = enhancer(tmp_path / "other", "sam_vit_h", catalogue.LORA_FILE, **config)
+    assert main(["models", "get", own.name, "--from", str(other)]) == 1
+    error = capsys.readouterr().err
+    assert str(other) in error and error.count("\n") == 1
+    assert len(list(own.iterdir())) == 2
+
+
+def test_released_weights_with_a_decoder_of_another_name(small_sam, home, tmp_path, capsys):
+    folder = released(tmp_path / "mine", 1024)
+    (folder / catalogue.RELEASED_DECODER).rename(folder / "GleSAM-l.pth")
+    assert main(["models", "get", "sam_vit_h+glesam", "--from", str(folder)]) == 0
+    assert safetensors.load_file(home / "sam_vit_h+glesam/mask_decoder.safetensors")
+    (folder / "other.pth").touch()
+    assert main(["models", "get", "sam_vit_h+glesam", "--from", str(folder)]) == 1
+    assert "found GleSAM-l.pth, other.pth" in capsys.readouterr().err
+    (folder / "other.pth").unlink()
+    (folder / catalogue.LORA_FILE).write_bytes(b"no LoRA")
+    assert main(["models", "get", "sam_vit_h+glesam", "--from", str(folder)]) == 1
+    assert "cannot read it" in capsys.readouterr().err
+    assert (home / "sam_vit_h+glesam/glesam.json").is_file()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"kind": "lora", "unet": "sd3"}'])
+def test_a_broken_glesam_json_is_one_line(home, capsys, text):
+    own = enhancer(home / "sam_vit_h+glesam", "sam_vit_h")
+    (own / "glesam.json").write_text(text)
+    for action in ("get", "where", "verify"):
+        assert main(["models", action, own.name]) == 1
+        error = capsys.readouterr().err
+        assert str(own / "glesam.json") in error and error.count("\n") == 1
+
+
+def test_the_catalogue_and_its_commands_need_no_torch(tmp_path):
+    code = (
+        "import sys, glesam_ros.models.registry, glesam_ros.models.glesam.download as _; "
+        "from glesam_ros.cli.main import main; main(['models', 'list']); "
+        "print([m for m in ('torch', 'safetensors', 'tqdm', 'diffusers') if m in sys.modules])"
+    )
+    environment = {**os.environ, "GLESAM_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import CommandError
+
+if TYPE_CHECKING:
+    from glesam_ros.models.glesam.catalogue import Source
 
 EPILOG = """\
 examples:
   glesam models                                          names, what is here, sizes, licences
   glesam models get sam2.1_hiera_tiny                    download a base
   glesam models get sam_vit_h+glesam                     SAM, Stable Diffusion's U-Net, the released GleSAM weights
+  glesam models get sd21-base                            the U-Net alone, for `glesam train`
   glesam models get sam_vit_b --from sam_vit_b_01ec64.pth        a file that is on this machine already
   glesam models get sam2.1_hiera_tiny+glesam --from runs/it/sam2.1_hiera_tiny+glesam      what `glesam train` wrote
-  glesam models get sam2.1_hiera_tiny+glesam --from stable-diffusion-2-1-base             a folder of diffusers
+  glesam models get sd21-base --from stable-diffusion-2-1-base   a folder of diffusers
   glesam models where sam_vit_h+glesam                   every file with its path
   glesam models verify                                   checksums of all files
 
-A name is BASE or BASE+ENHANCER. Files lie in $GLESAM_HOME, or in glesam_ros/models of $XDG_CACHE_HOME or ~/.cache. A
-download that was cut goes on with the same command. Nobody publishes checksums of these files: the one of the first
-download is kept, and later copies are held against it."""
+NAME is BASE, BASE+ENHANCER, or a diffusion model. Files lie in $GLESAM_HOME, or in glesam_ros/models of
+$XDG_CACHE_HOME or ~/.cache. A download that was cut goes on with the same command. Files are held against their
+published SHA-256; where none is published, against that of the first download."""
 
 
 def add_parser(commands: Any) -> None:
@@ -44,10 +50,11 @@ def add_parser(commands: Any) -> None:
         "`glesam train`), or a diffusers folder of Stable Diffusion",
     )
     get.set_defaults(func=run_get)
-    where = actions.add_parser("where", help="print the path of each file of a model")
+    where = actions.add_parser("where", help="print the path of each file of a model; 1 when one is missing")
     where.add_argument("name", metavar="NAME", help="for example sam2.1_hiera_tiny+glesam")
     where.set_defaults(func=run_where)
-    verify = actions.add_parser("verify", help="compare all files with their checksums")
+    verify = actions.add_parser("verify", help="compare files with their checksums; 1 when one is not as it was")
+    verify.add_argument("name", metavar="NAME", nargs="?", help="for example sam2.1_hiera_tiny+glesam; default: all")
     verify.set_defaults(func=run_verify)
 
 
@@ -80,24 +87,21 @@ def run_get(args: argparse.Namespace) -> int:
     from glesam_ros.models.glesam import catalogue, download
 
     name, home = args.name, catalogue.home()
-    base, enhancer = _split(name)
-    if args.source is not None:
-        _take(name, args.source, home)
     try:
-        for source in download.needed(name, home):
-            _fetch(source, home)
-        config = home / name / catalogue.CONFIG_FILE
-        if enhancer is not None and not config.is_file():
+        if args.source is not None:
+            _take(name, args.source, home)
+        _fetch(download.needed(name, home), home)
+        if "+" in name and not (home / name / catalogue.CONFIG_FILE).is_file():
             if name not in catalogue.RELEASED:
                 raise CommandError(
                     f"nobody published {name}: train it (glesam train), then: {catalogue.get(name)} --from RUN/{name}"
                 )
             download.adopt(name, home)
-            for source in download.needed(name, home):
-                _fetch(source, home)
+            _fetch(download.needed(name, home), home)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    print(f"{name} is complete in {home}; use it: model:={name}, or glesam segment --model {name}")
+    use = "" if name in catalogue.UNETS else f"; use it: model:={name}, or glesam segment --model {name}"
+    print(f"{name} is complete in {home}{use}")
     return 0
 
 
@@ -105,12 +109,14 @@ def run_where(args: argparse.Namespace) -> int:
     """Print the files of a model; 1 when one is missing."""
     from glesam_ros.models.glesam import catalogue, download
 
-    home = catalogue.home()
-    _, enhancer = _split(args.name)
-    paths = [home / source.path for source in download.needed(args.name, home)]
-    if enhancer is not None:
-        paths.append(home / args.name / catalogue.CONFIG_FILE)
-    for path in paths:
+    name, home = args.name, catalogue.home()
+    try:
+        paths = [home / source.path for source in download.needed(name, home)]
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if "+" in name:
+        paths += [home / name / catalogue.CONFIG_FILE, *sorted((home / name).glob("*.safetensors"))]
+    for path in dict.fromkeys(paths):
         print(f"{'here' if path.is_file() else 'missing':<9}{path}")
     return 0 if all(path.is_file() for path in paths) else 1
 
@@ -119,83 +125,82 @@ def run_verify(args: argparse.Namespace) -> int:
     """Compare checksums; 1 when a file changed or is gone."""
     from glesam_ros.models.glesam import catalogue, download
 
-    worst = 0
-    for name, state in download.verify(catalogue.home()):
-        print(f"{state:<9}{name}")
-        worst = max(worst, int(state != "ok"))
-    return worst
-
-
-def _split(name: str) -> tuple[str, str | None]:
-    from glesam_ros.models.glesam.catalogue import split_name
-
+    home, states = catalogue.home(), []
     try:
-        return split_name(name)
+        for name, state in download.verify(home, args.name):
+            print(f"{state:<9}{name}", flush=True)
+            states.append(state)
     except ValueError as error:
         raise CommandError(str(error)) from error
+    if not states:
+        raise CommandError(f"found no files{f' of {args.name}' if args.name else ''} to verify in {home}")
+    return int(set(states) != {"ok"})
 
 
 def _here(path: Path) -> str:
     return "yes" if path.is_file() else "no"
 
 
-def _fetch(source: Any, home: Path) -> None:
-    """Download with a progress bar."""
+def _fetch(sources: Sequence[Source], home: Path) -> None:
+    """Download what is missing, with a progress bar, and say under which licence it comes."""
     from tqdm import tqdm
 
     from glesam_ros.models.glesam import download
 
-    bars: list[Any] = []
+    for source in sources:
+        if (home / source.path).is_file():
+            continue
+        print(f"{source.path}: {source.url}, licence {source.licence}", flush=True)
+        with contextlib.ExitStack() as stack:
 
-    def started(name: str, total: int | None, have: int) -> Any:
-        bars.append(tqdm(desc=name, total=total, initial=have, unit="B", unit_scale=True, leave=False))
-        return bars[-1].update
+            def started(name: str, total: int | None, have: int, stack: contextlib.ExitStack = stack) -> Any:
+                bar = tqdm(desc=name, total=total, initial=have, unit="B", unit_scale=True, disable=None, leave=False)
+                return stack.enter_context(bar).update
 
-    try:
-        download.fetch(source, home, started)
-    except download.DownloadError as error:
-        raise CommandError(str(error)) from error
-    finally:
-        for bar in bars:
-            bar.close()
+            download.fetch(source, home, started)
 
 
 def _take(name: str, path: Path, home: Path) -> None:
-    """Copy what `path` is, a checkpoint or one of three kinds of folder, to where the model `name` has it."""
-    from glesam_ros.models.glesam import catalogue, download
-    from glesam_ros.models.glesam.weights import read_tensors
+    """Copy what `path` is, a checkpoint or one of three kinds of folder, to where the model `name` has it.
 
-    base, enhancer = _split(name)
-    try:
-        if path.is_file():
-            read_tensors(path)  # refuses what is no file of tensors
-            download.take(path, home / catalogue.BASES[base].source.path, home)
-        elif (path / catalogue.CONFIG_FILE).is_file():
-            if enhancer is None:
-                raise CommandError(f"{path}: holds an enhancer; name the model {base}+ENHANCER")
-            about = json.loads((path / catalogue.CONFIG_FILE).read_text(encoding="utf-8"))
-            if about.get("base") != base:
-                raise CommandError(f"{path}: expected an enhancer of {base}, got one of {about.get('base')!r}")
-            shutil.copytree(path, home / name, dirs_exist_ok=True)
-        elif (path / catalogue.LORA_FILE).is_file():
-            for file in (catalogue.LORA_FILE, catalogue.RELEASED_DECODER):
-                if not (path / file).is_file():
-                    raise CommandError(f"{path}: expected released GleSAM weights, found no {file}")
-                download.take(path / file, home / name / file, home)
-            download.adopt(name, home)
-        elif (path / "unet" / "config.json").is_file():
-            about = json.loads((path / "unet" / "config.json").read_text(encoding="utf-8"))
-            unet = download.WIDTHS.get(about.get("cross_attention_dim"))
-            if unet is None:
-                raise CommandError(f"{path}: expected Stable Diffusion 2.1-base or 1.5, got another diffusion model")
-            for source in catalogue.UNETS[unet]:
-                part = path / source.path.removeprefix(f"{unet}/")
-                if part.is_file():
-                    download.take(part, home / source.path, home)
-        else:
-            raise CommandError(
-                f"{path}: expected a checkpoint file, or a folder with {catalogue.CONFIG_FILE}, {catalogue.LORA_FILE} "
-                "or unet/config.json; found none of them"
-            )
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    Raises:
+        CommandError, ValueError: it is nothing that this model consists of.
+    """
+    from glesam_ros.models.glesam import catalogue, download
+
+    base = None if name in catalogue.UNETS else catalogue.split_name(name)[0]
+    if (path / "unet" / "config.json").is_file():
+        _take_unet(name, path, home)
+    elif path.is_file() and base is not None:
+        from glesam_ros.models.glesam.weights import read_tensors
+
+        read_tensors(path)  # refuses what is no file of tensors
+        source = catalogue.BASES[base].source
+        found = download.take(path, home / source.path, home)
+        if source.sha256 not in (None, found):
+            print(f"note: {path} has another SHA-256 than the published {base}, {source.sha256}", file=sys.stderr)
+    elif "+" in name and (path / catalogue.CONFIG_FILE).is_file():
+        download.take_enhancer(path, name, home)
+    elif "+" in name and (path / catalogue.LORA_FILE).is_file():
+        download.take_released(path, name, home)
+    else:
+        kinds = [] if base is None else [f"a checkpoint file of {base}"]
+        kinds += [f"a folder with {catalogue.CONFIG_FILE} or {catalogue.LORA_FILE}"] if "+" in name else []
+        kinds += ["a folder of diffusers with unet/config.json"] if base != name else []
+        raise CommandError(f"{path}: expected for {name} {', or '.join(kinds)}; found none of them")
+
+
+def _take_unet(name: str, path: Path, home: Path) -> None:
+    """Copy the files of a diffusion model that are in a folder of diffusers."""
+    from glesam_ros.models.glesam import catalogue, download
+
+    about = json.loads((path / "unet" / "config.json").read_text(encoding="utf-8"))
+    width = about.get("cross_attention_dim") if isinstance(about, dict) else None
+    unet = download.WIDTHS.get(width) if isinstance(width, int) else None
+    wanted = [name] if name in catalogue.UNETS else list(catalogue.UNETS)
+    if unet is None or unet not in wanted:
+        raise CommandError(f"{path}: expected the diffusion model {' or '.join(wanted)}, got {unet or 'another one'}")
+    for source in catalogue.UNETS[unet]:
+        part = path / source.path.removeprefix(f"{unet}/")
+        if part.is_file():
+            download.take(part, home / source.path, home)

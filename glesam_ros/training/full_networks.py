@@ -145,7 +145,7 @@ def _unet(config: FullConfig) -> tuple[UNet2DConditionModel, Tensor]:
 
         return Network(**RANDOM_UNET), torch.randn(1, TOKENS, RANDOM_UNET["cross_attention_dim"])
     if config.unet_folder is None:
-        folder = catalogue.unet_folder(config.unet, f"{config.base}+glesam", catalogue.home()) / config.unet
+        folder = catalogue.unet_folder(config.unet, config.unet, catalogue.home()) / config.unet
     else:
         folder = Path(config.unet_folder)
     return load_unet(folder / "unet"), empty_prompt(folder)

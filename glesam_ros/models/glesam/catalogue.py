@@ -25,6 +25,7 @@ class Source:
         licence: of the weights.
         megabytes: size in 10^6 bytes where it is known, for the list.
         size: in bytes where it is known, to be verified.
+        sha256: in hexadecimal where it is known, to be verified; the hub names that of its large files itself.
     """
 
     path: str
@@ -32,6 +33,7 @@ class Source:
     licence: str
     megabytes: int | None = None
     size: int | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,26 +49,46 @@ _HUB = "https://huggingface.co"
 _APACHE = "Apache-2.0"
 
 
-def _sam(file: str, megabytes: int) -> Base:
-    return Base("sam", Source(file, f"{_META}/segment_anything/{file}", _APACHE, megabytes))
+def _checkpoint(family: str, file: str, folder: str, size: int, sha256: str) -> Base:
+    return Base(family, Source(file, f"{folder}/{file}", _APACHE, round(size / 1e6), size, sha256))
 
 
-def _sam2(version: str, size: str, megabytes: int) -> Base:
-    file, day = f"{version}_hiera_{size}.pt", {"sam2": "072824", "sam2.1": "092824"}[version]
-    return Base("sam2", Source(file, f"{_META}/segment_anything_2/{day}/{file}", _APACHE, megabytes))
+def _sam(file: str, size: int, sha256: str) -> Base:
+    return _checkpoint("sam", file, f"{_META}/segment_anything", size, sha256)
 
 
+def _sam2(name: str, size: int, sha256: str) -> Base:
+    day = "092824" if name.startswith("sam2.1") else "072824"
+    return _checkpoint("sam2", f"{name}.pt", f"{_META}/segment_anything_2/{day}", size, sha256)
+
+
+# Meta publishes no checksums; these are the ones that several independent projects hold their copies against
 BASES: dict[str, Base] = {
-    "sam_vit_b": _sam("sam_vit_b_01ec64.pth", 375),
-    "sam_vit_l": _sam("sam_vit_l_0b3195.pth", 1250),
-    "sam_vit_h": _sam("sam_vit_h_4b8939.pth", 2560),
-    "mobile_sam": Base("sam", Source(
-        "mobile_sam.pt", "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt", _APACHE, 41,
-    )),
+    "sam_vit_b": _sam(
+        "sam_vit_b_01ec64.pth", 375_042_383, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    ),
+    "sam_vit_l": _sam(
+        "sam_vit_l_0b3195.pth", 1_249_524_607, "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    ),
+    "sam_vit_h": _sam(
+        "sam_vit_h_4b8939.pth", 2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+    ),
+    "mobile_sam": _checkpoint(
+        "sam", "mobile_sam.pt", "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights", 40_728_226,
+        "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+    ),
     **{
-        f"{version}_hiera_{size}": _sam2(version, size, megabytes)
-        for version in ("sam2", "sam2.1")
-        for size, megabytes in (("tiny", 156), ("small", 184), ("base_plus", 324), ("large", 898))
+        name: _sam2(name, size, sha256)
+        for name, size, sha256 in (
+            ("sam2_hiera_tiny", 155_906_050, "65b50056e05bcb13694174f51bb6da89c894b57b75ccdf0ba6352c597c5d1125"),
+            ("sam2_hiera_small", 184_309_650, "95949964d4e548409021d47b22712d5f1abf2564cc0c3c765ba599a24ac7dce3"),
+            ("sam2_hiera_base_plus", 323_493_298, "d0bb7f236400a49669ffdd1be617959a8b1d1065081789d7bbff88eded3a8071"),
+            ("sam2_hiera_large", 897_952_466, "7442e4e9b732a508f80e141e7c2913437a3610ee0c77381a66658c3a445df87b"),
+            ("sam2.1_hiera_tiny", 156_008_466, "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69"),
+            ("sam2.1_hiera_small", 184_416_285, "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38"),
+            ("sam2.1_hiera_base_plus", 323_606_802, "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5"),
+            ("sam2.1_hiera_large", 898_083_611, "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318"),
+        )
     },
 }
 """Base models by name."""
@@ -180,8 +202,11 @@ def enhancer_folder(name: str, folder: Path) -> Path:
 def unet_folder(unet: str, name: str, folder: Path) -> Path:
     """`folder`, in which the files of a diffusion model lie under its name.
 
+    Args:
+        name: of the model that needs it, or `unet` itself; for the error.
+
     Raises:
-        FileNotFoundError: they are not there; names the command that gets what the model `name` needs.
+        FileNotFoundError: they are not there; names the command that gets what `name` needs.
     """
     path = folder / unet / "unet" / "diffusion_pytorch_model.safetensors"
     if not path.is_file():
@@ -190,5 +215,5 @@ def unet_folder(unet: str, name: str, folder: Path) -> Path:
 
 
 def get(name: str) -> str:
-    """The command that brings the files of a model."""
+    """The command that brings the files of a model or of a diffusion model."""
     return f"glesam models get {name}"

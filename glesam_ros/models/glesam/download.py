@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException, HTTPMessage
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glesam_ros import __version__
 from glesam_ros.models.glesam.catalogue import (
@@ -26,8 +28,13 @@ from glesam_ros.models.glesam.catalogue import (
     split_name,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 CHECKSUMS = "checksums.json"
-"""SHA-256 of each file as it first came; nobody publishes them, so this is what later copies are held against."""
+"""SHA-256 of each file as it first came; where none is published, later copies are held against it."""
+TAG = "X-Linked-Etag"
+"""Header in which the Hugging Face hub names the SHA-256 of a large file."""
 CHUNK = 1 << 20
 TIMEOUT_S = 60
 PROMPT_FILE = "empty_prompt.safetensors"
@@ -45,6 +52,24 @@ class DownloadError(OSError):
     """A file could not be downloaded, or is not the one that is expected."""
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects; keeps the SHA-256 that the Hugging Face hub names on the way to a large file."""
+
+    sha256: str | None = None
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        self.sha256 = self.sha256 or named_sha256(headers.get(TAG))
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def named_sha256(tag: str | None) -> str | None:
+    """The SHA-256 in the header `TAG`; that of a small file is another checksum."""
+    found = re.fullmatch('(?:W/)?"?([0-9a-f]{64})"?', tag or "")
+    return found and found[1]
+
+
 def fetch(source: Source, folder: Path, started: Callable[[str, int | None, int], Progress]) -> Path:
     """Download a file, or go on with a part of it that is there from before.
 
@@ -54,25 +79,50 @@ def fetch(source: Source, folder: Path, started: Callable[[str, int | None, int]
             returns is called with the size of each piece that comes.
 
     Raises:
-        DownloadError: the server refuses, the connection breaks (the part stays, the same call goes on), the size or
-            the checksum is another.
+        DownloadError: the server refuses, the connection breaks (the part stays, the same call goes on), there is not
+            enough space, the size or the checksum is another (the part is removed).
     """
     path = folder / source.path
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    named = _receive(source, partial, started)
+    published, found = source.sha256 or named, sha256(partial)
+    expected = published or _checksums(folder).get(source.path, found)
+    if found != expected:
+        partial.unlink()
+        how = "try again" if published else (
+            f"that is what it had the first time; if the new one is right, remove the entry from {folder / CHECKSUMS}"
+        )
+        raise DownloadError(f"{source.url}: expected SHA-256 {expected}, got {found}; {how}")
+    _place(partial, path, folder, found)
+    return path
+
+
+def _receive(source: Source, partial: Path, started: Callable[[str, int | None, int], Progress]) -> str | None:
+    """Bring `partial` to its full size; returns the SHA-256 that the server names."""
     have = partial.stat().st_size if partial.is_file() else 0
     headers = {"User-Agent": f"glesam_ros/{__version__}", **({"Range": f"bytes={have}-"} if have else {})}
+    redirects = _Redirects()
+    ask = urllib.request.build_opener(redirects).open
     try:
-        with urllib.request.urlopen(urllib.request.Request(source.url, headers=headers), timeout=TIMEOUT_S) as answer:
+        with ask(urllib.request.Request(source.url, headers=headers), timeout=TIMEOUT_S) as answer:
+            named = redirects.sha256 or named_sha256(answer.headers.get(TAG))
             resumed = answer.status == 206
             have = have if resumed else 0
             length = answer.headers.get("Content-Length")
             total = have + int(length) if length else source.size
             if source.size is not None and total != source.size:
+                partial.unlink(missing_ok=True)
                 raise DownloadError(f"{source.url}: expected {source.size} bytes, the server has {total}")
-            moved = started(path.name, total, have)
+            free = shutil.disk_usage(partial.parent).free
+            if total is not None and free < total - have:
+                raise DownloadError(
+                    f"{source.url}: expected {total - have} bytes free in {partial.parent}, found {free}; "
+                    "make room, or set GLESAM_HOME"
+                )
+            moved = started(source.path, total, have)
             with partial.open("ab" if resumed else "wb") as file:
                 while piece := answer.read(CHUNK):
                     file.write(piece)
@@ -80,7 +130,9 @@ def fetch(source: Source, folder: Path, started: Callable[[str, int | None, int]
                 file.flush()
                 os.fsync(file.fileno())
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # the part is no part of what the server has
+        if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
+            return redirects.sha256 or named_sha256(error.headers.get(TAG))  # all of it was there already
+        if error.code == 416:
             partial.unlink()
             raise DownloadError(f"{source.url}: a part from before did not fit and was removed; try again") from error
         raise DownloadError(
@@ -89,27 +141,73 @@ def fetch(source: Source, folder: Path, started: Callable[[str, int | None, int]
         ) from error
     except DownloadError:
         raise
-    except (OSError, ValueError) as error:  # URLError, time-outs, broken connections
+    except (OSError, ValueError, HTTPException) as error:  # URLError, time-outs, broken connections
         raise DownloadError(f"{source.url}: {error}; the same command goes on where it stopped") from error
     size = partial.stat().st_size
     if total is not None and size != total:
         raise DownloadError(f"{source.url}: got {size} of {total} bytes; the same command goes on where it stopped")
-    found = sha256(partial)
-    if _checksums(folder).get(source.path, found) != found:
-        raise DownloadError(
-            f"{partial}: expected SHA-256 {_checksums(folder)[source.path]}, as {source.path} had at first, got "
-            f"{found}; if the new one is right, remove the entry from {folder / CHECKSUMS}"
-        )
-    _place(partial, path, folder, found)
-    return path
+    return named
 
 
-def take(file: Path, path: Path, folder: Path) -> None:
-    """Copy a local file, which the user vouches for, into place."""
+def take(file: Path, path: Path, folder: Path) -> str:
+    """Copy a local file, which the user vouches for, into place; returns its SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _partial(path) as partial:
         shutil.copyfile(file, partial)
-        _place(partial, path, folder, sha256(partial))
+        found = sha256(partial)
+        _place(partial, path, folder, found)
+    return found
+
+
+def take_enhancer(source: Path, name: str, folder: Path) -> None:
+    """Copy an enhancer, as `save_enhancer` writes it, to where the model `name` has it, in place of one there.
+
+    Raises:
+        ValueError: it is one of another base or of another kind.
+    """
+    from glesam_ros.models.glesam.enhancer import load_config
+
+    config, own = load_config(source), folder / name
+    kind = "glesam_small" if config.kind == "small" else "glesam++" if config.levels else "glesam"
+    if name != f"{config.base}+{kind}":
+        raise ValueError(f"{source}: holds the enhancer of {config.base}+{kind}, expected that of {name}")
+    files = sorted(source.glob("*.safetensors"))
+    if source.resolve() == own.resolve():
+        raise ValueError(f"{source}: is the folder of {name} already; nothing to copy")
+    _clear(own, folder)
+    for file in files:
+        take(file, own / file.name, folder)
+    take(source / CONFIG_FILE, own / CONFIG_FILE, folder)  # last: with it the model is there
+
+
+def take_released(source: Path, name: str, folder: Path) -> None:
+    """Copy GleSAM weights, as their authors publish them, and make a model of them, see `adopt`.
+
+    The decoder may have any name, if it is the only .pth file.
+
+    Raises:
+        ValueError: a file is missing, or they are no such files.
+    """
+    decoders = [file for file in [source / RELEASED_DECODER] if file.is_file()] or sorted(source.glob("*.pth"))
+    if len(decoders) != 1:
+        raise ValueError(
+            f"{source}: expected released GleSAM weights, {LORA_FILE} and {RELEASED_DECODER} or one other .pth file, "
+            f"found {', '.join(file.name for file in decoders) or 'no .pth file'}"
+        )
+    _released_parts(source / LORA_FILE, decoders[0])  # refused before what is there goes
+    own = folder / name
+    _clear(own, folder)
+    take(source / LORA_FILE, own / LORA_FILE, folder)
+    take(decoders[0], own / RELEASED_DECODER, folder)
+    adopt(name, folder)
+
+
+def _clear(own: Path, folder: Path) -> None:
+    """Take an enhancer away: files of the old one beside those of a new one would be read with them."""
+    for file in (own / CONFIG_FILE, own / RELEASED_DECODER, *own.glob("*.safetensors")):
+        file.unlink(missing_ok=True)
+    start = f"{own.name}/"
+    _write_json(folder / CHECKSUMS, {k: v for k, v in _checksums(folder).items() if not k.startswith(start)})
 
 
 def _place(file: Path, path: Path, folder: Path, checksum: str) -> None:
@@ -117,11 +215,22 @@ def _place(file: Path, path: Path, folder: Path, checksum: str) -> None:
     _write_json(folder / CHECKSUMS, {**_checksums(folder), path.relative_to(folder).as_posix(): checksum})
 
 
-def verify(folder: Path) -> Iterator[tuple[str, str]]:
-    """Each recorded file with "ok", "missing" or "changed"."""
-    for name, expected in sorted(_checksums(folder).items()):
-        path = folder / name
-        yield name, "missing" if not path.is_file() else "ok" if sha256(path) == expected else "changed"
+def verify(folder: Path, name: str | None = None) -> Iterator[tuple[str, str]]:
+    """Each file with "ok", "missing" or "changed", of all models or of the one `name`.
+
+    Those that came by `fetch` or `take` are held against their record, others against what is published.
+    """
+    known = {
+        source.path: source.sha256 for base in BASES.values() for source in [base.source]
+        if source.sha256 and (folder / source.path).is_file()
+    }
+    known |= _checksums(folder)
+    if name is not None:
+        paths = [source.path for source in needed(name, folder)]
+        known = {file: value for file, value in known.items() if file in paths or file.startswith(f"{name}/")}
+    for file, expected in sorted(known.items()):
+        path = folder / file
+        yield file, "missing" if not path.is_file() else "ok" if sha256(path) == expected else "changed"
 
 
 def sha256(path: Path) -> str:
@@ -134,11 +243,15 @@ def sha256(path: Path) -> str:
 
 
 def needed(name: str, folder: Path) -> list[Source]:
-    """The files of a model, as far as they are known: those of the diffusion model once the enhancer is there.
+    """The files of a model, as far as they are known, or of a diffusion model by its own name.
+
+    Which diffusion model an enhancer needs shows once its `glesam.json` is there.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a `glesam.json` that is none.
     """
+    if name in UNETS:
+        return unet_files(name, folder)
     base, enhancer = split_name(name)
     files = [BASES[base].source]
     if enhancer is None:
@@ -146,8 +259,11 @@ def needed(name: str, folder: Path) -> list[Source]:
     config = folder / name / CONFIG_FILE
     if not config.is_file():
         return [*files, *RELEASED.get(name, ())]
-    about = json.loads(config.read_text(encoding="utf-8"))
-    return files if about["kind"] == "small" else [*files, *unet_files(about["unet"], folder)]
+    try:
+        about = json.loads(config.read_text(encoding="utf-8"))
+        return files if about["kind"] == "small" else [*files, *unet_files(about["unet"], folder)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{config}: expected "kind" and "unet", as save_enhancer writes them: {error!r}') from error
 
 
 def unet_files(unet: str, folder: Path) -> list[Source]:
@@ -159,40 +275,48 @@ def unet_files(unet: str, folder: Path) -> list[Source]:
 def adopt(name: str, folder: Path) -> None:
     """Make released GleSAM weights, LoRA and fine-tuned decoder in the folder `name`, a model of ours.
 
-    Which diffusion model the LoRA is of shows in its shapes. The decoder is taken out of the state dict of SAM that it
-    is published in.
+    The decoder is taken out of the state dict of SAM that it is published in.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: they are no such files.
     """
-    from safetensors import safe_open
     from safetensors.torch import save_file
+
+    own = folder / name
+    about, decoder = _released_parts(own / LORA_FILE, own / RELEASED_DECODER)
+    with _partial(own / DECODER_FILE) as partial:
+        save_file({key: value.contiguous() for key, value in decoder.items()}, partial)
+        _place(partial, own / DECODER_FILE, folder, sha256(partial))
+    _write_json(own / CONFIG_FILE, {"base": split_name(name)[0], **about})
+
+
+def _released_parts(lora: Path, decoder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`glesam.json` without the base, and the decoder; which diffusion model the LoRA is of shows in its shapes."""
+    from safetensors import SafetensorError, safe_open
 
     from glesam_ros.models.glesam.weights import decoder_state, read_tensors
 
-    own = folder / name
-    lora = own / LORA_FILE
     if not lora.is_file():
         raise FileNotFoundError(f"expected LoRA weights at {lora}, found no file")
-    with safe_open(lora, "np") as file:
-        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    try:
+        with safe_open(lora, "np") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{lora}: expected a safetensors file, cannot read it: {error}") from error
     keys = [shape for key, shape in shapes.items() if "attn2.to_k." in key and ("down" in key or "lora_A" in key)]
     ranks, widths = {shape[0] for shape in keys}, {shape[1] for shape in keys}
     if len(ranks) != 1 or len(widths) != 1 or not widths <= set(WIDTHS):
         raise ValueError(
-            f"{lora}: expected LoRA of one rank for text embeddings of 768 or 1024, got ranks {ranks}, widths {widths}"
+            f"{lora}: expected LoRA of one rank for text embeddings of 768 or 1024, got ranks {sorted(ranks)}, "
+            f"widths {sorted(widths)}"
         )
-    unet = WIDTHS[widths.pop()]
-    decoder = decoder_state(read_tensors(own / RELEASED_DECODER))
-    with _partial(own / DECODER_FILE) as partial:
-        save_file({key: value.contiguous() for key, value in decoder.items()}, partial)
-        os.replace(partial, own / DECODER_FILE)
-    rank = ranks.pop()
-    _write_json(own / CONFIG_FILE, {
-        "base": split_name(name)[0], "kind": "lora", "unet": unet, "gamma": GAMMAS[unet], "timestep": 1, "rank": rank,
-        "alpha": rank, "levels": False, "channels": 256,
-    })
+    unet, rank = WIDTHS[widths.pop()], ranks.pop()
+    about = {
+        "kind": "lora", "unet": unet, "gamma": GAMMAS[unet], "timestep": 1, "rank": rank, "alpha": rank,
+        "levels": False, "channels": 256,
+    }
+    return about, decoder_state(read_tensors(decoder))
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -201,6 +325,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with _partial(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
