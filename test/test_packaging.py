@@ -7,6 +7,7 @@ import configparser
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import glesam_ros
+from glesam_ros.cli.main import OPTIONAL
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("package.xml", "setup.py", "setup.cfg", "pyproject.toml", "colcon.pkg")
@@ -88,6 +90,39 @@ def test_wheel_is_small(wheel):
 def test_every_module_ships(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {p.relative_to(ROOT).as_posix() for p in ROOT.glob("glesam_ros/**/*.py")} <= names
+
+
+def requirements(wheel: Path) -> dict[str, set[str]]:
+    """Names of the distributions that each extra asks for; those of the package itself under ""."""
+    text = zipfile.ZipFile(wheel).read(f"glesam_ros-{glesam_ros.__version__}.dist-info/METADATA").decode()
+    found: dict[str, set[str]] = {name: set() for name in ("", *re.findall(r"^Provides-Extra: (.+)$", text, re.M))}
+    for line in re.findall(r"^Requires-Dist: (.+)$", text, re.M):
+        extra = re.search(r"extra == ['\"](.+?)['\"]", line)
+        found[extra[1] if extra else ""].add(re.match(r"[\w.-]+", line)[0].lower().replace("_", "-"))
+    return found
+
+
+def test_the_extra_glesam_has_every_import_of_the_full_size_models(wheel):
+    nodes = [n for f in ROOT.glob("glesam_ros/models/glesam/*.py") for n in ast.walk(ast.parse(f.read_text()))]
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    tops = {name.split(".")[0] for name in modules} - sys.stdlib_module_names - {"glesam_ros"}
+    assert {"torch", "diffusers", "peft", "segment_anything", "sam2"} <= tops
+    found = requirements(wheel)
+    names = {{"cv2": "opencv-python-headless"}.get(top, top.replace("_", "-")) for top in tops}
+    # sam2 is no requirement: to build it, pip would download a second torch
+    assert names - found[""] - found["glesam"] == {"sam2"}
+    assert "--no-build-isolation sam2" in (ROOT / "scripts/setup.sh").read_text()
+
+
+def test_a_missing_package_is_named_with_an_extra_that_has_it(wheel):
+    found = requirements(wheel)
+    names = {"yaml": "pyyaml"}
+    for module, hint in OPTIONAL.items():
+        if extra := re.fullmatch(r"pip install 'glesam_ros\[(\w+)\]'", hint):
+            assert names.get(module, module).replace("_", "-") in found[extra[1]], module
+    asked = re.search(r"setup\.sh (.+)", (ROOT / "scripts/test.sh").read_text())[1].split()
+    assert set(asked) <= set(found) and "glesam" in asked
 
 
 def test_console_scripts_exist_and_point_at_functions(wheel):
