@@ -48,8 +48,10 @@ UNET = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def precision_of_its_own() -> None:
-    """Accelerate keeps the precision that the process first asked for, here that of another test file."""
+def precision_of_its_own() -> Iterator[None]:
+    """Accelerate keeps the precision that the process first asked for, that of another test file or of this one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
