@@ -3,9 +3,11 @@
 #
 #   bash scripts/setup.sh               what is needed to run
 #   bash scripts/setup.sh test train    and these extras of setup.py
-#   bash scripts/setup.sh glesam        and SAM, SAM 2 and GleSAM at full size, with torch for the CPU
-#   GPU=1 bash scripts/setup.sh         onnxruntime for CUDA and TensorRT instead of the CPU one
+#   bash scripts/setup.sh glesam        and SAM, SAM 2 and GleSAM at full size
+#   GPU=1 bash scripts/setup.sh         onnxruntime for CUDA and TensorRT instead of the CPU one, the newest torch
 #
+# torch from PyPI brings gigabytes of CUDA on Linux. Where pip knows PyTorch's own index for CPUs, too
+# (PIP_EXTRA_INDEX_URL), it takes the small build from there.
 # Done already: nothing happens. PYTHON=/path/to/python3.11 chooses the interpreter.
 set -euo pipefail
 
@@ -43,13 +45,16 @@ install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-chec
 wants() { [[ ",$extras," == *,$1,* ]]; }
 pins=()
 if [ "${GPU:-0}" != 1 ]; then
-  # this torch on PyPI is a CPU build, newer and older ones bring gigabytes of CUDA
+  # the ones that were tested, and that fit each other
   if wants glesam || wants train; then pins+=(torch==2.13.0); fi
   if wants glesam; then pins+=(torchvision==0.28.0); fi
 fi
 install --editable ".[$extras]" "${pins[@]}"
-# sam2 is built with the torch that is there; isolated, its build would download one of its own
-if wants glesam; then SAM2_BUILD_CUDA=0 install --no-build-isolation sam2==1.1.0; fi
+# sam2 is built with the torch that is there, isolated it would download one of its own; older setuptools need wheel
+if wants glesam; then
+  install "setuptools>=71"
+  SAM2_BUILD_CUDA=0 install --no-build-isolation sam2==1.1.0
+fi
 if [ "${GPU:-0}" = 1 ]; then
   # both packages own the same folder, so one has to go first
   "$venv/bin/python" -m pip uninstall --quiet --yes onnxruntime

@@ -1,8 +1,8 @@
 """Lets torchvision be imported where its compiled operators do not fit the torch at hand.
 
-That is so beside PyPI's CPU build of torch, and on many a Jetson. segment-anything and diffusers import torchvision,
-but what we use of them needs none of its operators. torchvision's import then fails because it describes two operators
-that were never defined; defining them, without an implementation, mends it.
+That is so beside a CPU build of torch where torchvision is PyPI's, and on many a Jetson. segment-anything and diffusers
+import torchvision, but what we use of them needs none of its operators. torchvision's import then fails because it
+describes two operators that were never defined; defining them, without an implementation, mends it.
 """
 
 from __future__ import annotations
