@@ -132,6 +132,16 @@ def test_crops_keep_picture_and_regions_together(scenes: Scenes) -> None:
             assert small[eroded].mean() > small[outside].mean() + 60
 
 
+def test_a_square_that_fits_exactly_is_drawn_from_pictures_of_any_size() -> None:
+    """The largest square at zoom 1: for some sizes rounding makes it larger than the picture."""
+    rng = np.random.default_rng(0)
+    for side in range(100, 700):
+        labels = [np.ones((side, 640), np.int16)]
+        photograph = Photograph("x", np.zeros((side, 640, 3), np.uint8), labels, False)
+        image, _ = draw_crop(lambda _, p=photograph: p, rng, 64, 64, (1.0, 1.0), paste=0.0)
+        assert image.shape == (64, 64, 3)
+
+
 def test_zoom_is_how_much_of_the_photograph_a_crop_shows(scenes: Scenes) -> None:
     sizes = []
     for zoom in ((1.0, 1.0), (4.0, 4.0)):

@@ -49,7 +49,8 @@ def _crop(
     h, w = photograph.image.shape[:2]
     scale = max(height / h, width / w) * rng.uniform(*zoom)
     flip = rng.random() < 0.5
-    x0, y0 = rng.uniform(0, w - width / scale), rng.uniform(0, h - height / scale)
+    # rounding may take a side that fits exactly below zero
+    x0, y0 = (rng.uniform(0, max(0.0, whole - part / scale)) for whole, part in ((w, width), (h, height)))
 
     def matrix(step: float) -> np.ndarray[Any, Any]:
         """Crop cell of `step` pixels -> source pixel."""
