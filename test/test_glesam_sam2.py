@@ -308,3 +308,12 @@ def test_published_sizes(name, meta):
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"expected one of .*sam2\.1_hiera_large, got 'sam3'"):
         build_sam2("sam3")
+
+
+def test_without_weights_a_model_still_says_how_pictures_become_pixels():
+    with torch.device("meta"):
+        plan = narrow()
+    assert all(x.is_meta for x in (*plan.parameters(), *plan.buffers()))
+    images = torch.from_numpy(photo())[None]
+    assert torch.equal(plan.pixels(images, 256), model().pixels(images, 256))
+    assert plan.content((480, 640), 256) == (256, 256)

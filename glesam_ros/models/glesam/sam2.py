@@ -68,9 +68,11 @@ def build_sam2(name: str, config: Sam2Config | None = None) -> Sam2:
     from sam2 import build_sam
 
     chosen = config or SAM2_SIZES[name]
-    device = str(torch.empty(0).device)  # upstream's own default is CUDA
-    net = build_sam.build_sam2(chosen.file, device=device, hydra_overrides_extra=list(chosen.overrides))
-    return Sam2(name, net)
+    device = torch.empty(0).device  # upstream's own default is CUDA
+    # Hiera reads numbers from its tensors while it is built, which has to be where there are some
+    with torch.device("cpu" if device.type == "meta" else device) as place:
+        net = build_sam.build_sam2(chosen.file, device=str(place), hydra_overrides_extra=list(chosen.overrides))
+    return Sam2(name, net).to(device)
 
 
 class Sam2(BaseModel):
