@@ -257,6 +257,8 @@ def test_the_text_encoder_is_not_fetched_once_the_prompt_is_there(small_sam, hom
     prompt.parent.mkdir(parents=True)
     prompt.touch()
     assert [s.path for s in download.unet_files("sd21-base", home)] == ["sd21-base/unet/config.json"]
+    prompt.unlink()
+    assert len(download.unet_files("sd21-base", home)) == 2
 
 
 @pytest.mark.parametrize(("width", "unet", "gamma"), [(1024, "sd21-base", 5.0), (768, "sd15", 3.0)])
