@@ -3,7 +3,7 @@
 Read top to bottom: the blocks of convolutions, the blocks of attention, the encoder. Names of modules are those of the
 official checkpoint, `mobile_sam.pt`.
 
-Source: MobileSAM (arXiv 2306.14289); TinyViT (arXiv 2207.10666), section 3.3 and table 8.
+Source: MobileSAM (arXiv 2306.14289); TinyViT (arXiv 2207.10666).
 """
 
 from __future__ import annotations
