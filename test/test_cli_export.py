@@ -33,7 +33,7 @@ def opened(name, **options):
 
 
 @SAM2
-def test_exported_graphs_equal_torch_stage_by_stage_and_through_the_pipeline(home, capsys):  # noqa: F811
+def test_exported_graphs_equal_torch_stage_by_stage_and_through_the_pipeline(home, capsys, monkeypatch):  # noqa: F811
     base_name, folder = home
     name = f"{base_name}+glesam++"
     assert main(["export", name, "--size", str(SIDE)]) == 0
@@ -56,6 +56,13 @@ def test_exported_graphs_equal_torch_stage_by_stage_and_through_the_pipeline(hom
         assert len(ours) == len(theirs) and np.allclose(ours.scores, theirs.scores, atol=1e-4)
         assert (ours.masks != theirs.masks).mean() < 1e-3
     exported.close()
+
+    # device:=tensorrt, as far as it goes without TensorRT: the base needs no file and no memory
+    monkeypatch.setattr(onnx_runtime, "choose_device", lambda device: "cpu")
+    (folder / catalogue.BASES[base_name].source.path).unlink()
+    onboard = load_glesam(name, "tensorrt", "fp32")
+    assert onboard.own_size == SIDE and {p.device.type for p in onboard._base.parameters()} == {"meta"}
+    onboard.close()
 
     # what is on disk changed
     graph = folder / name / "onnx" / "level.onnx"
@@ -99,6 +106,37 @@ def test_large_weights_lie_beside_the_graph_and_prompts_come_in_batches(home, tm
         runtime.encode(picture(), SIDE)
     with pytest.raises(ValueError, match="expected graphs of sam_vit_l, got those of sam_vit_b"):
         onnx_export.read_manifest(out, "sam_vit_l")
+
+
+@SAM
+def test_engines_of_other_weights_are_neither_found_nor_left(home, tmp_path, monkeypatch):  # noqa: F811
+    """onnxruntime names TensorRT's engines by the layout of a graph, which training again does not change."""
+    name, folder = home
+    base, _ = load_parts(name, folder)
+    monkeypatch.setattr(onnx_export, "_write", lambda path, module, *_: path.write_bytes(
+        module.state_dict()["base.mask_decoder.iou_token.weight"].numpy().tobytes()
+    ))
+    caches = []
+    session = type("Session", (), {"get_outputs": lambda _: [], "get_providers": lambda _: ["a test"]})
+    monkeypatch.setattr(onnx_runtime, "open_session", lambda *args, **_: (caches.append(args[3]), session())[1])
+
+    def engines():
+        opened(name, folder=tmp_path)
+        assert len(set(caches[-3:])) == 1
+        caches[-1].mkdir(parents=True, exist_ok=True)
+        return caches[-1]
+
+    (tmp_path / "tensorrt" / "of the user").mkdir(parents=True)
+    onnx_export.export_model(name, base, None, tmp_path, SIDE)
+    first = engines()
+    assert engines() == first and (tmp_path / "tensorrt" / "of the user").is_dir()
+    (tmp_path / "level.onnx").touch()  # of an export with an enhancer
+    with torch.no_grad():
+        base.mask_decoder.iou_token.weight.mul_(2)
+    manifest = onnx_export.export_model(name, base, None, tmp_path, SIDE)
+    assert set(manifest.files) == {f"{part}.onnx" for part in ("encoder", "decoder_one", "decoder_three")}
+    assert set(manifest.files) == {path.name for path in tmp_path.glob("*.onnx")}
+    assert not first.exists() and engines() != first
 
 
 @SAM

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ from glesam_ros.models.glesam.runtime import Runtime, TorchRuntime
 from glesam_ros.validation import UInt8Array
 
 MANIFEST = "export.json"
+ENGINES = "tensorrt"
+"""Folder of TensorRT's engines, beside the graphs that they were built from."""
+PARTS = ("encoder", "enhancer", "level", "decoder_one", "decoder_three")
+"""Graphs that an export may have."""
 OPSET = 18
 EXTERNAL_FROM = 1_800_000_000
 """Bytes of weights from which they go into a file of their own; protobuf ends at 2 GB."""
@@ -124,7 +129,7 @@ def export_model(
     side: int,
     external_from: int = EXTERNAL_FROM,
 ) -> Manifest:
-    """Write the graphs and `export.json` into `out`.
+    """Write the graphs and `export.json` into `out`, in place of an export that is there, and of its engines.
 
     Args:
         base, enhancer: on the CPU in float32; LoRA is merged and constants are folded here, if they are not.
@@ -135,6 +140,11 @@ def export_model(
         ModuleNotFoundError: torch's exporter lacks onnxscript.
     """
     out.mkdir(parents=True, exist_ok=True)
+    if (out / MANIFEST).is_file():  # of an export before; a folder that is not ours is left as it is
+        (out / MANIFEST).unlink()
+        shutil.rmtree(out / ENGINES, ignore_errors=True)
+    for old in (old for part in PARTS for old in out.glob(f"{part}.onnx*")):
+        old.unlink()
     base.eval()
     levels = enhancer is not None and enhancer.level is not None
     if isinstance(enhancer, Enhancer) and enhancer.lora_state():
@@ -164,7 +174,7 @@ def export_model(
         graphs.append((part, _Decode(base, several), (*prompts, *seen), list(dynamic), ["logits", "scores"], dynamic))
     for part, module, inputs, inside, outside, shapes in graphs:
         _write(out / f"{part}.onnx", module, inputs, inside, outside, shapes, external_from)
-    files = {path.name: _sha256(path) for path in sorted(out.glob("*.onnx*"))}
+    files = {path.name: _sha256(path) for part, *_ in graphs for path in sorted(out.glob(f"{part}.onnx*"))}
     manifest = Manifest(name, side, OPSET, levels, enhancer is not None, files, torch.__version__)
     (out / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
     return manifest
@@ -179,8 +189,6 @@ def _write(
     shapes: dict[str, Any] | None,
     external_from: int,
 ) -> None:
-    for old in path.parent.glob(f"{path.name}*"):
-        old.unlink()
     weights = sum(x.numel() * x.element_size() for x in (*module.parameters(), *module.buffers()))
     with torch.no_grad():
         program = torch.onnx.export(

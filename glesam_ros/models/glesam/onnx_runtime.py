@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from glesam_ros.models.base import OutOfMemory
 from glesam_ros.models.glesam import catalogue
 from glesam_ros.models.glesam.base import BaseModel, Features
-from glesam_ros.models.glesam.onnx_export import Manifest, read_manifest
+from glesam_ros.models.glesam.onnx_export import ENGINES, Manifest, read_manifest
 from glesam_ros.models.glesam.runtime import means_out_of_memory
 from glesam_ros.models.onnx_session import Shapes, choose_device, open_session
 from glesam_ros.validation import FloatArray, UInt8Array
@@ -66,8 +67,8 @@ def open_onnx_runtime(
 class OnnxRuntime:
     """See `glesam_ros.models.glesam.runtime.Runtime`.
 
-    The side is that of the export, whatever is asked for. Engines of TensorRT are cached beside the graphs; the first
-    start builds them, which takes minutes.
+    The side is that of the export, whatever is asked for. Engines of TensorRT are cached beside the graphs, apart for
+    each export; the first start builds them, which takes minutes.
     """
 
     overlaps = False
@@ -76,7 +77,8 @@ class OnnxRuntime:
         self.side = manifest.side
         self._base = base
         self._manifest = manifest
-        cache = folder / "tensorrt"
+        # onnxruntime names an engine by the nodes of its graph, so new weights in an old layout would meet old engines
+        cache = folder / ENGINES / hashlib.sha256("".join(manifest.files.values()).encode()).hexdigest()[:16]
 
         def open_part(part: str, shapes: Shapes | None = None) -> Any:
             return open_session(folder / f"{part}.onnx", device, precision == "fp16", cache, shapes=shapes)
