@@ -422,11 +422,55 @@ def test_graphs_are_few_and_the_longest_unused_goes() -> None:
     assert captured[-1] == 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing\nmore"),
-                                   torch.OutOfMemoryError("CUDA out of memory")])
-def test_a_capture_that_fails_is_logged_once_and_the_stage_runs_as_it_is(
-    error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_capture_that_memory_lacks_for_is_tried_again_when_memory_was_freed() -> None:
+    """So that a model that had to go down the memory ladder at its first frame has graphs on the rung that fits."""
+    tried: list[int] = []
+
+    def capture(function: Function, inputs: Any) -> Function:
+        tried.append(len(inputs[0]))
+        if len(inputs[0]) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        if len(tried) == 3:
+            try:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+        return imitated_capture(function, inputs)
+
+    call = Replayed(lambda x: (x + 1,), "encode", capture, at_once=True)
+    for _ in range(3):
+        assert call(torch.zeros(3))[0].tolist() == [1, 1, 1]
+    assert tried == [3]
+    for _ in range(2):
+        assert call(torch.zeros(2))[0].tolist() == [1, 1]
+    assert tried == [3, 2]
+    for _ in range(2):
+        call(torch.zeros(1))
+    assert tried == [3, 2, 1]
+    call.free()
+    for _ in range(2):
+        call(torch.zeros(1))
+    assert tried == [3, 2, 1, 1]
+
+
+def test_few_shapes_serve_all_numbers_of_prompts() -> None:
+    runtime, base = TorchRuntime(TinyBase(), None, CPU, torch.float32), TinyBase()
+    runtime._few_shapes = True
+    features = runtime.encode(picture(), 256)
+    rng, shapes = np.random.default_rng(0), set()
+    for count in (*range(1, 18), 33, 63, 64, 65, 100):
+        points = rng.uniform(0, 96, (count, 2, 2)).astype(np.float32)
+        labels = np.ones((count, 2), np.float32)
+        logits, scores = runtime.decode(features, points, labels, True)
+        expected = base.decode(features, torch.from_numpy(points), torch.from_numpy(labels), True)
+        assert torch.allclose(logits, expected[0], atol=1e-4) and torch.allclose(scores, expected[1])
+        shapes.add(len(runtime._base.calls[-1][0]))
+    assert shapes == {1, 2, 4, 8, 16, 32, 64, 65, 100}
+
+
+def test_a_capture_that_fails_is_logged_once_and_the_stage_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    error = RuntimeError("operation not permitted when stream is capturing\nmore")
+
     def capture(function: Function, inputs: Any) -> Function:
         raise error
 
@@ -637,6 +681,17 @@ def test_freeing_and_closing_reach_the_runtime() -> None:
     assert runtime.freed and not runtime.closed
     made.close()
     assert runtime.closed and made.own_size == 256 and made.overlaps and made.device == "a test"
+
+
+def test_a_closed_model_holds_no_weights() -> None:
+    base, made = TinyBase(), enhancer()
+    runtime = TorchRuntime(base, made, CPU, torch.float32)
+    closed = GlesamModel("tiny", runtime, base, True)
+    weights = [weakref.ref(base.patch.weight), weakref.ref(made.unet.conv_in.weight)]
+    del base, made
+    closed.close()
+    gc.collect()
+    assert [ref() for ref in weights] == [None, None]
 
 
 def test_allocation_failures_are_known_by_their_words() -> None:

@@ -135,6 +135,8 @@ class GlesamModel:
 
     def close(self) -> None:
         """Free memory; the model cannot be used afterwards."""
+        # before the runtime gives memory back: a base that is still held would keep its weights on the device
+        del self._base
         self._runtime.close()
         if "_nano" in self.__dict__:
             self._nano.close()
@@ -168,7 +170,8 @@ def load_glesam(name: str, device: str = "auto", precision: str = "auto", *, com
     if device == "tensorrt":
         from glesam_ros.models.glesam.onnx_runtime import open_onnx_runtime  # onnxruntime of this device only here
 
-        plan = build_base(base_name).to("meta")
+        with torch.device("meta"):  # no weights: the graphs have their own
+            plan = build_base(base_name)
         exported = open_onnx_runtime(name, device, precision, base=plan)
         return GlesamModel(name, exported, plan, enhancer_name is not None)
     place = choose_device(device)

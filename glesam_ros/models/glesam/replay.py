@@ -29,8 +29,9 @@ Capture = Callable[[Function, tuple[Tensor, ...]], Function]
 class Replayed:
     """A function that is captured for the shapes that it is called with; for one thread at a time.
 
-    Later calls with these shapes replay. Results are the caller's own. A capture that fails, also for lack of memory,
-    is logged once and the function runs as it is from then on.
+    Later calls with these shapes replay. Results are the caller's own. Where memory lacks for a capture, the function
+    runs as it is with these shapes until `free`. A capture that fails otherwise is logged once, and the function runs
+    as it is from then on.
 
     Args:
         function: what to call; inputs are told apart by shape and dtype.
@@ -62,6 +63,12 @@ class Replayed:
             with _CAPTURING:
                 return capture(self._function, inputs)
         except RuntimeError as error:
+            # torch may report the end of the capture that memory was lacking in
+            if isinstance(error, torch.cuda.OutOfMemoryError) or isinstance(
+                error.__context__, torch.cuda.OutOfMemoryError
+            ):
+                _LOG.info("%s runs without a CUDA graph until memory is freed: %s", self._what, _reason(error))
+                return self._function
             _LOG.warning("%s runs without CUDA graphs: %s", self._what, _reason(error))
             self._capture = None
             self._graphs.clear()

@@ -28,6 +28,9 @@ ALLOCATION_FAILURES = (
 )
 """Parts of the messages of a RuntimeError that means: not enough memory."""
 
+FEW_PROMPTS = 64
+"""Up to here the number of prompts is rounded up; more come in batches of one size."""
+
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
@@ -152,6 +155,13 @@ def _folded(
     return enhancer.eval().requires_grad_(False)
 
 
+def rounded_up(rows: FloatArray) -> FloatArray:
+    """(K, ...), K > 0 -> the last row again until their number is a power of two; above 64 as they are."""
+    count = len(rows)
+    missing = 0 if count > FEW_PROMPTS else (1 << (count - 1).bit_length()) - count
+    return np.concatenate([rows, np.repeat(rows[-1:], missing, 0)]) if missing else rows
+
+
 class OnStream(Features):
     """Features of `TorchRuntime` on CUDA; decoding waits for `ready`, not for whatever is queued behind them."""
 
@@ -162,8 +172,10 @@ class TorchRuntime:
     """See `Runtime`. Weights in one precision, LoRA merged, constants folded.
 
     On CUDA, encode and enhance run on a stream of their own and decode on the stream of the caller, so that decoding
-    one image runs beside encoding the next; each stage becomes a CUDA graph for the shapes that come again. Read
-    features on another stream only after `torch.cuda.synchronize`. On the CPU the same code runs without streams.
+    one image runs beside encoding the next; each stage becomes a CUDA graph for the shapes that come again. So that few
+    graphs serve all numbers of prompts, fewer than 64 are decoded as the next power of two, and what is too many is
+    cut. Read features on another stream only after `torch.cuda.synchronize`. On the CPU the same code runs without
+    streams, and decodes as many as there are.
 
     Args:
         base: image encoder, prompt encoder and mask decoder; taken over, not copied.
@@ -185,7 +197,7 @@ class TorchRuntime:
         self.side = SIDE
         self._place, self._dtype = device, dtype
         self._on_cuda = device.type == "cuda"
-        self.overlaps = self._on_cuda
+        self.overlaps = self._few_shapes = self._on_cuda
         self._stream = torch.cuda.Stream(device) if self._on_cuda else None
         # crops are encoded by the thread that decodes, and memory is freed from either
         self._encoding, self._decoding = threading.Lock(), threading.Lock()
@@ -238,9 +250,12 @@ class TorchRuntime:
         """As `BaseModel.decode`, float32, on the caller's stream."""
         with self._decoding, torch.inference_mode():
             self._await(features)
+            count = len(points)
+            if self._few_shapes:
+                points, labels = rounded_up(points), rounded_up(labels)
             inputs = features.latent, *features.high, self._upload(points), self._upload(labels)
             logits, scores = self._stages["decode several" if several else "decode"](*inputs)
-            return logits, scores
+            return logits[:count], scores[:count]
 
     def free(self) -> None:
         """Drop captured graphs and give cached device memory back."""
