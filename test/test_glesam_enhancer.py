@@ -27,6 +27,7 @@ from glesam_ros.models.glesam.enhancer import (  # noqa: E402
     one_step,
     replicate_channels,
     save_enhancer,
+    write_tensors,
 )
 
 LORA = EnhancerConfig(base="sam_vit_b", kind="lora", unet="sd21-base", channels=8)
@@ -387,6 +388,22 @@ def test_empty_prompt_is_computed_once(unets):
             empty_prompt(folder)
     finally:
         (folder / "away").rename(folder / "text_encoder")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "x.safetensors"
+    write_tensors({"x": torch.ones(3)}, file)
+    whole = file.read_bytes()
+
+    def cut_short(path, content):
+        with open(path, "wb") as half:
+            half.write(content[: len(content) // 2])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(file), "write_bytes", cut_short)
+    with pytest.raises(OSError, match="no space left"):
+        write_tensors({"x": torch.zeros(3)}, file)
+    assert file.read_bytes() == whole and list(tmp_path.iterdir()) == [file]
 
 
 def test_empty_prompt_wants_all_weights(unets, tmp_path):

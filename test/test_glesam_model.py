@@ -807,21 +807,31 @@ def test_bench_times_a_full_size_model(home: tuple[str, Path], capsys: pytest.Ca
 
 
 @ONE_FAMILY
-@pytest.mark.parametrize("missing", ["base", "unet", "lora", "config"])
-def test_a_missing_file_is_named_with_the_command_that_gets_it(home: tuple[str, Path], missing: str) -> None:
+def test_a_missing_file_is_named_with_the_command_that_gets_it(
+    home: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, folder = home
-    name = f"{base}+glesam"
-    path = {
-        "base": folder / catalogue.BASES[base].source.path,
-        "unet": folder / "sd21-base" / "unet" / "diffusion_pytorch_model.safetensors",
-        "lora": folder / name / "pytorch_lora_weights.safetensors",
-        "config": folder / name / "glesam.json",
-    }[missing]
-    path.unlink()
-    with pytest.raises(FileNotFoundError) as raised:
-        load_model(name, "cpu")
-    assert str(path) in str(raised.value)
-    assert missing == "lora" or f"glesam models get {base}" in str(raised.value)
+    monkeypatch.setattr(torch, "load", None)  # it is said before anything large is read
+    monkeypatch.setattr("glesam_ros.models.glesam.enhancer.load_unet", None)
+    for missing, how in (
+        ("sam_vit_b_01ec64.pth", "get them: glesam models get sam_vit_b"),
+        ("sd21-base/unet/diffusion_pytorch_model.safetensors", "get it: glesam models get sam_vit_b+glesam++"),
+        ("sd21-base/unet/config.json", "get it: glesam models get sam_vit_b+glesam++"),
+        ("sd21-base/empty_prompt.safetensors", "get it: glesam models get sam_vit_b+glesam++"),
+        ("sam_vit_b+glesam++/pytorch_lora_weights.safetensors", "glesam models get sam_vit_b+glesam++ --from RUN/"),
+        ("sam_vit_b+glesam++/level.safetensors", "glesam models get sam_vit_b+glesam++ --from RUN/"),
+        ("sam_vit_b+glesam++/glesam.json", "glesam models get sam_vit_b+glesam++ --from RUN/"),
+        ("sam_vit_b+glesam/glesam.json", "get it: glesam models get sam_vit_b+glesam"),
+        # `get` does not look into a folder with a glesam.json
+        ("sam_vit_b+glesam/pytorch_lora_weights.safetensors", "+glesam, then: glesam models get sam_vit_b+glesam"),
+    ):
+        there = (folder / missing).rename(folder / "elsewhere")
+        with pytest.raises(FileNotFoundError) as raised:
+            load_model(f"{base}+glesam" if f"{base}+glesam/" in missing else f"{base}+glesam++", "cpu")
+        # without the embedded prompt, what embeds it
+        named = "sd21-base/tokenizer" if "empty_prompt" in missing else missing
+        assert f"{folder / named}, found no file" in str(raised.value) and how in str(raised.value)
+        there.rename(folder / missing)
 
 
 @ONE_FAMILY

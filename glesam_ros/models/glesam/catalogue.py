@@ -11,6 +11,7 @@ A name is a base, "sam2.1_hiera_tiny", or a base and an enhancer, "sam2.1_hiera_
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +125,12 @@ UNETS: dict[str, tuple[Source, ...]] = {
 """Files of the diffusion models by the name that `glesam.json` has for them."""
 
 LORA_FILE, DECODER_FILE, CONFIG_FILE = "pytorch_lora_weights.safetensors", "mask_decoder.safetensors", "glesam.json"
+LEVEL_FILE = "level.safetensors"
+"""What GleSAM++ adds."""
+SMALL_FILE = "unet.safetensors"
+"""The network of a small enhancer."""
+PROMPT_FILE = "empty_prompt.safetensors"
+"""What the text encoder of a diffusion model says of the empty prompt; with it the text encoder is not needed."""
 RELEASED_DECODER = "ft-decoder.pth"
 """The fine-tuned decoder as the authors publish it: a state dict of SAM with "module." before its keys."""
 
@@ -184,19 +191,20 @@ def base_file(base: str, folder: Path) -> Path:
     return path
 
 
-def enhancer_folder(name: str, folder: Path) -> Path:
-    """The folder of an enhancer below `folder`; it holds a `glesam.json`.
+def enhancer_folder(name: str, folder: Path, files: Sequence[str] = ()) -> Path:
+    """The folder of an enhancer below `folder`; it holds a `glesam.json`, and `files`.
 
     Raises:
-        FileNotFoundError: it is not there; names the command that gets or trains it.
+        FileNotFoundError: one is not there; names the command that gets or trains it.
     """
-    path = folder / name / CONFIG_FILE
-    if not path.is_file():
-        how = f"get it: {get(name)}"
-        if name not in RELEASED:
-            how = f"nobody published it; train it (glesam train), then: {get(name)} --from RUN/{name}"
-        raise FileNotFoundError(f"expected the enhancer of {name} at {path}, found no file; {how}")
-    return path.parent
+    own = folder / name
+    for path in (own / CONFIG_FILE, *(own / file for file in files)):
+        if not path.is_file():
+            how = f"get it: {get(name)}" if path.name == CONFIG_FILE else f"remove {own}, then: {get(name)}"
+            if name not in RELEASED:
+                how = f"nobody published it; train it (glesam train), then: {get(name)} --from RUN/{name}"
+            raise FileNotFoundError(f"expected the enhancer of {name} at {path}, found no file; {how}")
+    return own
 
 
 def unet_folder(unet: str, name: str, folder: Path) -> Path:
@@ -206,11 +214,14 @@ def unet_folder(unet: str, name: str, folder: Path) -> Path:
         name: of the model that needs it, or `unet` itself; for the error.
 
     Raises:
-        FileNotFoundError: they are not there; names the command that gets what `name` needs.
+        FileNotFoundError: one is not there; names the command that gets what `name` needs.
     """
-    path = folder / unet / "unet" / "diffusion_pytorch_model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"expected the U-Net of {unet} at {path}, found no file; get it: {get(name)}")
+    parts = ["unet/diffusion_pytorch_model.safetensors", "unet/config.json"]
+    if not (folder / unet / PROMPT_FILE).is_file():
+        parts += ["tokenizer", "text_encoder"]
+    for part in parts:
+        if not (path := folder / unet / part).exists():
+            raise FileNotFoundError(f"expected the U-Net of {unet} at {path}, found no file; get it: {get(name)}")
     return folder
 
 

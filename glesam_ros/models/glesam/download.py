@@ -21,6 +21,7 @@ from glesam_ros.models.glesam.catalogue import (
     CONFIG_FILE,
     DECODER_FILE,
     LORA_FILE,
+    PROMPT_FILE,
     RELEASED,
     RELEASED_DECODER,
     UNETS,
@@ -37,8 +38,6 @@ TAG = "X-Linked-Etag"
 """Header in which the Hugging Face hub names the SHA-256 of a large file."""
 CHUNK = 1 << 20
 TIMEOUT_S = 60
-PROMPT_FILE = "empty_prompt.safetensors"
-"""What a text encoder says of the empty prompt; once it is there, the text encoder is not needed."""
 GAMMAS = {"sd21-base": 5.0, "sd15": 3.0}
 """FDA scale of the released weights: of the paper and the README, and of the demo script for SD 1.5."""
 WIDTHS = {1024: "sd21-base", 768: "sd15"}

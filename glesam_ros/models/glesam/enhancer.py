@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,7 +30,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glesam_ros.models.glesam.base import LATENT_CHANNELS, Features
-from glesam_ros.models.glesam.catalogue import CONFIG_FILE, DECODER_FILE, LORA_FILE
+from glesam_ros.models.glesam.catalogue import (
+    CONFIG_FILE,
+    DECODER_FILE,
+    LEVEL_FILE,
+    LORA_FILE,
+    PROMPT_FILE,
+    SMALL_FILE,
+)
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
 from glesam_ros.models.glesam.weights import load_exactly, lora_to_diffusers, lora_to_peft, read_tensors
 
@@ -65,12 +73,6 @@ LORA_TARGETS = [
 """Endings of the names of the adapted layers, as published: 280 of them in either U-Net."""
 SAM2_HIGH_CHANNELS = (32, 64)
 """Channels of `Features.high` of SAM 2, at stride 4 and 8."""
-LEVEL_FILE = "level.safetensors"
-"""What GleSAM++ adds: keys "predictor.*", and of an `Enhancer` "embedding.*"."""
-SMALL_FILE = "unet.safetensors"
-"""The network of a `SmallEnhancer`."""
-PROMPT_FILE = "empty_prompt.safetensors"
-"""The embedding of the empty prompt, key "prompt"; beside the U-Net that it is for."""
 
 
 @dataclass(frozen=True)
@@ -321,6 +323,7 @@ class Enhancer(OneStep):
         load_exactly(self.unet, state, what, ignore=frozen)
 
     def files(self) -> dict[str, nn.Module]:
+        """As above; of the level, keys "predictor.*" and "embedding.*"."""
         if self.level is None:
             return {}
         return {LEVEL_FILE: nn.ModuleDict({"predictor": self.level, "embedding": self.unet.class_embedding})}
@@ -527,10 +530,18 @@ class SelfAttention(nn.Module):
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """A safetensors file that others may read as the umask allows; safetensors' own are for their owner alone."""
+    """A safetensors file that others may read as the umask allows; safetensors' own are for their owner alone.
+
+    Whole or not at all: a computer that is switched off meanwhile leaves the file as it was.
+    """
     from safetensors.torch import save
 
-    file.write_bytes(save({key: x.detach().cpu().contiguous() for key, x in tensors.items()}))
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(save({key: x.detach().cpu().contiguous() for key, x in tensors.items()}))
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save_enhancer(
