@@ -153,5 +153,3 @@ def test_what_cannot_be_exported_or_opened_says_why(home, tmp_path, capsys):  # 
         assert words in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match=f"make them: glesam export {name}"):
         opened(name)
-    with pytest.raises(ValueError, match="fp16 with TensorRT; got 'fp16' on cpu"):
-        opened(name, precision="fp16")

@@ -20,12 +20,13 @@ PICTURES = 4
 EPILOG = """\
 examples:
   glesam export sam2.1_hiera_tiny+glesam                       into the folder of the model, compared on the CPU
-  glesam export sam2.1_hiera_tiny+glesam --device tensorrt     and compared with TensorRT, which builds its engines
+  glesam export sam2.1_hiera_tiny+glesam --fp16 --device tensorrt      for TensorRT: half the bytes, engines built
   glesam export sam_vit_b --size 512 --images night/ --out graphs
   ros2 launch glesam_ros perception.launch.py model:=sam2.1_hiera_tiny+glesam device:=tensorrt
 
-The graphs are float32 (opset 18), the side of the square input is fixed, prompts are dynamic. TensorRT takes fp16
-unless --precision fp32 says otherwise; its engines are cached beside the graphs. The comparison gives both the same
+Opset 18; the side of the square input is fixed, prompts are dynamic. TensorRT computes in fp16 unless --precision fp32
+says otherwise; its engines are cached beside the graphs. With --fp16 the graphs themselves are in fp16: TensorRT needs
+that with +glesam and +glesam++, whose U-Net is larger than its 2 GB in float32. The comparison gives both the same
 inputs stage by stage: the largest and the mean absolute difference, of latents and logits as a share of their
 deviation."""
 
@@ -40,6 +41,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("name", metavar="NAME", help="for example sam2.1_hiera_tiny+glesam")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the graphs; default: the model's own")
     parser.add_argument("--size", type=int, default=1024, metavar="PX", help="side of the square input; default: 1024")
+    parser.add_argument("--fp16", action="store_true", help="graphs that compute in fp16, in half the bytes")
     parser.add_argument(
         "--images", type=Path, nargs="+", metavar="PATH", help="pictures or folders to compare on; default: the demo's"
     )
@@ -47,7 +49,8 @@ def add_parser(commands: Any) -> None:
         "--device", choices=("cpu", "cuda", "tensorrt"), default="cpu", help="of onnxruntime, to compare; default: cpu"
     )
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "fp16"), default="auto", help="auto: fp16 with TensorRT, else fp32"
+        "--precision", choices=("auto", "fp32", "fp16"), default="auto",
+        help="of onnxruntime; auto: fp16 with TensorRT, else that of the graphs",
     )
     parser.add_argument(
         "--tolerance", type=float, metavar="X",
@@ -78,10 +81,9 @@ def run(args: argparse.Namespace) -> int:
     home = catalogue.home()
     out = args.out or onnx_runtime.export_folder(args.name, home)
     try:
-        base, enhancer = load_parts(args.name, home)
-        manifest = onnx_export.export_model(args.name, base, enhancer, out, args.size)
+        manifest = onnx_export.export_model(args.name, *load_parts(args.name, home), out, args.size, args.fp16)
+        base, enhancer = load_parts(args.name, home)  # the export took the first ones over
         theirs = onnx_runtime.open_onnx_runtime(args.name, args.device, args.precision, out, base=base)
-        # the export merged LoRA already
         place = choose_device("cpu")
         ours = TorchRuntime(base, enhancer, place, choose_precision("fp32", place))
     except (ValueError, RuntimeError) as error:
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     tolerance = args.tolerance if args.tolerance is not None else TOLERANCES["fp16" if fp16 else "fp32"]
     apart = [row.output for row in rows if not row.mean <= tolerance]
     if apart:
-        hint = "try --precision fp32" if fp16 else "please report it with this table"
+        hint = "try without --fp16, or --precision fp32" if fp16 else "please report it with this table"
         print(
             f"glesam export: error: {', '.join(apart)}: expected a mean difference of at most {tolerance:g}; do not "
             f"use the graphs in {out}; {hint}", file=sys.stderr,

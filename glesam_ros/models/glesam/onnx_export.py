@@ -8,8 +8,10 @@
 | decoder_one | points (K, N, 2), labels (K, N), latent, high0, high1 | logits (K, 1, S / 4, S / 4), scores (K, 1) |
 | decoder_three | the same | the same for three masks |
 
-All float32; precision is the runtime's choice. S is fixed at export, K and N are dynamic. Pixels are what
-`BaseModel.pixels` makes. Opset 18, by torch's exporter on `torch.export`. Care was needed in three places: the length
+Inputs and outputs are float32. So is what lies between, where a runtime may choose to narrow it; or it is fp16, in half
+the bytes: onnxruntime hands a graph to TensorRT as one protobuf message, which ends at 2 GB, and the U-Net of Stable
+Diffusion has 3.3 GB in float32. S is fixed at export, K and N are dynamic. Pixels are what `BaseModel.pixels` makes.
+Opset 18, by torch's exporter on `torch.export`. Care was needed in three places: the length
 of a tensor must be read as `shape[0]` to stay dynamic, relative positions of SAM's encoder are part of a fused
 attention (`sam.EncoderAttention`), and graphs beyond protobuf's 2 GB keep their weights in a file beside them.
 """
@@ -59,6 +61,7 @@ class Manifest:
         opset: of the graphs.
         levels: whether the enhancer predicts and takes levels.
         enhances: whether there is an enhancer.
+        fp16: whether the graphs compute in fp16.
         files: SHA-256 by file name.
         torch: version that exported.
     """
@@ -68,6 +71,7 @@ class Manifest:
     opset: int
     levels: bool
     enhances: bool
+    fp16: bool
     files: dict[str, str]
     torch: str
 
@@ -88,13 +92,13 @@ class Difference:
 
 
 class _Encode(nn.Module):
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: BaseModel, dtype: torch.dtype) -> None:
         super().__init__()
-        self.base = base
+        self.base, self.dtype = base, dtype
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        features = self.base.encode(pixels)
-        return features.latent, *features.high
+        features = self.base.encode(pixels.to(self.dtype))
+        return features.latent.float(), *(level.float() for level in features.high)
 
 
 class _Level(nn.Module):
@@ -107,14 +111,17 @@ class _Level(nn.Module):
 
 
 class _Decode(nn.Module):
-    def __init__(self, base: BaseModel, several: bool) -> None:
+    def __init__(self, base: BaseModel, dtype: torch.dtype, several: bool) -> None:
         super().__init__()
-        self.base, self.several = base, several
+        self.base, self.dtype, self.several = base, dtype, several
 
     def forward(
         self, points: Tensor, labels: Tensor, latent: Tensor, high0: Tensor | None = None, high1: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return self.base.decode(_features(latent, high0, high1), points, labels, self.several)
+        features = _features(latent, high0, high1)
+        narrow = Features(latent.to(self.dtype), tuple(level.to(self.dtype) for level in features.high))
+        logits, scores = self.base.decode(narrow, points, labels, self.several)
+        return logits.float(), scores.float()
 
 
 def _features(latent: Tensor, high0: Tensor | None, high1: Tensor | None) -> Features:
@@ -127,13 +134,15 @@ def export_model(
     enhancer: Enhancer | SmallEnhancer | None,
     out: Path,
     side: int,
+    fp16: bool = False,
     external_from: int = EXTERNAL_FROM,
 ) -> Manifest:
     """Write the graphs and `export.json` into `out`, in place of an export that is there, and of its engines.
 
     Args:
-        base, enhancer: on the CPU in float32; LoRA is merged and constants are folded here, if they are not.
+        base, enhancer: on the CPU in float32; taken over: LoRA is merged, constants are folded, weights are narrowed.
         side: of the square input, a multiple of 128.
+        fp16: graphs compute in fp16; the level of GleSAM++ and the places of prompts stay float32.
         external_from: see `EXTERNAL_FROM`.
 
     Raises:
@@ -153,6 +162,11 @@ def export_model(
     pixels = torch.zeros(1, 3, side, side)
     with torch.no_grad():
         features = base.encode(pixels)
+    dtype = torch.float16 if fp16 else torch.float32
+    base.to(dtype)
+    if enhancer is not None:
+        predictor, enhancer.level = enhancer.level, None
+        enhancer.to(dtype).level = predictor
     names = ["latent", *(f"high{k}" for k in range(len(features.high)))]
     seen = (features.latent, *features.high)
     fixed: dict[str, Any] = dict.fromkeys(names)
@@ -160,7 +174,7 @@ def export_model(
     many, points = torch.export.Dim("K", min=1, max=4096), torch.export.Dim("N", min=1, max=1024)
     dynamic = {"points": {0: many, 1: points}, "labels": {0: many, 1: points}, **fixed}
     graphs: list[tuple[str, nn.Module, tuple[Tensor, ...], list[str], list[str], dict[str, Any] | None]] = [
-        ("encoder", _Encode(base), (pixels,), ["pixels"], names, None)
+        ("encoder", _Encode(base, dtype), (pixels,), ["pixels"], names, None)
     ]
     if enhancer is not None:
         enhancer.eval()
@@ -171,11 +185,12 @@ def export_model(
         graphs.append(("level", _Level(enhancer), seen, names, ["level"], None))
     for several in (False, True):
         part = "decoder_three" if several else "decoder_one"
-        graphs.append((part, _Decode(base, several), (*prompts, *seen), list(dynamic), ["logits", "scores"], dynamic))
+        decode, given = _Decode(base, dtype, several), (*prompts, *seen)
+        graphs.append((part, decode, given, list(dynamic), ["logits", "scores"], dynamic))
     for part, module, inputs, inside, outside, shapes in graphs:
         _write(out / f"{part}.onnx", module, inputs, inside, outside, shapes, external_from)
     files = {path.name: _sha256(path) for part, *_ in graphs for path in sorted(out.glob(f"{part}.onnx*"))}
-    manifest = Manifest(name, side, OPSET, levels, enhancer is not None, files, torch.__version__)
+    manifest = Manifest(name, side, OPSET, levels, enhancer is not None, fp16, files, torch.__version__)
     (out / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
     return manifest
 

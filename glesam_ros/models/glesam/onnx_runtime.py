@@ -20,8 +20,11 @@ from glesam_ros.validation import FloatArray, UInt8Array
 
 FOLDER = "onnx"
 """Of the graphs, in the folder of the model below `catalogue.home()`."""
-MOST_PROMPTS, MOST_POINTS = 256, 16
-"""Largest batch that a TensorRT engine is built for; more prompts are decoded in several batches."""
+MOST_PROMPTS, MOST_POINTS = 64, 16
+"""Largest batch that a TensorRT engine is built for; more prompts are decoded in several batches. An engine takes the
+memory of its largest batch from the start, in fp16 at 1024 4 MB a prompt for the finest features alone."""
+MOST_BYTES = 2**31 - 1
+"""Of a graph with its weights, for TensorRT: onnxruntime passes them on as one protobuf message."""
 PROFILE: Shapes = {
     "points": ((1, 1, 2), (64, 1, 2), (MOST_PROMPTS, MOST_POINTS, 2)),
     "labels": ((1, 1), (64, 1), (MOST_PROMPTS, MOST_POINTS)),
@@ -43,24 +46,27 @@ def open_onnx_runtime(
 
     Args:
         device: "tensorrt", "cuda" or "cpu".
-        precision: "auto" (fp16 with TensorRT, else fp32), "fp32", or "fp16" (TensorRT only).
+        precision: "auto" (fp16 with TensorRT, else that of the graphs), "fp32", or "fp16" (TensorRT, or fp16 graphs).
         folder: with the graphs; None takes what `glesam export` fills.
         base: says how pictures become pixels; its weights are not used.
 
     Raises:
         FileNotFoundError: nothing was exported; names the command.
-        ValueError: files that do not fit, or a precision that the device does not have.
+        ValueError: files that do not fit, or are too large for TensorRT, or a precision that is not to be had.
         RuntimeError: this onnxruntime does not offer the device.
     """
     device = choose_device(device)
-    if precision == "auto":
-        precision = "fp16" if device == "tensorrt" else "fp32"
-    if precision not in ("fp32", "fp16") or (precision == "fp16" and device != "tensorrt"):
-        raise ValueError(
-            f"precision: expected auto or fp32 for exported graphs, fp16 with TensorRT; got {precision!r} on {device}"
-        )
     folder = export_folder(name, catalogue.home()) if folder is None else folder
     manifest = read_manifest(folder, name)
+    possible = ("fp16",) if manifest.fp16 else ("fp16", "fp32") if device == "tensorrt" else ("fp32",)
+    if precision not in ("auto", *possible):
+        raise ValueError(
+            f"precision: expected auto or {' or '.join(possible)} on {device} for graphs in "
+            f"{'fp16' if manifest.fp16 else 'fp32'}, got {precision!r}; export them again, with or without --fp16"
+        )
+    precision = possible[0] if precision == "auto" else precision
+    if device == "tensorrt":
+        _check_bytes(folder, manifest)
     return OnnxRuntime(folder, manifest, base, device, precision)
 
 
@@ -149,6 +155,16 @@ class OnnxRuntime:
             if means_out_of_memory(error) or any(lack in str(error) for lack in LACKS):
                 raise OutOfMemory(f"{part}: {str(error).splitlines()[0]}") from None
             raise
+
+
+def _check_bytes(folder: Path, manifest: Manifest) -> None:
+    for graph in (file for file in manifest.files if file.endswith(".onnx")):
+        size = sum((folder / file).stat().st_size for file in manifest.files if file.startswith(graph))
+        if size > MOST_BYTES:
+            raise ValueError(
+                f"{folder / graph}: expected at most 2 GB with its weights for TensorRT, got {size / 1e9:.1f} GB; "
+                f"halve it: glesam export {manifest.name} --fp16"
+            )
 
 
 def _named(features: Features) -> dict[str, Tensor]:
