@@ -406,6 +406,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert file.read_bytes() == whole and list(tmp_path.iterdir()) == [file]
 
 
+def test_a_file_that_is_no_embedded_prompt_is_refused(tmp_path):
+    write_tensors({"embedding": torch.zeros(1, 77, 12)}, tmp_path / "empty_prompt.safetensors")
+    with pytest.raises(ValueError, match=r"empty_prompt.safetensors: expected the key prompt, got embedding; remove"):
+        empty_prompt(tmp_path)
+
+
 def test_empty_prompt_wants_all_weights(unets, tmp_path):
     import shutil
 

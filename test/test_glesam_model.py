@@ -532,6 +532,16 @@ def transfers(function: Callable[..., Any], *inputs: Any) -> list[str]:
     return literals.seen + copies.seen
 
 
+def test_pixels_are_normalised_by_channel_without_numbers_from_the_host() -> None:
+    """A copy of them would hold up the thread that encodes until the device has done all that is queued."""
+    images = torch.from_numpy(picture(size=(256, 192)))[None]
+    with Literals() as literals:
+        pixels = TinyBase().pixels(images, 256)
+    assert literals.seen == [] and pixels.shape == (1, 3, 256, 256) and pixels.dtype is torch.float32
+    expected = (images.permute(0, 3, 1, 2) - torch.tensor([120.0, 110, 100]).view(3, 1, 1)) / 60
+    assert torch.allclose(pixels[..., :192], expected) and (pixels[..., 192:] == 0).all()
+
+
 def test_what_cannot_be_captured_is_noticed() -> None:
     x = torch.empty(2, device="meta")
     assert not transfers(lambda x: x + 1, x)

@@ -82,5 +82,6 @@ class BaseModel(nn.Module, ABC):
         x = images.permute(0, 3, 1, 2).float()
         if x.shape[2:] != (height, width):
             x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=True)
-        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        return F.pad((x - mean) / std, (0, side - width, 0, side - height))
+        # by numbers: tensors of them would be copied to the device in each call, and wait for what is queued there
+        scaled = [(x[:, k] - mean) / std for k, (mean, std) in enumerate(zip(self.mean, self.std))]
+        return F.pad(torch.stack(scaled, 1), (0, side - width, 0, side - height))

@@ -595,11 +595,14 @@ def empty_prompt(folder: Path) -> Tensor:
 
     Raises:
         FileNotFoundError: neither that file nor tokenizer and text encoder are there.
-        ValueError: weights of the text encoder are missing.
+        ValueError: weights of the text encoder are missing, or the file holds something else.
     """
     file = folder / PROMPT_FILE
     if file.is_file():
-        return read_tensors(file)["prompt"]
+        embedded = read_tensors(file)
+        if "prompt" not in embedded:
+            raise ValueError(f"{file}: expected the key prompt, got {', '.join(sorted(embedded)) or 'none'}; remove it")
+        return embedded["prompt"]
     for part in ("tokenizer", "text_encoder"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder / part}: expected it, or {file.name} beside it, for the empty prompt")
