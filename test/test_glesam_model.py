@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from glesam_ros.models.glesam import runtime as runtimes  # noqa: E402
 from glesam_ros.models.glesam.base import BaseModel, Features  # noqa: E402
 from glesam_ros.models.glesam.enhancer import Enhancer, EnhancerConfig, SmallEnhancer, save_enhancer  # noqa: E402
 from glesam_ros.models.glesam.model import GlesamModel, build_base, load_glesam  # noqa: E402
-from glesam_ros.models.glesam.replay import MAX_GRAPHS, Compiled, Function, Replayed  # noqa: E402
+from glesam_ros.models.glesam.replay import MAX_GRAPHS, Compiled, Function, Replayed, capture_cuda  # noqa: E402
 from glesam_ros.models.glesam.runtime import TorchRuntime, choose_device, choose_precision  # noqa: E402
 from glesam_ros.models.nano import Nano  # noqa: E402
 
@@ -451,6 +452,41 @@ def test_a_capture_that_memory_lacks_for_is_tried_again_when_memory_was_freed() 
     for _ in range(2):
         call(torch.zeros(1))
     assert tried == [3, 2, 1, 1]
+
+
+def test_a_capture_that_fails_at_its_end_leaves_the_thread_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what runs after it in the same call would be on a stream that nobody waits for."""
+    own, captured = FakeStream(), FakeStream()
+    current = [own]
+
+    @contextlib.contextmanager
+    def on(stream: FakeStream) -> Iterator[None]:
+        before = current[0]
+        current[0] = stream
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextlib.contextmanager
+    def graph(_: object, capture_error_mode: str) -> Iterator[None]:
+        assert current == [own] and capture_error_mode == "thread_local"
+        current[0] = captured
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")  # as torch: the stream stays
+
+    fakes = {"current_stream": lambda: current[0], "Stream": FakeStream, "stream": on, "CUDAGraph": object,
+             "graph": graph}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    used: list[FakeStream] = []
+    with pytest.raises(RuntimeError, match="previous error"):
+        capture_cuda(lambda x: (used.append(current[0]), (x,))[1], (torch.zeros(2),))
+    assert current == [own] and used[-1] is captured
+    # three calls before it, on a stream that waits for the inputs and is waited for
+    warm = used[0]
+    assert used[:-1] == [warm] * 3 and warm not in (own, captured)
+    assert warm.waits == [own] and own.waits == [warm]
 
 
 def test_few_shapes_serve_all_numbers_of_prompts() -> None:

@@ -82,15 +82,16 @@ class Replayed:
 def capture_cuda(function: Function, inputs: tuple[Tensor, ...]) -> Function:
     """Capture `function` on the current device; see `Capture`."""
     held = [x.clone() for x in inputs]
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
+    here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+    beside.wait_stream(here)
     with torch.cuda.stream(beside):
         for _ in range(WARM_UP):
             function(*held)
-    torch.cuda.current_stream().wait_stream(beside)
+    here.wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
-    # thread_local: the other thread may allocate and copy meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # thread_local: the other thread may allocate and copy meanwhile; the outer context because torch stays on the
+    # stream of the capture where that fails at its end
+    with torch.cuda.stream(here), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = function(*held)
 
     def replay(*fresh: Tensor) -> tuple[Tensor, ...]:
