@@ -58,7 +58,8 @@ class Settings:
 
     model: str = _param("nano", "Model to run: a registered name, see `glesam bench --list`.", read_only=True)
     device: str = _param(
-        "auto", "Where the model runs; auto takes TensorRT, then CUDA, then CPU.", choices=DEVICES, read_only=True
+        "auto", "Where the model runs; auto takes TensorRT, then CUDA, then CPU (SAM models: CUDA, then CPU).",
+        choices=DEVICES, read_only=True,
     )
     precision: str = _param(
         "auto", "Arithmetic of the model; auto takes what was measured best on the device.",

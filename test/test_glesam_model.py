@@ -825,10 +825,13 @@ def test_a_base_alone_runs_and_never_enhances(home: tuple[str, Path]) -> None:
 
 
 @ONE_FAMILY
-def test_the_mask_decoder_of_stage_2_takes_the_place_of_the_official_one(home: tuple[str, Path]) -> None:
+def test_the_mask_decoder_of_stage_2_takes_the_place_of_the_official_one(
+    home: tuple[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     base, folder = home
     name = f"{base}+glesam"
     before = load_glesam(name, "cpu")._base.mask_decoder.state_dict()
+    assert "no fine-tuned mask decoder" in caplog.text
     tuned = {f"module.mask_decoder.{key}": value + 1 for key, value in before.items()}
     save_file(tuned, folder / name / catalogue.DECODER_FILE)
     after = load_glesam(name, "cpu")._base.mask_decoder.state_dict()

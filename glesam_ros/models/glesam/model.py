@@ -206,6 +206,8 @@ def load_parts(name: str, folder: Path) -> tuple[Sam | Sam2, Enhancer | SmallEnh
     base = load_base(base_name, folder)
     if (decoder := own / catalogue.DECODER_FILE).is_file():
         load_exactly(base.mask_decoder, decoder_state(read_tensors(decoder)), str(decoder))
+    else:
+        _LOG.warning("%s: no fine-tuned mask decoder (stage 2) at %s, the official one takes its place", name, decoder)
     return base, enhancer
 
 
