@@ -76,7 +76,7 @@ def test_exported_graphs_equal_torch_stage_by_stage_and_through_the_pipeline(hom
 
 
 @SAM
-def test_large_weights_lie_beside_the_graph_and_prompts_come_in_batches(home, tmp_path, monkeypatch):  # noqa: F811
+def test_large_weights_lie_beside_the_graph_and_prompts_come_in_batches(home, tmp_path, monkeypatch, caplog):  # noqa: F811
     name, folder = home
     base, _ = load_parts(name, folder)
     out = tmp_path / "graphs"
@@ -85,6 +85,9 @@ def test_large_weights_lie_beside_the_graph_and_prompts_come_in_batches(home, tm
     assert (out / "encoder.onnx").stat().st_size < sum(p.numel() for p in base.net.image_encoder.parameters())
     runtime, _ = opened(name, folder=out)
     features = runtime.encode(picture(), SIDE)
+    for _ in range(2):
+        assert runtime.encode(picture(), 2 * SIDE).latent.shape == features.latent.shape
+    assert caplog.text.count("processing size of 512 is not taken") == 1
     assert runtime.level(features) is None and runtime.enhance(features, 0.5) is features
     rng = np.random.default_rng(0)
     points, labels = rng.uniform(0, SIDE, (7, 2, 2)).astype(np.float32), np.ones((7, 2), np.float32)

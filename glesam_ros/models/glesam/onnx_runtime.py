@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from glesam_ros.models.glesam.runtime import means_out_of_memory
 from glesam_ros.models.onnx_session import Shapes, choose_device, open_session
 from glesam_ros.validation import FloatArray, UInt8Array
 
+_LOG = logging.getLogger(__name__)
 FOLDER = "onnx"
 """Of the graphs, in the folder of the model below `catalogue.home()`."""
 MOST_PROMPTS, MOST_POINTS = 64, 16
@@ -82,6 +84,7 @@ class OnnxRuntime:
     def __init__(self, folder: Path, manifest: Manifest, base: BaseModel, device: str, precision: str) -> None:
         self.side = manifest.side
         self._base = base
+        self._asked_in_vain: set[int] = set()
         self._manifest = manifest
         # onnxruntime names an engine by the nodes of its graph, so new weights in an old layout would meet old engines
         cache = folder / ENGINES / hashlib.sha256("".join(manifest.files.values()).encode()).hexdigest()[:16]
@@ -102,6 +105,9 @@ class OnnxRuntime:
 
     def encode(self, image: UInt8Array, side: int) -> Features:
         """(H, W, 3) uint8 RGB -> features of a batch of one; `side` gives way to that of the export."""
+        if side != self.side and side not in self._asked_in_vain:
+            self._asked_in_vain.add(side)
+            _LOG.warning("exported graphs have a side of %d px; the processing size of %d is not taken", self.side, side)
         images = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None]
         latent, *high = self._run("encoder", {"pixels": self._base.pixels(images, self.side)})
         return Features(latent, tuple(high))
