@@ -76,7 +76,9 @@ def test_exported_graphs_equal_torch_stage_by_stage_and_through_the_pipeline(hom
 
 
 @SAM
-def test_large_weights_lie_beside_the_graph_and_prompts_come_in_batches(home, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_large_weights_lie_beside_the_graph_and_prompts_come_in_batches(
+    home, tmp_path, monkeypatch, caplog,  # noqa: F811
+):
     name, folder = home
     base, _ = load_parts(name, folder)
     out = tmp_path / "graphs"
