@@ -16,7 +16,7 @@ Pictures are squashed to a square, as SAM 2 does, and degraded at that size. Pro
 With --tune the decoder then learns, from the clear latent, with each choice for the levels of mixed LQ pictures, as in
 stage 2 of GleSAM, which keeps the encoder and with it the levels as they are.
 
-    python benchmarks/sam2_high_levels.py --data DATA --tune 300
+    python benchmarks/sam2_high_levels.py --data DATA --tune 300 --images 80
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """SAM 2 and 2.1 for single images: the modules of the sam2 package at any square size, latent apart from the rest.
 
 Only the top level of the feature pyramid, (256, S / 16, S / 16), is what GleSAM2 enhances (`Features.latent`). The two
-high-resolution levels, which the mask decoder adds while it upsamples, stay as the image encoder gave them.
+high-resolution levels, which the mask decoder adds while it upsamples, stay as the image encoder gave them, also in bad
+pictures: in benchmarks/sam2_high_levels.py nothing that was put in their place did better.
 
 Source: SAM 2 (arXiv 2408.00714), image path; GleSAM (arXiv 2503.12507) for what is enhanced.
 """
