@@ -209,7 +209,9 @@ class Restore(FullStage):
 class Decode(FullStage):
     """Stage 2: the mask decoder on restored latents, from three random points; its IoU head stays as it is.
 
-    Dice and focal loss one to one at the resolution of the crop, Adam.
+    Dice and focal loss one to one at the resolution of the crop. The released code takes Adam with an L2 term: layers
+    that only further masks use, which have no gradient here, would lose their weights to it, and with them everything
+    mode. AdamW, whose decay is a share of the weight, leaves them as they are.
     """
 
     name = "decode"
@@ -218,9 +220,6 @@ class Decode(FullStage):
     def groups(self) -> list[Group]:
         decoder = [p for name, p in self.model.base.mask_decoder.named_parameters() if "iou" not in name]
         return [Group("decoder", decoder, self.settings.rates.decoder)]
-
-    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(groups, weight_decay=self.settings.weight_decay, fused=True)
 
     def set_modes(self) -> None:
         self.eval()

@@ -172,7 +172,7 @@ class FullDecodeRates:
 
 @dataclass(frozen=True, config=STRICT)
 class FullDecodeConfig(StageConfig):
-    """Stage 2: the mask decoder without its IoU head on restored latents; Adam, Dice and focal loss.
+    """Stage 2: the mask decoder without its IoU head on restored latents; AdamW, Dice and focal loss.
 
     `clear`: share of crops that are clear.
     """
