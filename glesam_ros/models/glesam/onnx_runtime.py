@@ -107,7 +107,7 @@ class OnnxRuntime:
         """(H, W, 3) uint8 RGB -> features of a batch of one; `side` gives way to that of the export."""
         if side != self.side and side not in self._asked_in_vain:
             self._asked_in_vain.add(side)
-            _LOG.warning("exported graphs have a side of %d px; the processing size of %d is not taken", self.side, side)
+            _LOG.warning("exported graphs have %d px a side; the processing size of %d is not taken", self.side, side)
         images = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None]
         latent, *high = self._run("encoder", {"pixels": self._base.pixels(images, self.side)})
         return Features(latent, tuple(high))
