@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,3 +87,27 @@ class BaseModel(nn.Module, ABC):
         # by numbers: tensors of them would be copied to the device in each call, and wait for what is queued there
         scaled = [(x[:, k] - mean) / std for k, (mean, std) in enumerate(zip(self.mean, self.std))]
         return F.pad(torch.stack(scaled, 1), (0, side - width, 0, side - height))
+
+
+def check_square(name: str, pixels: Tensor) -> None:
+    """Refuse an input (B, 3, H, W) of the model `name` that is no square of a side that it can take.
+
+    Raises:
+        ValueError: the input is no square, or its side no multiple of `SIDE_MULTIPLE`.
+    """
+    height, width = pixels.shape[2:]
+    if height != width or height % SIDE_MULTIPLE:
+        raise ValueError(f"{name}: expected a square of {SIDE_MULTIPLE}k pixels, got {height}x{width}")
+
+
+@contextmanager
+def exact_places(layer: Any) -> Iterator[None]:
+    """While a model changes its type: positions of prompts stay float32, in half precision they would be off by pixels.
+
+    Args:
+        layer: PositionEmbeddingRandom of a prompt encoder, the same class in both packages.
+    """
+    exact = layer.positional_encoding_gaussian_matrix
+    yield
+    moved = layer.positional_encoding_gaussian_matrix
+    layer.positional_encoding_gaussian_matrix = moved.float() if exact.is_meta else exact.to(moved.device)

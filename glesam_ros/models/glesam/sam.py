@@ -22,10 +22,11 @@ from glesam_ros.models.glesam.base import (
     LATENT_CHANNELS,
     LOGIT_STRIDE,
     SIDE,
-    SIDE_MULTIPLE,
     STRIDE,
     BaseModel,
     Features,
+    check_square,
+    exact_places,
 )
 from glesam_ros.models.glesam.mobile_sam import CLASSIFIER, TinyVit, TinyVitConfig
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
@@ -152,9 +153,7 @@ class Sam(BaseModel):
         Raises:
             ValueError: the input is no square, or S no multiple of `SIDE_MULTIPLE`.
         """
-        height, width = pixels.shape[2:]
-        if height != width or height % SIDE_MULTIPLE:
-            raise ValueError(f"{self.name}: expected a square of {SIDE_MULTIPLE}k pixels, got {height}x{width}")
+        check_square(self.name, pixels)
         encoder = self.net.image_encoder
         if isinstance(encoder, TinyVit):
             return Features(encoder(pixels))
@@ -207,12 +206,8 @@ class Sam(BaseModel):
         return torch.cat([own, sparse], 1), F.pad(bias, (OWN_TOKENS, 0))[:, None, None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sam:
-        """As in nn.Module, but positions of prompts stay float32: in half precision they would be off by pixels."""
-        layer = self.net.prompt_encoder.pe_layer
-        exact = layer.positional_encoding_gaussian_matrix
-        super()._apply(fn, recurse)
-        moved = layer.positional_encoding_gaussian_matrix
-        layer.positional_encoding_gaussian_matrix = moved.float() if exact.is_meta else exact.to(moved.device)
+        with exact_places(self.net.prompt_encoder.pe_layer):
+            super()._apply(fn, recurse)
         return self
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from glesam_ros.models.glesam.base import SIDE_MULTIPLE, STRIDE, BaseModel, Features
+from glesam_ros.models.glesam.base import STRIDE, BaseModel, Features, check_square, exact_places
 from glesam_ros.models.glesam.weights import load_exactly
 
 if TYPE_CHECKING:
@@ -123,9 +123,7 @@ class Sam2(BaseModel):
         Raises:
             ValueError: the input is no square, or S no multiple of `SIDE_MULTIPLE`.
         """
-        height, width = pixels.shape[2:]
-        if height != width or height % SIDE_MULTIPLE:
-            raise ValueError(f"{self.name}: expected a square of {SIDE_MULTIPLE}k pixels, got {height}x{width}")
+        check_square(self.name, pixels)
         fine, middle, top = self.net.forward_image(pixels)["backbone_fpn"]
         latent = top + self.net.no_mem_embed.view(1, -1, 1, 1)  # upstream's mark of an image without a past
         # the pyramid sums its top levels in float32 whatever the precision of the weights
@@ -156,10 +154,6 @@ class Sam2(BaseModel):
         return logits, scores
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sam2:
-        """As in nn.Module, but positions of prompts stay float32: in half precision they would be off by pixels."""
-        layer = self.net.sam_prompt_encoder.pe_layer
-        exact = layer.positional_encoding_gaussian_matrix
-        super()._apply(fn, recurse)
-        moved = layer.positional_encoding_gaussian_matrix
-        layer.positional_encoding_gaussian_matrix = moved.float() if exact.is_meta else exact.to(moved.device)
+        with exact_places(self.net.sam_prompt_encoder.pe_layer):
+            super()._apply(fn, recurse)
         return self
