@@ -1,9 +1,9 @@
 """Milliseconds of each stage of a full-size model: this package beside the straightforward eager fp32 pipeline.
 
 Both run in this process, one after the other, on the same image. The weights are random: the time does not depend on
-them, and nothing is downloaded. The peer is the same networks, called as published: fp32 without TF32, LoRA as adapters,
-the text embedding through every cross-attention, the time embedding computed in each call. SAM's attention is ours in
-both; `sam_attention.py` compares it with upstream's.
+them, and nothing is downloaded. The peer is the same networks, called as published: fp32 without TF32, LoRA as
+adapters, the text embedding through every cross-attention, the time embedding computed in each call. SAM's attention is
+ours in both; `sam_attention.py` compares it with upstream's.
 
 The floor is a roofline: the larger of operations / peak and bytes / bandwidth, where weights are read once; peak and
 bandwidth are what a large matrix product in the same precision and a large copy reach here, in this run.
