@@ -29,7 +29,6 @@ class Spec:
         choices: allowed strings, empty where any is allowed.
         unit: unit of the value, "" where it has none.
         read_only: True when it takes effect only at start.
-        multiple_of: an integer must be a multiple of this.
     """
 
     help: str
@@ -38,7 +37,6 @@ class Spec:
     choices: tuple[str, ...] = ()
     unit: str = ""
     read_only: bool = False
-    multiple_of: int = 1
 
 
 def _param(default: Any, help: str, **spec: Any) -> Any:
@@ -105,8 +103,9 @@ class Settings:
         100, "Smaller instances are dropped in everything mode.", low=0, high=100_000, unit="px"
     )
     processing_size: int = _param(
-        0, "Long side of the image inside the model, 0 or from 256; 0 takes the model's own (nano 512, SAM 1024).",
-        low=0, high=1024, unit="px", multiple_of=32,
+        0, "Long side of the image inside the model, rounded to what it takes, at least 256; 0 is its own (nano 512, "
+        "SAM 1024).",
+        low=0, high=1024, unit="px",
     )
     points_per_side: int = _param(
         32, "Everything mode of SAM models prompts a grid of this many points a side; nano has a grid of its own.",
@@ -137,8 +136,6 @@ class Settings:
                 f"enhance_below must not exceed enhance_above: expected enhance_below <= {self.enhance_above}, "
                 f"got {self.enhance_below}; lower enhance_below or raise enhance_above"
             )
-        if 0 < self.processing_size < 256:
-            raise ValueError(f"processing_size: expected 0 or 256 .. 1024 px, got {self.processing_size}")
         if len(set(self.cameras)) != len(self.cameras) or not self.cameras:
             raise ValueError(f"cameras: expected at least one name and no name twice, got {list(self.cameras)}")
 
@@ -190,8 +187,6 @@ def check_value(name: str, value: Any) -> None:
     if s.low is not None and not s.low <= value <= s.high:  # type: ignore[operator]  # low and high come together
         unit = f" {s.unit}" if s.unit else ""
         raise ValueError(f"{name}: expected {s.low:.10g} .. {s.high:.10g}{unit}, got {value}")
-    if isinstance(value, int) and value % s.multiple_of:
-        raise ValueError(f"{name}: expected a multiple of {s.multiple_of}, got {value}")
 
 
 def _kind(name: str) -> str:

@@ -38,7 +38,7 @@ def plain(value: Any) -> str:
 
 
 def values(name: str) -> str:
-    """Range, step, choices and unit in words, "" where anything goes."""
+    """Range, choices and unit in words, "" where anything goes."""
     spec = settings.spec(name)
     if spec.choices:
         return ", ".join(spec.choices)
@@ -47,8 +47,6 @@ def values(name: str) -> str:
     is_float = isinstance(settings.default(name), float)
     low, high = (f"{float(v)}" if is_float else f"{int(v)}" for v in (spec.low, spec.high))
     text = f"{low} .. {high}"
-    if spec.multiple_of > 1:
-        text += f", multiple of {spec.multiple_of}"
     return f"{text} {spec.unit}".rstrip()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from glesam_ros import load_pipeline
+from glesam_ros.models.base import Budget
 from glesam_ros.models.nano import WEIGHTS, Nano, model_size
 from glesam_ros.models.onnx_session import choose_device
 
@@ -84,6 +85,14 @@ def test_any_picture_size_gives_masks_of_that_size(size: tuple[int, int]) -> Non
 )
 def test_size_inside_the_model(size, long, expected) -> None:
     assert model_size(size, long) == expected
+
+
+@pytest.mark.parametrize(("asked", "long"), [(0, 512), (1, 256), (255, 256), (500, 512), (536, 544), (1024, 1024)])
+def test_any_processing_size_is_the_nearest_that_the_model_has(asked: int, long: int) -> None:
+    nano = Nano()
+    image = np.zeros((240, 320, 3), np.uint8)
+    width, own_width = (nano.encode(image, Budget(processing_size=s)).latent.shape[3] for s in (asked, 512))
+    assert width * 512 == own_width * long
 
 
 def test_an_embedding_can_be_decoded_again_with_the_same_result(scene) -> None:

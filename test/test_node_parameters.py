@@ -30,12 +30,12 @@ def test_descriptors_are_those_of_the_settings(client):
         ranges = list(descriptor.floating_point_range) + list(descriptor.integer_range)
         assert [(r.from_value, r.to_value) for r in ranges] == ([] if spec.low is None else [(spec.low, spec.high)])
         if descriptor.integer_range:
-            assert descriptor.integer_range[0].step == spec.multiple_of
+            assert descriptor.integer_range[0].step == 1
 
 
 @pytest.mark.parametrize(("name", "value", "reason"), [
     ("score_threshold", 1.5, "score_threshold"),
-    ("processing_size", 500, "processing_size"),
+    ("processing_size", 1025, "processing_size"),
     ("max_instances", 0, "max_instances"),
     ("enhancement", "sometimes", "expected one of off, always, auto; got 'sometimes'"),
     ("enhance_below", 0.9, "enhance_below must not exceed enhance_above"),
@@ -47,6 +47,21 @@ def test_a_wrong_value_is_refused_with_a_reason(client, name, value, reason):
     result = client.set_parameters(**{name: value})[0]
     assert not result.successful
     assert reason in result.reason
+
+
+@pytest.mark.parametrize("name", [n for n in settings.names() if type(settings.default(n)) is int])
+def test_every_stop_of_a_slider_is_taken(client, name):
+    """rqt's slider ignores the step of a range while it is dragged."""
+    spec = settings.spec(name)
+    for value in (spec.low, spec.low + 1, spec.high // 2 + 1, spec.high - 1, spec.high):
+        result = client.set_parameters(**{name: int(value)})[0]
+        assert result.successful, result.reason
+    assert client.set_parameters(**{name: settings.default(name)})[0].successful
+
+
+def test_a_refusal_is_logged_for_those_who_do_not_see_the_answer(client):
+    assert not client.set_parameters(enhance_below=0.8)[0].successful
+    client.wait_log("parameters stay as they are", "enhance_below must not exceed enhance_above", "got 0.8")
 
 
 def test_a_set_is_taken_or_refused_as_a_whole(client):

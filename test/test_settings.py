@@ -51,7 +51,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "infinity": ({"prompt_timeout_s": float("inf")}, "0 .. 3600 s, got inf"),
     "choice": ({"enhancement": "on"}, "enhancement: expected one of off, always, auto; got 'on'"),
     "device": ({"device": "gpu"}, "expected one of auto, cpu, cuda, tensorrt"),
-    "multiple": ({"processing_size": 500}, "processing_size: expected a multiple of 32, got 500"),
     "hysteresis upside down": ({"enhance_below": 0.5}, "expected enhance_below <= 0.25, got 0.5; lower"),
     "no camera": ({"cameras": ()}, "cameras: expected at least one name"),
     "camera twice": ({"cameras": ("a", "a")}, "no name twice"),

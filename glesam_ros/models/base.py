@@ -20,7 +20,8 @@ class Budget:
     """How much work and memory a call may take, and what it need not return; a model ignores what it does not have.
 
     Attributes:
-        processing_size: long side of the image inside the model in pixels; 0 takes the model's own.
+        processing_size: long side of the image inside the model in pixels, rounded to what it takes, at least 256; 0
+            takes the model's own.
         points_per_side: everything mode prompts a grid of this many points a side (segment-anything).
         points_per_batch: prompts that are decoded at once; bounds memory, not the result.
         crop_layers: everything mode also looks into 2^k x 2^k crops for k = 1 .. crop_layers (segment-anything).

@@ -22,6 +22,8 @@ _LOG = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"
 OWN_SIZE = 512
 """Long side of the image inside the model where the budget names none."""
+LEAST_SIZE = 256
+"""Smaller long sides inside the model are taken as this."""
 MULTIPLE = 32
 """Height and width inside the model are multiples of this, the encoder's coarsest stride."""
 IN_8_BITS = ("encoder", "enhancer", "decoder")
@@ -77,7 +79,7 @@ class Nano:
 
     def encode(self, image: UInt8Array, budget: Budget) -> Embedding:
         size = (int(image.shape[0]), int(image.shape[1]))
-        inside = model_size(size, budget.processing_size or OWN_SIZE)
+        inside = model_size(size, max(LEAST_SIZE, budget.processing_size or OWN_SIZE))
         # bilinear alone would alias below about half the size
         shrink = inside[0] < 0.6 * size[0] or inside[1] < 0.6 * size[1]
         if inside != size:

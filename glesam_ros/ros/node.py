@@ -362,6 +362,8 @@ class PerceptionNode(LifecycleNode):
         try:
             self.settings = parameters.changed(self.settings, changes)
         except ValueError as error:
+            # rqt goes on showing the refused value and not the reason
+            self.get_logger().warning(f"parameters stay as they are: {error}")
             return SetParametersResult(successful=False, reason=str(error))
         if (pipeline := self._pipeline) is not None:
             pipeline.settings = self.settings

@@ -27,9 +27,8 @@ def descriptor(name: str) -> ParameterDescriptor:
             # step 0.0: any value in the range; rqt's slider disagrees with rclpy about other steps
             result.floating_point_range = [FloatingPointRange(from_value=spec.low, to_value=spec.high, step=0.0)]
         else:
-            result.integer_range = [
-                IntegerRange(from_value=int(spec.low), to_value=int(spec.high), step=spec.multiple_of)
-            ]
+            # step 1: rqt's slider stops at every integer, and rclpy refuses what is off the step
+            result.integer_range = [IntegerRange(from_value=int(spec.low), to_value=int(spec.high), step=1)]
     return result
 
 
