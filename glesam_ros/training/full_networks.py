@@ -14,7 +14,6 @@ from glesam_ros.models.glesam.base import BaseModel, Features
 from glesam_ros.models.glesam.enhancer import (
     CONFIG_FILE,
     DECODER_FILE,
-    LORA_FILE,
     TOKENS,
     Enhancer,
     EnhancerConfig,
@@ -22,11 +21,12 @@ from glesam_ros.models.glesam.enhancer import (
     UNet2DConditionModel,
     empty_prompt,
     load_unet,
+    read_trained,
     save_enhancer,
 )
 from glesam_ros.models.glesam.enhancer import load_config as load_enhancer_config
 from glesam_ros.models.glesam.model import build_base, load_base
-from glesam_ros.models.glesam.weights import decoder_state, load_exactly, lora_to_peft, read_tensors
+from glesam_ros.models.glesam.weights import decoder_state, load_exactly, read_tensors
 from glesam_ros.training.full_config import FullConfig
 
 RANDOM_UNET: dict[str, Any] = {
@@ -159,8 +159,6 @@ def _start(networks: Networks, folder: Path) -> None:
         keys = [key for key in wanted if wanted[key] != other[key]]
         faults = ", ".join(f"{key} {wanted[key]!r} as in this run, found {other[key]!r}" for key in keys)
         raise ValueError(f"start: {folder / CONFIG_FILE}: expected {faults}")
-    enhancer.load_lora(lora_to_peft(read_tensors(folder / LORA_FILE)), str(folder / LORA_FILE))
-    for name, module in enhancer.files().items():
-        load_exactly(module, read_tensors(folder / name), str(folder / name))
+    read_trained(enhancer, folder)
     if (decoder := folder / DECODER_FILE).is_file():
         load_exactly(networks.base.mask_decoder, decoder_state(read_tensors(decoder)), str(decoder))

@@ -677,8 +677,19 @@ def load_enhancer(folder: Path, unets: Path) -> Enhancer | SmallEnhancer:
         enhancer = SmallEnhancer(config)
     else:
         enhancer = Enhancer(config, load_unet(unets / config.unet / "unet"), empty_prompt(unets / config.unet))
+    read_trained(enhancer, folder)
+    return enhancer.eval()
+
+
+def read_trained(enhancer: Enhancer | SmallEnhancer, folder: Path) -> None:
+    """Read into an enhancer what was trained of it: LoRA, and the files of `files`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: weights do not fit.
+    """
+    if isinstance(enhancer, Enhancer):
         file = folder / LORA_FILE
         enhancer.load_lora(lora_to_peft(read_tensors(file)), str(file))
     for name, module in enhancer.files().items():
         load_exactly(module, read_tensors(folder / name), str(folder / name))
-    return enhancer.eval()

@@ -18,7 +18,6 @@ attention (`sam.EncoderAttention`), and graphs beyond protobuf's 2 GB keep their
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from glesam_ros.models.glesam.base import BaseModel, Features
+from glesam_ros.models.glesam.download import sha256
 from glesam_ros.models.glesam.enhancer import Enhancer, SmallEnhancer
 from glesam_ros.models.glesam.runtime import Runtime, TorchRuntime
 from glesam_ros.validation import UInt8Array
@@ -189,7 +189,7 @@ def export_model(
         graphs.append((part, decode, given, list(dynamic), ["logits", "scores"], dynamic))
     for part, module, inputs, inside, outside, shapes in graphs:
         _write(out / f"{part}.onnx", module, inputs, inside, outside, shapes, external_from)
-    files = {path.name: _sha256(path) for part, *_ in graphs for path in sorted(out.glob(f"{part}.onnx*"))}
+    files = {path.name: sha256(path) for part, *_ in graphs for path in sorted(out.glob(f"{part}.onnx*"))}
     manifest = Manifest(name, side, OPSET, levels, enhancer is not None, fp16, files, torch.__version__)
     (out / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
     return manifest
@@ -235,7 +235,7 @@ def read_manifest(folder: Path, name: str) -> Manifest:
     for file, checksum in manifest.files.items():
         if not (folder / file).is_file():
             raise FileNotFoundError(f"expected {folder / file}, found no file; make it again: {command}")
-        if _sha256(folder / file) != checksum:
+        if sha256(folder / file) != checksum:
             raise ValueError(f"{folder / file}: is not what was exported; make it again: {command}")
     return manifest
 
@@ -274,11 +274,3 @@ def compare(ours: TorchRuntime, theirs: Runtime, images: Sequence[UInt8Array], s
         Difference(output, max(high for high, _ in values), float(np.mean([mean for _, mean in values])))
         for output, values in rows.items()
     ]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

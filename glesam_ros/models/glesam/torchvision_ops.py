@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import importlib
 
-import torch
+from torch import library
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_LIBRARY: list[torch.library.Library] = []  # a library that is collected takes its operators with it
+_LIBRARY: list[library.Library] = []  # a library that is collected takes its operators with it
 
 
 def allow_import_without_operators() -> None:
@@ -31,8 +31,8 @@ def allow_import_without_operators() -> None:
     except RuntimeError as error:
         if "torchvision::" not in str(error) or _LIBRARY:
             raise
-        library = torch.library.Library("torchvision", "DEF")
+        operators = library.Library("torchvision", "DEF")
         for schema in _SCHEMAS:
-            library.define(schema)
-        _LIBRARY.append(library)
+            operators.define(schema)
+        _LIBRARY.append(operators)
         importlib.import_module("torchvision")
