@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glesam_ros.cli.options import CommandError
-
-STAGES = ("base", "level", "restore", "decode")
-"""Of nano."""
-FULL_STAGES = ("level", "restore", "decode", "distill")
-"""Of the full size."""
+from glesam_ros.training.recipes import RECIPES, load_any, recipe_of
 
 EPILOG = """\
 examples:
@@ -56,7 +52,8 @@ def add_parser(commands: Any) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
         help="another value for a key of CONFIG, for example base.steps=100; may be repeated",
     )
-    parser.add_argument("--until", choices=dict.fromkeys((*STAGES, *FULL_STAGES)), help="last stage to run")
+    stages = dict.fromkeys(stage for recipe in RECIPES.values() for stage in recipe.stages)
+    parser.add_argument("--until", choices=stages, help="last stage to run")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one"
     )
@@ -66,8 +63,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; 130 when a signal stopped it."""
-    from glesam_ros.training.config import Config, to_yaml
-    from glesam_ros.training.full_config import load_any
+    from glesam_ros.training.config import to_yaml
 
     try:
         config = load_any(args.config, args.changes)
@@ -78,30 +74,22 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.data is None:
         raise CommandError("expected --data DIR, the folder with the data sets that the configuration names")
-    stages = STAGES if isinstance(config, Config) else FULL_STAGES
-    until = args.until or stages[-1]
-    if until not in stages:
-        raise CommandError(f"--until: expected one of {', '.join(stages)} for {args.config}, got {until}")
+    recipe = recipe_of(config)
+    until = args.until or recipe.stages[-1]
+    if until not in recipe.stages:
+        raise CommandError(f"--until: expected one of {', '.join(recipe.stages)} for {args.config}, got {until}")
     out = args.out or Path("runs") / Path(args.config).stem
 
     from glesam_ros.training.loop import Stopped
 
     try:
-        if isinstance(config, Config):
-            from glesam_ros.training.nano import train_nano
-
-            weights = train_nano(config, args.data, out, args.device, until)
-            said = f"weights for export: {weights}" if weights else ""
-        else:
-            from glesam_ros.training.full import train_full
-
-            said = "\n".join(f"enhancer: {folder}" for folder in train_full(config, args.data, out, args.device, until))
+        written = recipe.train_function()(config, args.data, out, args.device, until)
     except (ValueError, FloatingPointError) as error:
         raise CommandError(str(error)) from error
     except Stopped:
         print(f"glesam train: stopped; go on with: {_again(args, out)}", file=sys.stderr)
         return 130
-    print(said or f"done until {until}: {out}")
+    print("\n".join(f"{recipe.result}: {path}" for path in written) or f"done until {until}: {out}")
     return 0
 
 

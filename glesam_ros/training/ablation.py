@@ -65,9 +65,9 @@ def train_runs(runs: dict[str, Config], data: Path, out: Path, device: str = "au
         if (folder / "weights").is_dir():
             continue
         print(f"ablation: {name}", flush=True)
-        trained = train_nano(config, data, folder, device)  # type: ignore[arg-type]  # argparse checked it
+        (trained,) = train_nano(config, data, folder, device)  # type: ignore[arg-type]  # argparse checked it
         net = NanoNet()
-        net.load_state_dict(checkpoint.read(trained or folder / "nano.pt"))
+        net.load_state_dict(checkpoint.read(trained))
         export(net, folder / "partial")
         (folder / "partial").rename(folder / "weights")
 

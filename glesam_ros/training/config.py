@@ -13,9 +13,10 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from pydantic.dataclasses import dataclass
 
 from glesam_ros.degradation import HELD_OUT_KINDS, TRAINING_KINDS
+from glesam_ros.training.recipes import RECIPES
 
 CONFIGS = Path(__file__).parent / "configs"
-STAGES = ("base", "level", "restore", "decode")
+STAGES = RECIPES["nano"].stages
 """The stages in the order in which they run."""
 NO_BEARING = ("workers", "checkpoint_every", "log_every", "pictures_every", "gradient_checkpointing")
 """Keys, of the run or of a stage, that change nothing in the weights: a run may go on with other values of them."""

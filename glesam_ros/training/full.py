@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from glesam_ros.degradation import degrade, degrade_lqseg, degrade_lqseg_mixed
 from glesam_ros.models.glesam.base import Features
-from glesam_ros.training import checkpoint
 from glesam_ros.training.config import StageConfig
 from glesam_ros.training.crops import draw_crop
 from glesam_ros.training.full_config import (
@@ -31,7 +30,7 @@ from glesam_ros.training.full_config import (
     FullRestoreConfig,
 )
 from glesam_ros.training.full_networks import Networks, load_networks, write_enhancer
-from glesam_ros.training.loop import Batch, Group, Run, Stage, Stop, Stopped, claim, make_accelerator, train
+from glesam_ros.training.loop import Adapting, Batch, Group, Run, Stop, claim, complete, make_accelerator
 from glesam_ros.training.losses import dice_loss, focal_loss, soft_iou
 from glesam_ros.training.matching import Guide, carried, is_adapted
 from glesam_ros.training.prompts import draw_points
@@ -87,8 +86,8 @@ def draw_crops(
     return batch, [regions for _, regions in drawn]
 
 
-class FullStage(Stage):
-    """What the stages share. Only trained parameters go into checkpoints; all else is as in its file."""
+class FullStage(Adapting):
+    """What the stages share."""
 
     model: Networks
 
@@ -96,36 +95,6 @@ class FullStage(Stage):
         super().__init__(networks, settings)
         self.config, self.scenes = config, scenes
         self.gamma = config.enhancer.gamma
-
-    def set_modes(self) -> None:
-        self.eval()
-
-    def weights(self) -> dict[str, Tensor]:
-        """Trained parameters by their name in the stage."""
-        trained = {id(p) for group in self.groups() for p in group.parameters}
-        return {name: p.detach() for name, p in self.named_parameters() if id(p) in trained}
-
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take over what `weights` gave. Raises ValueError where it is of other networks."""
-        self._take(self.weights(), weights)
-
-    def finished(self) -> dict[str, Tensor]:
-        """Of `weights`, what later stages need."""
-        return {name: value for name, value in self.weights().items() if name.startswith("model.")}
-
-    def load_finished(self, weights: dict[str, Tensor]) -> None:
-        """Take over what `finished` gave. Raises ValueError where it is of other networks."""
-        self._take(self.finished(), weights)
-
-    def _take(self, own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-        wrong = [
-            name for name in {**own, **weights}
-            if name not in own or name not in weights or own[name].shape != weights[name].shape
-        ]
-        if wrong:
-            raise ValueError(f"{self.name}: expected the weights of this stage, {', '.join(wrong[:3])} does not fit")
-        for name, value in weights.items():
-            own[name].copy_(value)
 
     def scaled_error(self, a: Tensor, b: Tensor) -> Tensor:
         """MSE of two latents at the scale that the U-Net sees, gamma z."""
@@ -334,23 +303,11 @@ def train_full(
 
     with (stop := Stop()).signals():
         shared = Run(out, config.seed, config.workers, accelerator, stop)
-        saved = checkpoint.read(shared.checkpoint) if shared.checkpoint.exists() else {"stage": None}
         for name in asked:
             if name == "distill":
                 write()  # the next stage merges its LoRA
-            finished = out / f"{name}.pt"
             scenes = scenes or load_scenes(config.sources, data)
-            stage = make_stage(name, networks, config, scenes)
-            if finished.exists():
-                stage.load_finished(checkpoint.read(finished))
-                continue
-            train(stage, FULL_STAGES.index(name), shared, saved if saved["stage"] == name else None)
-            if accelerator.is_main_process:
-                checkpoint.write(finished, stage.finished())
-                shared.checkpoint.unlink(missing_ok=True)
-            accelerator.wait_for_everyone()
-            if shared.stopping():
-                raise Stopped
+            complete(make_stage(name, networks, config, scenes), FULL_STAGES.index(name), shared)
     if FULL_STAGES.index(until) >= FULL_STAGES.index("decode"):
         write()
     accelerator.wait_for_everyone()

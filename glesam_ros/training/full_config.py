@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import field
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -12,7 +10,6 @@ from pydantic.dataclasses import dataclass
 
 from glesam_ros.training.config import (
     STRICT,
-    Config,
     Count,
     CountOrNone,
     Decay,
@@ -25,14 +22,12 @@ from glesam_ros.training.config import (
     StageConfig,
     Text,
     Zoom,
-    make_config,
     no_as_text,
-    read_config,
-    validated,
     zoom_range,
 )
+from glesam_ros.training.recipes import RECIPES
 
-FULL_STAGES = ("level", "restore", "decode", "distill")
+FULL_STAGES = RECIPES["glesam"].stages
 """The stages in the order in which they run."""
 SIDE_MULTIPLE = 128
 """Of the model's square input: stride 16 and three halvings in the U-Net (`glesam_ros.models.glesam.base`)."""
@@ -260,17 +255,3 @@ class FullConfig:
     restore: FullRestoreConfig = field(default_factory=FullRestoreConfig)
     decode: FullDecodeConfig = field(default_factory=FullDecodeConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
-
-
-def load_any(name: str | Path, changes: Sequence[str] = ()) -> Config | FullConfig:
-    """A configuration of nano or, where its key `model` says glesam, of the full size.
-
-    Args, Raises: as `glesam_ros.training.config.load_config`.
-    """
-    data = read_config(name, changes)
-    model = data.get("model", "nano")
-    if model == "glesam":
-        return validated(FullConfig, data, str(name))
-    if model != "nano":
-        raise ValueError(f"{name}: model: expected nano or glesam, got {model!r}")
-    return make_config({key: value for key, value in data.items() if key != "model"}, str(name))

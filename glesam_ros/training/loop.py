@@ -106,6 +106,40 @@ class Stage(nn.Module, ABC):
         return {}
 
 
+class Adapting(Stage):
+    """A stage that trains few of many parameters: its checkpoints hold those alone, all else is as in its file."""
+
+    def set_modes(self) -> None:
+        self.eval()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Trained parameters by their name in the stage."""
+        trained = {id(p) for group in self.groups() for p in group.parameters}
+        return {name: p.detach() for name, p in self.named_parameters() if id(p) in trained}
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take over what `weights` gave. Raises ValueError where it is of other networks."""
+        self._take(self.weights(), weights)
+
+    def finished(self) -> dict[str, Tensor]:
+        """Of `weights`, what later stages need."""
+        return {name: value for name, value in self.weights().items() if name.startswith("model.")}
+
+    def load_finished(self, weights: dict[str, Tensor]) -> None:
+        """Take over what `finished` gave. Raises ValueError where it is of other networks."""
+        self._take(self.finished(), weights)
+
+    def _take(self, own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+        wrong = [
+            name for name in {**own, **weights}
+            if name not in own or name not in weights or own[name].shape != weights[name].shape
+        ]
+        if wrong:
+            raise ValueError(f"{self.name}: expected the weights of this stage, {', '.join(wrong[:3])} does not fit")
+        for name, value in weights.items():
+            own[name].copy_(value)
+
+
 class Stop:
     """Whether a signal came: SIGINT or SIGTERM; the second one ends the process at once."""
 
@@ -360,6 +394,25 @@ def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = No
         average.store()
     stage.model.requires_grad_(False)
     stage.model.eval()
+
+
+def complete(stage: Adapting, number: int, run: Run) -> None:
+    """Train a stage, go on with it, or take over what it left in `run.out`/<stage>.pt.
+
+    Raises: as `train`; FileNotFoundError and ValueError where a file of the run cannot be read or does not fit.
+    """
+    finished = run.out / f"{stage.name}.pt"
+    if finished.exists():
+        stage.load_finished(checkpoint.read(finished))
+        return
+    saved = checkpoint.read(run.checkpoint) if run.checkpoint.exists() else {"stage": None}
+    train(stage, number, run, saved if saved["stage"] == stage.name else None)
+    if run.accelerator.is_main_process:
+        checkpoint.write(finished, stage.finished())
+        run.checkpoint.unlink(missing_ok=True)
+    run.accelerator.wait_for_everyone()
+    if run.stopping():
+        raise Stopped
 
 
 def _prepared(run: Run, number: int, draw: Draw, count: int) -> Iterator[Batch]:

@@ -377,7 +377,7 @@ def folded(net: NanoNet, config: Config) -> NanoNet:
 
 def train_nano(
     config: Config, data: Path, out: Path, device: Literal["auto", "cpu", "cuda"] = "auto", until: str = STAGES[-1]
-) -> Path | None:
+) -> list[Path]:
     """Train, or go on with what `out` holds.
 
     Args:
@@ -389,7 +389,7 @@ def train_nano(
         until: last stage to run.
 
     Returns:
-        Path of `nano.pt`; None where `until` is not the last stage.
+        `nano.pt`; nothing where `until` is not the last stage.
 
     Raises:
         Stopped: SIGINT or SIGTERM came; the same call goes on.
@@ -431,11 +431,11 @@ def train_nano(
             if shared.stopping():
                 raise Stopped
     if until != STAGES[-1]:
-        return None
+        return []
     if accelerator.is_main_process:
         checkpoint.write(out / "nano.pt", folded(net, config).state_dict())
     accelerator.wait_for_everyone()
-    return out / "nano.pt"
+    return [out / "nano.pt"]
 
 
 def _load_weights(net: NanoNet, path: Path) -> None:
