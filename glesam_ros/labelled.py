@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from glesam_ros.validation import UInt8Array
-
 IGNORE = 255
 """Label of a pixel without a class, in label maps of uint8."""
 IGNORE_16 = 65535
@@ -37,6 +35,7 @@ _ADE_SPLITS = {"train": "training", "val": "validation", "test": "validation"}
 _NOT_A_CLASS = -1
 _SHOWN = 10
 
+UInt8Array = np.ndarray[Any, np.dtype[np.uint8]]
 Labels = np.ndarray[Any, Any]
 """(H, W) uint8 or uint16."""
 
