@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from glesam_ros.instances import Instances
     from glesam_ros.pipeline import EnhancementGate, Pipeline, load_pipeline
+    from glesam_ros.semantic import SemanticMap, load_restorer, load_semantic
     from glesam_ros.settings import Settings
 
 __version__ = "0.1.0"
-__all__ = ["EnhancementGate", "Instances", "Pipeline", "Settings", "load_pipeline"]
+__all__ = [
+    "EnhancementGate", "Instances", "Pipeline", "SemanticMap", "Settings", "load_pipeline", "load_restorer",
+    "load_semantic",
+]
 
 _HOMES = {
-    "EnhancementGate": "pipeline", "Instances": "instances", "Pipeline": "pipeline", "Settings": "settings",
-    "load_pipeline": "pipeline",
+    "EnhancementGate": "pipeline", "Instances": "instances", "Pipeline": "pipeline",
+    "SemanticMap": "semantic", "Settings": "settings", "load_pipeline": "pipeline", "load_restorer": "semantic",
+    "load_semantic": "semantic",
 }
 
 

@@ -77,7 +77,7 @@ class Instances:
     @property
     def areas(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """(K,) int64, pixels of each mask."""
-        return np.array([np.count_nonzero(self.masks[(k, *self._window(k))]) for k in range(len(self))], np.int64)
+        return np.array([np.count_nonzero(self.masks[(k, *self.window(k))]) for k in range(len(self))], np.int64)
 
     def select(self, keep: Any) -> Instances:
         """The instances at `keep` (bool mask or indices), ids unchanged."""
@@ -86,11 +86,20 @@ class Instances:
             self.degradation, self.enhanced,
         )
 
+    def window(self, k: int) -> tuple[slice, slice]:
+        """Rows and columns of the box of instance `k`, within the image: around its whole mask."""
+        x1, y1, x2, y2 = self.boxes[k]
+        height, width = self.size
+        return (
+            slice(max(0, int(np.floor(y1))), min(height, int(np.ceil(y2)))),
+            slice(max(0, int(np.floor(x1))), min(width, int(np.ceil(x2)))),
+        )
+
     def label_map(self) -> np.ndarray[Any, np.dtype[np.uint16]]:
         """(H, W) uint16 of instance ids, 0 background; where masks overlap the higher score wins, then the lower id."""
         labels = np.zeros(self.size, np.uint16)
         for k in self._back_to_front():
-            rows, cols = self._window(k)
+            rows, cols = self.window(k)
             labels[rows, cols][self.masks[k, rows, cols]] = self.ids[k]
         return labels
 
@@ -111,11 +120,3 @@ class Instances:
 
     def _back_to_front(self) -> list[int]:
         return np.lexsort((-self.ids, self.scores)).tolist()
-
-    def _window(self, k: int) -> tuple[slice, slice]:
-        x1, y1, x2, y2 = self.boxes[k]
-        height, width = self.size
-        return (
-            slice(max(0, int(np.floor(y1))), min(height, int(np.ceil(y2)))),
-            slice(max(0, int(np.floor(x1))), min(width, int(np.ceil(x2)))),
-        )

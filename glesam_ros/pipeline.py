@@ -20,10 +20,6 @@ from glesam_ros.settings import Settings
 from glesam_ros.validation import BoolArray, FloatArray, UInt8Array, check_boxes, check_image, check_points
 
 _LOG = logging.getLogger(__name__)
-FULL_SIZE_PACKAGES = (
-    "torch", "torchvision", "diffusers", "peft", "transformers", "safetensors", "segment_anything", "sam2"
-)
-"""What full-size models may need, all in the extra `glesam` of setup.py."""
 SIZE_STEP = 128
 """Pixels of processing size between two rungs, the multiple that SAM models work at."""
 LEAST_BATCH = 8
@@ -363,13 +359,7 @@ def load_pipeline(
         chosen = Settings(model=model, enhancement=enhancement, device=device, precision=precision, **settings)
     except TypeError as error:
         raise ValueError(f"load_pipeline: {error}; see glesam_ros.Settings for the known ones") from error
-    try:
-        return Pipeline(load_model(model, device, precision), chosen)
-    except ModuleNotFoundError as error:
-        if error.name not in FULL_SIZE_PACKAGES:
-            raise
-        text = f"model {model}: {error}; install what it needs: pip install 'glesam_ros[glesam]'"
-        raise ModuleNotFoundError(text, name=error.name) from error
+    return Pipeline(load_model(model, device, precision), chosen)
 
 
 def mask_nms(masks: BoolArray, iou_threshold: float, limit: int) -> np.ndarray[Any, np.dtype[np.intp]]:

@@ -9,6 +9,8 @@ import numpy as np
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 UInt8Array = np.ndarray[Any, np.dtype[np.uint8]]
+MOST_CLASSES = 65535
+"""Of a label map of 16 bits, whose largest value means void."""
 
 
 def check_image(image: Any) -> UInt8Array:
@@ -28,6 +30,28 @@ def check_image(image: Any) -> UInt8Array:
     if image.shape[0] == 0 or image.shape[1] == 0:
         raise ValueError(f"image: expected height and width of at least 1 pixel, got {image.shape[:2]}")
     return image
+
+
+def check_classes(classes: Any, palette: Any) -> None:
+    """Refuse names and colours of classes that do not fit each other.
+
+    Args:
+        classes: expected: K names, 1 <= K <= 65535, none empty, each once.
+        palette: expected: (K, 3) uint8 RGB.
+
+    Raises:
+        ValueError: they are something else; a label map of 16 bits holds no more classes and a void.
+    """
+    if isinstance(classes, str) or not all(isinstance(name, str) and name for name in classes):
+        raise ValueError(f"classes: expected names, none empty, got {classes!r}")
+    if not 1 <= len(classes) <= MOST_CLASSES:
+        raise ValueError(f"classes: expected 1..{MOST_CLASSES} names, got {len(classes)}")
+    if len(set(classes)) != len(classes):
+        twice = sorted({name for name in classes if list(classes).count(name) > 1})
+        raise ValueError(f"classes: expected each name once, got {', '.join(twice)} again; give each a name of its own")
+    if not isinstance(palette, np.ndarray) or palette.shape != (len(classes), 3) or palette.dtype != np.uint8:
+        got = f"{palette.shape} {palette.dtype}" if isinstance(palette, np.ndarray) else type(palette).__name__
+        raise ValueError(f"palette: expected ({len(classes)}, 3) uint8 RGB, a colour for each class, got {got}")
 
 
 def check_points(

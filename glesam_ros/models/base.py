@@ -1,7 +1,8 @@
-"""What a segmentation model is for the pipeline: encode, enhance, propose, prompt."""
+"""What the models are for those who run them: masks of instances, maps of classes, restored pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ STABILITY_OFFSET = 1.0
 
 
 class OutOfMemory(RuntimeError):
-    """A call needed more memory than the device has; the model is still usable after `SegmentationModel.free`."""
+    """A call needed more memory than the device has; the model is still usable after its `free`."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,72 @@ class SegmentationModel(Protocol):
 
     def free(self) -> None:
         """Give memory back that is kept for later calls only; never during another call, also where `overlaps`."""
+        ...
+
+    def close(self) -> None:
+        """Free memory; the model cannot be used afterwards."""
+        ...
+
+
+class SemanticModel(Protocol):
+    """A model that says of every part of an image which class it shows; safe to call from one thread at a time."""
+
+    name: str
+    device: str
+    """Where it runs, in words for logs and diagnostics, as for `SegmentationModel`."""
+    classes: tuple[str, ...]
+    """Names of the K classes, each once; index in `logits`."""
+    palette: UInt8Array
+    """(K, 3) uint8 RGB, the colour of each class."""
+
+    def logits(self, image: UInt8Array) -> FloatArray:
+        """Classify an image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB with H, W >= 1; left as it is.
+
+        Returns:
+            (K, h, w) float32, finite, of any resolution h, w >= 1, covering the whole image: larger is likelier, and
+            the softmax over K is the confidence. A model that knows probabilities returns their logarithms.
+
+        Raises:
+            OutOfMemory: the device lacked memory.
+        """
+        ...
+
+    def free(self) -> None:
+        """Give memory back that is kept for later calls only; never during another call."""
+        ...
+
+    def close(self) -> None:
+        """Free memory; the model cannot be used afterwards."""
+        ...
+
+
+class RestorerModel(Protocol):
+    """A model that makes a clear picture of a bad one; safe to call from one thread at a time."""
+
+    name: str
+    device: str
+    """Where it runs, in words for logs and diagnostics, as for `SegmentationModel`."""
+
+    def restore(self, image: UInt8Array, classes: Sequence[str] = ()) -> UInt8Array:
+        """Restore an image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB with H, W >= 1; left as it is.
+            classes: names of what the image shows, in words, where they are known.
+
+        Returns:
+            (H, W, 3) uint8 RGB, a new array.
+
+        Raises:
+            OutOfMemory: the device lacked memory.
+        """
+        ...
+
+    def free(self) -> None:
+        """Give memory back that is kept for later calls only; never during another call."""
         ...
 
     def close(self) -> None:

@@ -1,15 +1,26 @@
-"""Models by name."""
+"""Models by name: instance masks, maps of classes, restored pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
-from glesam_ros.models.base import SegmentationModel
+from glesam_ros.models.base import RestorerModel, SegmentationModel, SemanticModel
 from glesam_ros.models.glesam import catalogue
 
 Factory = Callable[[str, str], SegmentationModel]
 """(device, precision) -> model."""
+SemanticLoader = Callable[[str, str], SemanticModel]
+"""(device, precision) -> model."""
+RestorerLoader = Callable[[str, str], RestorerModel]
+"""(device, precision) -> model."""
+FULL_SIZE_PACKAGES = (
+    "torch", "torchvision", "diffusers", "peft", "transformers", "safetensors", "segment_anything", "sam2"
+)
+"""What full-size models may need, all in the extra `glesam` of setup.py."""
+
+_Model = TypeVar("_Model")
 
 
 def _nano(device: str, precision: str) -> SegmentationModel:
@@ -24,14 +35,42 @@ def _full_size(name: str, device: str, precision: str) -> SegmentationModel:
     return load_glesam(name, device, precision)
 
 
+def _rass_nano(device: str, precision: str) -> SemanticModel:
+    from glesam_ros.models.rass_nano import load_rass_nano
+
+    return load_rass_nano(device, precision)
+
+
+def _rass(device: str, precision: str) -> SemanticModel:
+    from glesam_ros.models.rass.rass import load_rass
+
+    return load_rass(device, precision)
+
+
+def _scr(device: str, precision: str) -> RestorerModel:
+    from glesam_ros.models.rass.scr import load_scr
+
+    return load_scr(device, precision)
+
+
 _REGISTRY: dict[str, Factory] = {"nano": _nano, **{name: partial(_full_size, name) for name in catalogue.model_names()}}
+_SEMANTIC: dict[str, SemanticLoader] = {"rass-nano": _rass_nano, "rass-sd21": _rass}
+_RESTORERS: dict[str, RestorerLoader] = {"scr-sd21": _scr}
 
 
 def register_model(name: str, factory: Factory) -> None:
-    """Add a model under `name`. Raises ValueError when the name is taken."""
-    if name in _REGISTRY:
-        raise ValueError(f"model {name!r} is registered already")
-    _REGISTRY[name] = factory
+    """Add a model of instance masks under `name`. Raises ValueError when the name is taken."""
+    _register("model", _REGISTRY, name, factory)
+
+
+def register_semantic(name: str, loader: SemanticLoader) -> None:
+    """Add a model of classes under `name`. Raises ValueError when the name is taken."""
+    _register("semantic model", _SEMANTIC, name, loader)
+
+
+def register_restorer(name: str, loader: RestorerLoader) -> None:
+    """Add a model that restores pictures under `name`. Raises ValueError when the name is taken."""
+    _register("restorer", _RESTORERS, name, loader)
 
 
 def model_names() -> tuple[str, ...]:
@@ -39,14 +78,24 @@ def model_names() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
+def semantic_names() -> tuple[str, ...]:
+    """Names that `load_semantic_model` knows, sorted."""
+    return tuple(sorted(_SEMANTIC))
+
+
+def restorer_names() -> tuple[str, ...]:
+    """Names that `load_restorer_model` knows, sorted."""
+    return tuple(sorted(_RESTORERS))
+
+
 def load_model(name: str, device: str = "auto", precision: str = "auto") -> SegmentationModel:
-    """Load a registered model.
+    """Load a registered model of instance masks.
 
     Raises:
         ValueError: unknown name; lists the known ones.
         RuntimeError: the device asked for is not available.
         FileNotFoundError: weights are missing; names the file and how to get it.
-        ModuleNotFoundError: a package that this model needs is missing.
+        ModuleNotFoundError: a package that this model needs is missing; says how to install it.
     """
     if name not in _REGISTRY:
         own = [known for known in model_names() if known not in catalogue.model_names()]
@@ -54,4 +103,36 @@ def load_model(name: str, device: str = "auto", precision: str = "auto") -> Segm
             f"model: expected one of {', '.join([*own, *catalogue.BASES])}, SAM's also with "
             f"{', '.join(f'+{enhancer}' for enhancer in catalogue.ENHANCERS)}; got {name!r}"
         )
-    return _REGISTRY[name](device, precision)
+    return _load("model", _REGISTRY, name, device, precision)
+
+
+def load_semantic_model(name: str, device: str = "auto", precision: str = "auto") -> SemanticModel:
+    """Load a registered model of classes. Raises as `load_model`."""
+    return _load("semantic", _SEMANTIC, name, device, precision)
+
+
+def load_restorer_model(name: str, device: str = "auto", precision: str = "auto") -> RestorerModel:
+    """Load a registered model that restores pictures. Raises as `load_model`."""
+    return _load("restorer", _RESTORERS, name, device, precision)
+
+
+def _register(
+    what: str, registry: dict[str, Callable[[str, str], _Model]], name: str, loader: Callable[[str, str], _Model]
+) -> None:
+    if name in registry:
+        raise ValueError(f"{what} {name!r} is registered already")
+    registry[name] = loader
+
+
+def _load(
+    what: str, registry: dict[str, Callable[[str, str], _Model]], name: str, device: str, precision: str
+) -> _Model:
+    if name not in registry:
+        raise ValueError(f"{what}: expected one of {', '.join(sorted(registry))}; got {name!r}")
+    try:
+        return registry[name](device, precision)
+    except ModuleNotFoundError as error:
+        if error.name not in FULL_SIZE_PACKAGES:
+            raise
+        text = f"{what} {name}: {error}; install what it needs: pip install 'glesam_ros[glesam]'"
+        raise ModuleNotFoundError(text, name=error.name) from error
