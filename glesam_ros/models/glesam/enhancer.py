@@ -606,8 +606,30 @@ def empty_prompt(folder: Path) -> Tensor:
     for part in ("tokenizer", "text_encoder"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder / part}: expected it, or {file.name} beside it, for the empty prompt")
+    tokenizer, encoder = load_text_encoder(folder)
+    # 2.1 pads with "!", 1.5 with its end token: the tokenizer's files say so
+    ids = tokenizer("", padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        prompt = encoder(ids).last_hidden_state
+    write_tensors({"prompt": prompt}, file)
+    return prompt
+
+
+def load_text_encoder(folder: Path) -> tuple[Any, Any]:
+    """Tokenizer and CLIP text encoder of a Stable Diffusion, from `folder`/tokenizer and `folder`/text_encoder.
+
+    Returns:
+        transformers' CLIPTokenizer, and its CLIPTextModel on the CPU, in float32, for inference.
+
+    Raises:
+        FileNotFoundError: one of the folders is missing.
+        ValueError: weights of the text encoder are missing.
+    """
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    for part in ("tokenizer", "text_encoder"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"expected the {part} of a Stable Diffusion at {folder / part}, found no folder")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     found: Any = CLIPTextModel.from_pretrained(
         folder / "text_encoder", local_files_only=True, output_loading_info=True
@@ -616,12 +638,7 @@ def empty_prompt(folder: Path) -> Tensor:
     if report["missing_keys"]:  # transformers takes random numbers instead
         missing = ", ".join(sorted(report["missing_keys"])[:8])
         raise ValueError(f"{folder / 'text_encoder'}: expected all weights of a CLIP text encoder, missing: {missing}")
-    # 2.1 pads with "!", 1.5 with its end token: the tokenizer's files say so
-    ids = tokenizer("", padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
-    with torch.no_grad():
-        prompt = encoder.float().eval()(ids).last_hidden_state
-    write_tensors({"prompt": prompt}, file)
-    return prompt
+    return tokenizer, encoder.float().eval().requires_grad_(False)
 
 
 def load_config(folder: Path) -> EnhancerConfig:

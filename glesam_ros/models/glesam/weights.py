@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,32 @@ LORA_SPELLINGS = {"lora.down": "lora_A", "lora.up": "lora_B", "lora_A": "lora_A"
 """Ends of module names in diffusers' older and newer layout, and what peft calls them."""
 ADAPTER = "default"
 """Name of the adapter in peft's keys."""
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What a checkpoint of torch holds, its tensors on the CPU: containers, numbers, text and tensors.
+
+    Read with `weights_only`: a pickle that would run code is refused before it does.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not such a file, cut short, or with code in it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected weights at {path}, found no file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own text advises to load it all the same
+        if "global" in str(error).lower():
+            raise ValueError(
+                f"{path}: expected tensors only, found a pickle with other objects, which may run code; refused. Take "
+                "the file from its official source, or convert it to safetensors where you trust it"
+            ) from error
+        raise ValueError(f"{path}: expected a checkpoint of torch, cannot read it: no such pickle") from error
+    except Exception as error:  # torch raises half a dozen kinds for a broken file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: expected a checkpoint of torch, cannot read it: {reason}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -37,20 +64,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: expected a safetensors file, cannot read it: {error}") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own text advises to load it all the same
-        if "global" in str(error).lower():
-            raise ValueError(
-                f"{path}: expected tensors only, found a pickle with other objects, which may run code; refused. Take "
-                "the file from its official source, or convert it to safetensors where you trust it"
-            ) from error
-        raise ValueError(f"{path}: expected a checkpoint of torch, cannot read it: no such pickle") from error
-    except Exception as error:  # torch raises half a dozen kinds for a broken file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: expected a checkpoint of torch, cannot read it: {reason}") from error
-    state = content
+    state = read_checkpoint(path)
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
