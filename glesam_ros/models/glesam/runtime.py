@@ -117,6 +117,12 @@ def precision_name(dtype: torch.dtype) -> str:
     return next(name for name, known in PRECISIONS.items() if known is dtype)
 
 
+def device_in_words(device: torch.device, dtype: torch.dtype, *more: str) -> str:
+    """Where and how a model of torch runs, for logs and diagnostics: "cpu (fp32, torch)"."""
+    card = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+    return f"{device.type} ({', '.join([precision_name(dtype), 'torch', *card, *more])})"
+
+
 def means_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch or Python says that memory did not suffice, on any device."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
@@ -124,7 +130,7 @@ def means_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(part in str(error) for part in ALLOCATION_FAILURES)
 
 
-def _memory_errors(call: Call) -> Call:
+def memory_errors(call: Call) -> Call:
     """The same call that raises `OutOfMemory` for lack of memory."""
 
     @functools.wraps(call)
@@ -215,17 +221,16 @@ class TorchRuntime:
             "decode": stage(partial(self._decode, False), "decode"),
             "decode several": stage(partial(self._decode, True), "decode"),
         }
-        how = [precision_name(dtype), "torch", *([torch.cuda.get_device_name(device)] if self._on_cuda else [])]
-        self.device = f"{device.type} ({', '.join([*how, *(['compiled'] if compile else [])])})"
+        self.device = device_in_words(device, dtype, *(["compiled"] if compile else []))
 
-    @_memory_errors
+    @memory_errors
     def encode(self, image: UInt8Array, side: int) -> Features:
         """(H, W, 3) uint8 RGB -> features of a batch of one. Raises OutOfMemory, as all calls."""
         with self._encoding, torch.inference_mode(), torch.cuda.stream(self._stream):
             pixels = self._base.pixels(self._upload(image)[None], side).to(self._dtype)
             return self._placed(*self._stages["encode"](pixels))
 
-    @_memory_errors
+    @memory_errors
     def level(self, features: Features) -> float | None:
         """Degradation 0 .. 1 where the enhancer predicts it, else None."""
         if self._enhancer is None or self._enhancer.level is None:
@@ -233,7 +238,7 @@ class TorchRuntime:
         with self._encoding, torch.inference_mode(), torch.cuda.stream(self._stream):
             return min(1.0, max(0.0, float(self._enhancer.predict_level(features)[0])))
 
-    @_memory_errors
+    @memory_errors
     def enhance(self, features: Features, level: float) -> Features:
         """Features with a restored latent; as they came where there is no enhancer."""
         if self._enhancer is None:
@@ -243,7 +248,7 @@ class TorchRuntime:
             (latent,) = self._stages["enhance"](features.latent, levels)
             return self._placed(latent, *features.high)
 
-    @_memory_errors
+    @memory_errors
     def decode(
         self, features: Features, points: FloatArray, labels: FloatArray, several: bool
     ) -> tuple[Tensor, Tensor]:
