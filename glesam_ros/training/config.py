@@ -32,7 +32,7 @@ def no_as_text(value: Any) -> Any:
     return "no" if value is False else value  # YAML reads a bare no as false
 
 
-def _training_split(value: str) -> str:
+def training_split(value: str) -> str:
     if "test" in value:
         raise ValueError(f"expected a split for training, got {value!r}: nothing is trained on a test split")
     return value
@@ -95,7 +95,7 @@ class SourceConfig:
 
     kind: Literal["coco", "bsds", "camvid", "lqseg"]
     path: Text
-    split: Annotated[Text, AfterValidator(_training_split)] = "train"
+    split: Annotated[Text, AfterValidator(training_split)] = "train"
     weight: Scale = 1.0
 
 

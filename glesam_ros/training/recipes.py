@@ -43,6 +43,9 @@ RECIPES = {
     "glesam": Recipe(
         ("level", "restore", "decode", "distill"), "full_config:FullConfig", "full:train_full", "enhancer"
     ),
+    "rass_nano": Recipe(
+        ("base", "scr", "rass"), "rass_nano_config:RassNanoConfig", "rass_nano:train_rass_nano", "weights for export"
+    ),
 }
 
 

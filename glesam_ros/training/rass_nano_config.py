@@ -1,0 +1,140 @@
+"""What a training run of rass-nano is made of; see `RassNanoConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+from pydantic.dataclasses import dataclass
+
+from glesam_ros.training.config import (
+    STRICT,
+    Count,
+    CountOrNone,
+    Decay,
+    DegradationConfig,
+    Number,
+    Precision,
+    Rate,
+    Share,
+    Side,
+    StageConfig,
+    Text,
+    Zoom,
+    training_split,
+    zoom_range,
+)
+from glesam_ros.training.recipes import RECIPES
+
+RASS_NANO_STAGES = RECIPES["rass_nano"].stages
+"""The stages in the order in which they run."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class FolderConfig:
+    """A folder of labelled pictures, see `glesam_ros.labelled.open_labelled`.
+
+    Attributes:
+        path: relative to --data.
+        split: no test split.
+    """
+
+    path: Text = "camvid"
+    split: Annotated[Text, AfterValidator(training_split)] = "train"
+
+
+@dataclass(frozen=True, config=STRICT)
+class StreetCropConfig:
+    """Crops of labelled pictures.
+
+    Attributes:
+        height, width: pixels, multiples of 32.
+        zoom: range of the scale, 1 is the largest crop that fits into the picture.
+        gamma, colour: ranges of brightness gamma (1 / g to g) and of the gain of each colour (1 / g to g).
+    """
+
+    height: Side = 288
+    width: Side = 384
+    zoom: Annotated[tuple[Zoom, Zoom], AfterValidator(zoom_range)] = (1.0, 2.0)
+    gamma: Zoom = 1.4
+    colour: Zoom = 1.2
+
+
+@dataclass(frozen=True, config=STRICT)
+class SegmentRates:
+    """Peak rates: backbone; pyramid and classes."""
+
+    backbone: Rate = 2e-4
+    decoder: Rate = 1e-3
+
+
+@dataclass(frozen=True, config=STRICT)
+class SegmentConfig(StageConfig):
+    """Backbone and decoder by weighted cross-entropy. `clear`: share of crops that stay clear."""
+
+    steps: CountOrNone = 1200
+    final: Share = 0.0
+    weight_decay: Number = 0.02
+    clip: Number = 1.0
+    ema: Decay = 0.995
+    pictures_every: CountOrNone = 0
+    clear: Share = 1.0
+    rates: SegmentRates = field(default_factory=SegmentRates)
+
+
+@dataclass(frozen=True, config=STRICT)
+class ScrRates:
+    """Peak rate of the adapters."""
+
+    adapters: Rate = 1e-3
+
+
+@dataclass(frozen=True, config=STRICT)
+class ScrConfig(StageConfig):
+    """SCR: adapters restore the features of degraded crops; at its end they are merged.
+
+    Attributes:
+        rank: of the adapters.
+        constraint: weight of the semantic constraint beside the restoration of features.
+        clear: share of inputs that are clear and must stay.
+    """
+
+    steps: CountOrNone = 600
+    clip: Number = 1.0
+    weight_decay: Number = 0.0
+    ema: Decay = 0.995
+    pictures_every: CountOrNone = 0
+    rank: Count = 16
+    constraint: Number = 1.0
+    clear: Share = 0.15
+    rates: ScrRates = field(default_factory=ScrRates)
+
+
+@dataclass(frozen=True, config=STRICT)
+class RassNanoConfig:
+    """One run: base on clear crops, SCR, RASS on degraded crops.
+
+    Attributes:
+        model: tells this recipe from others.
+        seed: of the first weights and of every batch.
+        precision: no (fp32), bf16, or fp16 (on a GPU).
+        workers: processes that draw batches ahead, 0 for none; the batches are the same.
+        start: weights to begin with (a `<stage>.pt` of another run), or null for the backbone pretrained on ImageNet.
+        balance: rare classes weigh more: share of the pixels to the power of minus this.
+    """
+
+    model: Literal["rass_nano"] = "rass_nano"
+    seed: CountOrNone = 10
+    precision: Precision = "bf16"
+    workers: CountOrNone = 1
+    start: Text | None = None
+    folder: FolderConfig = field(default_factory=FolderConfig)
+    balance: Share = 0.35
+    crop: StreetCropConfig = field(default_factory=StreetCropConfig)
+    degradation: DegradationConfig = field(default_factory=DegradationConfig)
+    base: SegmentConfig = field(default_factory=SegmentConfig)
+    scr: ScrConfig = field(default_factory=ScrConfig)
+    rass: SegmentConfig = field(
+        default_factory=lambda: SegmentConfig(1800, clear=0.35, rates=SegmentRates(backbone=1e-4, decoder=5e-4))
+    )
