@@ -1,4 +1,4 @@
-"""Instances drawn for people: colours stable by id, crisp contours, a number where it fits, one status line."""
+"""Results drawn for people: class colours; instances stable in colour, crisp contours, a number; one status line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from glesam_ros.instances import Instances
+from glesam_ros.semantic import SemanticMap
 from glesam_ros.validation import UInt8Array, check_image
 
 PALETTE: UInt8Array = np.array(
@@ -33,8 +34,11 @@ def draw_overlay(
     instances: Instances,
     alpha: float = 0.5,
     labels: np.ndarray[Any, np.dtype[np.uint16]] | None = None,
+    semantic_map: SemanticMap | None = None,
 ) -> UInt8Array:
     """Draw instances over their image; pixels outside the masks and the status strip stay as they are.
+
+    With a semantic map, the instances are drawn over what `draw_classes` makes of the image.
 
     Contours lie inside the masks. "id score" is written into those instances that have room for it. The status strip,
     top left and `strip_height` high, says degradation level, whether enhancement ran, and the number of instances.
@@ -44,19 +48,17 @@ def draw_overlay(
         instances: of this image.
         alpha: opacity of the fill, 0 (contours only) .. 1 (flat colour).
         labels: `instances.label_map()` when it is already at hand.
+        semantic_map: of this image.
 
     Returns:
         (H, W, 3) uint8 RGB, a new array.
 
     Raises:
-        TypeError, ValueError: `image` is no RGB image, its size is not that of the instances, or alpha is not in 0..1.
+        TypeError, ValueError: `image` is no RGB image, its size is not that of the instances or of the semantic map, or
+            alpha is not in 0..1.
     """
-    image = check_image(image)
-    if image.shape[:2] != instances.size:
-        raise ValueError(f"image: expected (height, width) {instances.size} of the instances, got {image.shape[:2]}")
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha: expected 0..1, got {alpha}")
-    out = image.copy()
+    image = _check(image, instances.size, "instances", alpha)
+    out = image.copy() if semantic_map is None else draw_classes(image, semantic_map, alpha)
     if len(instances):
         labels = instances.label_map() if labels is None else labels
         _draw_masks(out, labels, alpha)
@@ -65,9 +67,36 @@ def draw_overlay(
     return out
 
 
+def draw_classes(image: UInt8Array, semantic_map: SemanticMap, alpha: float = 0.5) -> UInt8Array:
+    """Blend the colour of each pixel's class into the image.
+
+    Args:
+        image: (H, W, 3) uint8 RGB; left as it is.
+        semantic_map: of this image.
+        alpha: opacity of the colours, 0 (the image alone) .. 1 (flat colour).
+
+    Returns:
+        (H, W, 3) uint8 RGB, a new array: (1 - alpha) image + alpha colour, rounded.
+
+    Raises:
+        TypeError, ValueError: `image` is no RGB image, its size is not that of the map, or alpha is not in 0..1.
+    """
+    image = _check(image, semantic_map.size, "semantic map", alpha)
+    return np.asarray(cv2.addWeighted(image, 1 - alpha, semantic_map.colours(), alpha, 0), np.uint8)
+
+
 def strip_height(size: tuple[int, int]) -> int:
     """Height in pixels of the status strip in an image of `size` (height, width)."""
     return cv2.getTextSize("0", _FONT, _scale(size), 1)[0][1] + 4 * _MARGIN
+
+
+def _check(image: UInt8Array, size: tuple[int, int], of: str, alpha: float) -> UInt8Array:
+    image = check_image(image)
+    if image.shape[:2] != size:
+        raise ValueError(f"image: expected (height, width) {size} of the {of}, got {image.shape[:2]}")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha: expected 0..1, got {alpha}")
+    return image
 
 
 def _scale(size: tuple[int, int]) -> float:

@@ -80,12 +80,7 @@ class Nano:
     def encode(self, image: UInt8Array, budget: Budget) -> Embedding:
         size = (int(image.shape[0]), int(image.shape[1]))
         inside = model_size(size, max(LEAST_SIZE, budget.processing_size or OWN_SIZE))
-        # bilinear alone would alias below about half the size
-        shrink = inside[0] < 0.6 * size[0] or inside[1] < 0.6 * size[1]
-        if inside != size:
-            mode = cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
-            image = cv2.resize(image, (inside[1], inside[0]), interpolation=mode)  # type: ignore[assignment]
-        latent, level = self._encoder.run(None, {"image": np.ascontiguousarray(image)[None]})
+        latent, level = self._encoder.run(None, {"image": resized(image, inside)[None]})
         return Embedding(latent, size, float(level[0]))
 
     def enhance(self, embedding: Embedding) -> Embedding:
@@ -134,6 +129,17 @@ def model_size(size: tuple[int, int], processing_size: int) -> tuple[int, int]:
     scale = processing_size / max(size)
     height, width = (max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE) for side in size)
     return height, width
+
+
+def resized(image: UInt8Array, inside: tuple[int, int]) -> UInt8Array:
+    """(H, W, 3) uint8 -> (h, w, 3) uint8 of the (height, width) `inside`, contiguous."""
+    size = image.shape[:2]
+    if inside != size:
+        # bilinear alone would alias below about half the size
+        shrink = inside[0] < 0.6 * size[0] or inside[1] < 0.6 * size[1]
+        mode = cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
+        image = cv2.resize(image, (inside[1], inside[0]), interpolation=mode)  # type: ignore[assignment]
+    return np.ascontiguousarray(image)
 
 
 def _grid_maximum(scores: FloatArray) -> FloatArray:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
+
+from glesam_ros.models.base import OutOfMemory
 
 _LOG = logging.getLogger(__name__)
 PROVIDERS = {
@@ -18,6 +21,9 @@ PROVIDERS = {
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Smallest, usual and largest shape of an input by its name."""
+
+LACKS = ("Failed to allocate", "bad allocation", "bad_alloc", "out of memory", "cudaErrorMemoryAllocation")
+"""Parts of onnxruntime's messages that mean: not enough memory."""
 
 
 def choose_device(device: str, available: list[str] | None = None) -> str:
@@ -87,3 +93,17 @@ def open_session(
     session = ort.InferenceSession(str(path), options, providers=chain)
     _LOG.debug("%s runs on %s", path.name, ", ".join(session.get_providers()))
     return session
+
+
+def run_session(session: ort.InferenceSession, feed: dict[str, Any], outputs: Sequence[str] | None = None) -> list[Any]:
+    """What `session` computes, all of it or the named `outputs`.
+
+    Raises:
+        OutOfMemory: the device lacks memory.
+    """
+    try:
+        return list(session.run(outputs, feed))
+    except Exception as error:  # onnxruntime's exceptions share no base of their own
+        if isinstance(error, MemoryError) or any(lack in str(error) for lack in LACKS):
+            raise OutOfMemory((str(error).splitlines() or ["out of memory"])[0]) from None
+        raise

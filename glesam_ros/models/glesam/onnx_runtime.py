@@ -15,8 +15,7 @@ from glesam_ros.models.base import OutOfMemory
 from glesam_ros.models.glesam import catalogue
 from glesam_ros.models.glesam.base import BaseModel, Features
 from glesam_ros.models.glesam.onnx_export import ENGINES, Manifest, read_manifest
-from glesam_ros.models.glesam.runtime import means_out_of_memory
-from glesam_ros.models.onnx_session import Shapes, choose_device, open_session
+from glesam_ros.models.onnx_session import Shapes, choose_device, open_session, run_session
 from glesam_ros.validation import FloatArray, UInt8Array
 
 _LOG = logging.getLogger(__name__)
@@ -32,8 +31,6 @@ PROFILE: Shapes = {
     "labels": ((1, 1), (64, 1), (MOST_PROMPTS, MOST_POINTS)),
 }
 """Smallest, usual and largest shapes of prompts, so that one engine serves all."""
-LACKS = ("Failed to allocate", "bad allocation", "bad_alloc", "out of memory", "cudaErrorMemoryAllocation")
-"""Parts of onnxruntime's messages that mean: not enough memory."""
 
 
 def export_folder(name: str, home: Path) -> Path:
@@ -156,11 +153,9 @@ class OnnxRuntime:
     def _run(self, part: str, feed: dict[str, Tensor]) -> list[Tensor]:
         arrays = {name: np.ascontiguousarray(x.float().cpu().numpy()) for name, x in feed.items()}
         try:
-            return [torch.from_numpy(array) for array in self._sessions[part].run(None, arrays)]
-        except Exception as error:  # onnxruntime's exceptions share no base of their own
-            if means_out_of_memory(error) or any(lack in str(error) for lack in LACKS):
-                raise OutOfMemory(f"{part}: {str(error).splitlines()[0]}") from None
-            raise
+            return [torch.from_numpy(array) for array in run_session(self._sessions[part], arrays)]
+        except OutOfMemory as error:
+            raise OutOfMemory(f"{part}: {error}") from None
 
 
 def _check_bytes(folder: Path, manifest: Manifest) -> None:
