@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ENHANCEMENT_MODES = ("off", "always", "auto")
+OFF = "off"
+"""Value of `semantic` and `restorer` that loads no model."""
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
 RELIABILITIES = ("best_effort", "reliable")
@@ -62,6 +64,14 @@ class Settings:
     precision: str = _param(
         "auto", "Arithmetic of the model; auto takes what was measured best on the device.",
         choices=PRECISIONS, read_only=True,
+    )
+    semantic: str = _param(
+        OFF, "Class of every pixel: off, or the model that finds it, for example rass-nano or rass-sd21.",
+        read_only=True,
+    )
+    restorer: str = _param(
+        OFF, "The picture restored, on the topic enhanced: off, or the model that does it, for example scr-sd21.",
+        read_only=True,
     )
     cameras: tuple[str, ...] = _param(
         ("",), "Camera names; each gets its topics under its name. One empty name means topics without a prefix.",

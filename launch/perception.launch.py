@@ -21,7 +21,7 @@ RQT_DELAY_S = 5.0
 """rqt shows the sliders of the nodes that are there when it starts; later ones wait for its Refresh button."""
 CONFIG = Path(get_package_share_directory("glesam_ros")) / "config"
 
-MIRRORED = ("model", "device", "precision", "cameras", "compressed", "autostart")
+MIRRORED = ("model", "device", "precision", "semantic", "restorer", "cameras", "compressed", "autostart")
 """Arguments that set a parameter of the node, when they are given; else params_file decides."""
 YES_NO = ("true", "false")
 

@@ -19,7 +19,7 @@ LATENCIES_KEPT = 512
 
 HARMLESS_DROPS = frozenset({"overwritten", "no_subscriber", "disabled", "clock_jump"})
 """Reasons that are the design at work; all others are faults."""
-INFERENCE_FAULTS = frozenset({"inference_error", "out_of_memory"})
+INFERENCE_FAULTS = frozenset({"inference_error", "out_of_memory", "no_result"})
 """Reasons that count as failed inferences."""
 
 
@@ -35,6 +35,9 @@ class Ring:
         self._values[self._count % len(self._values)] = value
         self._count += 1
 
+    def __bool__(self) -> bool:
+        return self._count > 0
+
     def percentiles(self, *percents: float) -> list[float]:
         """Percentiles of what is kept, NaN while nothing is."""
         kept = self._values[: min(self._count, len(self._values))]
@@ -49,6 +52,10 @@ class CameraLedger:
         size: (height, width) of the newest frame that could be read, None before.
         degradation, enhanced: of the newest result, None before.
         qos_mismatch: text of a QoS mismatch, "" where there is none.
+        latency_ms: from stamp to masks.
+        encode_ms, decode_ms: of the pipeline.
+        semantic_ms, restore_ms: of the semantic model and of the restorer, in `status` once there is one.
+        own_ms: all else.
     """
 
     def __init__(self, topic: str) -> None:
@@ -58,6 +65,7 @@ class CameraLedger:
         self.enhanced: bool | None = None
         self.qos_mismatch = ""
         self.latency_ms, self.encode_ms, self.decode_ms, self.own_ms = Ring(), Ring(), Ring(), Ring()
+        self.semantic_ms, self.restore_ms = Ring(), Ring()
         self._lock = threading.Lock()
         self._received = 0
         self._processed = 0
@@ -144,8 +152,10 @@ class CameraLedger:
             values.update({f"dropped_{reason}": n for reason, n in sorted(self._dropped.items())})
             values.update({f"noticed_{what}": n for what, n in sorted(self._noticed.items())})
             values["last_fault"] = self._last_fault
-        for key, ring in (("latency", self.latency_ms), ("encode", self.encode_ms), ("decode", self.decode_ms),
-                          ("own", self.own_ms)):
+        rings = {"latency": self.latency_ms, "encode": self.encode_ms, "decode": self.decode_ms, "own": self.own_ms}
+        beside = {"semantic": self.semantic_ms, "restore": self.restore_ms}
+        rings.update({key: ring for key, ring in beside.items() if ring})
+        for key, ring in rings.items():
             for percent, value in zip((50, 95, 99), ring.percentiles(50, 95, 99)):
                 values[f"{key}_p{percent}_ms"] = f"{value:.1f}"
         values["image_size"] = f"{self.size[1]}x{self.size[0]}" if self.size else ""

@@ -43,6 +43,9 @@ from glesam_ros.ros.camera import Camera
 from glesam_ros.ros.outputs import VISION_MSGS_MISSING, Outputs, vision
 from glesam_ros.ros.scheduling import Frame, NewestFrames
 from glesam_ros.ros.worker import Worker
+from glesam_ros.semantic import Restorer, SemanticSegmenter, load_restorer, load_semantic
+from glesam_ros.settings import OFF
+from glesam_ros.validation import UInt8Array
 
 NODE_NAME = "perception"
 DEFAULT_NAMESPACE = "glesam"
@@ -83,6 +86,8 @@ class PerceptionNode(LifecycleNode):
         self.add_on_set_parameters_callback(self._on_parameters)
 
         self._pipeline: Pipeline | None = None
+        self._segmenter: SemanticSegmenter | None = None
+        self._restorer: Restorer | None = None
         self._worker: Worker | None = None
         self._cameras: dict[str, Camera] = {}
         self._frames = NewestFrames(self.settings.cameras)
@@ -120,15 +125,15 @@ class PerceptionNode(LifecycleNode):
     # Lifecycle: configure / cleanup and activate / deactivate mirror each other.
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load the model and make the result topics."""
+        """Load the models and make the result topics."""
         return self._transition("configure", self._configure, undo=self._clean_up)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Warm the model up with one inference, then listen."""
+        """Warm the models up with one inference, then listen."""
         return self._transition("activate", self._activate, undo=self._deactivate)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Stop listening and free the model; the next activate loads it again."""
+        """Stop listening and free the models; the next activate loads them again."""
         return self._transition("deactivate", self._deactivate)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -168,7 +173,11 @@ class PerceptionNode(LifecycleNode):
         pipeline = self._load()
         for name in self.settings.cameras:
             prefix = f"{name}/" if name else ""
-            outputs = Outputs(self, prefix, pipeline.model.classes, self.settings.score_threshold)
+            outputs = Outputs(
+                self, prefix, pipeline.model.classes, self.settings.score_threshold,
+                semantic_classes=self._segmenter.classes if self._segmenter is not None else None,
+                restores=self._restorer is not None,
+            )
             topic = self.resolve_topic_name(prefix + self._input_name)
             self._cameras[name] = Camera(name, topic, outputs)
 
@@ -183,7 +192,8 @@ class PerceptionNode(LifecycleNode):
         self._warm_up(pipeline)
         self._frames = NewestFrames(self.settings.cameras)
         self._worker = Worker(
-            pipeline, dict(self._cameras), self._frames, self.get_clock(), self.get_logger().warning
+            pipeline, dict(self._cameras), self._frames, self.get_clock(), self.get_logger().warning,
+            self._segmenter, self._restorer,
         )
         self._worker.start()
         for camera in self._cameras.values():
@@ -195,36 +205,59 @@ class PerceptionNode(LifecycleNode):
             self.destroy_subscription(subscription)
         self._subscriptions_of_images, self._subscriptions_of_prompts = [], []
         worker, self._worker = self._worker, None
-        pipeline, self._pipeline = self._pipeline, None
+        models = self._pipeline, self._segmenter, self._restorer
+        self._pipeline = self._segmenter = self._restorer = None
         if worker is not None and not worker.stop(STOP_TIMEOUT_S):
             raise RuntimeError(
                 f"the model did not finish a frame within {STOP_TIMEOUT_S:g} s, so its memory cannot be freed; "
                 "restart the node if it does not recover"
             )
         self._forget_frames("disabled")
-        if pipeline is not None:
-            pipeline.close()
-        del worker, pipeline
+        for model in models:
+            if model is not None:
+                model.close()
+        del worker, model, models
         gc.collect()
         for camera in self._cameras.values():
             camera.ledger.rest()
 
     def _load(self) -> Pipeline:
+        settings = self.settings
         started = time.monotonic()
-        self._pipeline = load_pipeline(**dataclasses.asdict(self.settings))
+        self._pipeline = load_pipeline(**dataclasses.asdict(settings))
         # a parameter may have changed while the model was loading
         self._pipeline.settings = self.settings
         self._device_text = self._pipeline.model.device
-        self.get_logger().info(
-            f"model {self.settings.model} loaded on {self._device_text} in {time.monotonic() - started:.2f} s"
-        )
+        self._log_load("model", settings.model, self._device_text, started)
+        if settings.semantic != OFF:
+            started = time.monotonic()
+            self._segmenter = load_semantic(settings.semantic, settings.device, settings.precision)
+            self._log_load("semantic", settings.semantic, self._segmenter.device, started)
+        if settings.restorer != OFF:
+            started = time.monotonic()
+            self._restorer = load_restorer(settings.restorer, settings.device, settings.precision)
+            self._log_load("restorer", settings.restorer, self._restorer.device, started)
         return self._pipeline
+
+    def _log_load(self, what: str, name: str, device: str, started: float) -> None:
+        self.get_logger().info(f"{what} {name} loaded on {device} in {time.monotonic() - started:.2f} s")
 
     def _warm_up(self, pipeline: Pipeline) -> None:
         started = time.monotonic()
         image = np.random.default_rng(0).integers(0, 256, (*WARM_UP_SIZE, 3), np.uint8)
         pipeline.warm_up(image)
+        if self._segmenter is not None:
+            self._warm_up_beside("semantic", self._segmenter.segment, image)
+        if self._restorer is not None:
+            self._warm_up_beside("restorer", self._restorer.restore, image)
         self.get_logger().info(f"warm-up inference took {1e3 * (time.monotonic() - started):.0f} ms")
+
+    def _warm_up_beside(self, what: str, model: Callable[[UInt8Array], Any], image: UInt8Array) -> None:
+        """As for frames: what cannot be made beside the masks does not stop them."""
+        try:
+            model(image)
+        except Exception as error:  # whatever the model raises
+            self.get_logger().error(f"warm-up of the {what} failed, masks go on: {type(error).__name__}: {error}")
 
     def _autostart(self) -> None:
         self._autostart_timer.cancel()
@@ -409,6 +442,10 @@ class PerceptionNode(LifecycleNode):
             "model": settings.model,
             "device": self._device_text,
             "precision": settings.precision,
+            "semantic": settings.semantic,
+            "semantic_device": segmenter.device if (segmenter := self._segmenter) is not None else "",
+            "restorer": settings.restorer,
+            "restorer_device": restorer.device if (restorer := self._restorer) is not None else "",
             "enhancement": settings.enhancement,
             "processing_size": settings.processing_size,
             "processing_size_now": memory.now.size if memory else "",
@@ -426,8 +463,10 @@ class PerceptionNode(LifecycleNode):
         """Stop working at once; False when a model is still busy, so that threads are left behind."""
         worker, self._worker = self._worker, None
         stopped = worker is None or worker.stop(EXIT_TIMEOUT_S)
-        if stopped and not self._is_in_transition and self._pipeline is not None:
-            self._pipeline.close()
+        if stopped and not self._is_in_transition:
+            for model in (self._pipeline, self._segmenter, self._restorer):
+                if model is not None:
+                    model.close()
         return stopped and not self._is_in_transition
 
 

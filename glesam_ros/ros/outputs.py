@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from glesam_ros.instances import Instances
 from glesam_ros.overlay import draw_overlay
 from glesam_ros.ros import qos
 from glesam_ros.ros.conversions import array_to_image
+from glesam_ros.semantic import NO_CLASS, SemanticMap, class_of_instances
 from glesam_ros.validation import UInt8Array
 
 try:
@@ -29,6 +31,15 @@ else:
 
 LabelMap = np.ndarray[Any, np.dtype[np.uint16]]
 
+OF_INSTANCES = frozenset({"masks", "confidence", "detections", "overlay"})
+"""Outputs for which masks are decoded."""
+OF_EMBEDDING = OF_INSTANCES | {"quality"}
+"""Outputs for which the picture is encoded."""
+OF_CLASSES = frozenset({"semantic", "semantic/confidence"})
+"""Outputs that show nothing but the class map."""
+WITH_CLASSES = OF_CLASSES | {"detections", "overlay"}
+"""Outputs for which, where a semantic model is loaded, classes are found."""
+
 
 class Outputs:
     """Publishers of one camera.
@@ -38,12 +49,27 @@ class Outputs:
         prefix: "" or the camera name and a slash.
         classes: class names of the model; published latched on `label_info`.
         score_threshold: written to `label_info`.
+        semantic_classes: class names of the class map; published latched on `semantic/label_info`. None where no
+            semantic model is loaded; then there are no topics of it.
+        restores: whether a restorer is loaded; else there is no topic `enhanced`.
     """
 
-    def __init__(self, node: Node, prefix: str, classes: tuple[str, ...], score_threshold: float) -> None:
+    def __init__(
+        self,
+        node: Node,
+        prefix: str,
+        classes: tuple[str, ...],
+        score_threshold: float,
+        semantic_classes: Sequence[str] | None = None,
+        restores: bool = False,
+    ) -> None:
         self._node = node
         self._classes = classes
         types: dict[str, Any] = {"masks": Image, "confidence": Image, "overlay": Image}
+        if semantic_classes is not None:
+            types |= dict.fromkeys(sorted(OF_CLASSES), Image)
+        if restores:
+            types["enhanced"] = Image
         if vision is not None:
             types |= {"detections": vision.Detection2DArray, "quality": vision.Classification}
         self._publishers: dict[str, Publisher] = {
@@ -52,17 +78,19 @@ class Outputs:
             )
             for name, kind in types.items()
         }
-        self._label_info: Publisher | None = None
+        self._label_infos: list[Publisher] = []
         if vision is not None:
-            self._label_info = node.create_publisher(vision.LabelInfo, prefix + "label_info", qos.latched())
-            self._label_info.publish(_label_info(classes, score_threshold, node.get_clock().now().to_msg()))
+            # 0 is the background
+            self._latch(prefix + "label_info", enumerate(classes, start=1), score_threshold)
+            if semantic_classes is not None:
+                self._latch(prefix + "semantic/label_info", enumerate(semantic_classes), 0.0)
 
     def wanted(self) -> frozenset[str]:
         """Names of the outputs that have a subscriber now."""
         return frozenset(n for n, p in self._publishers.items() if p.get_subscription_count() > 0)
 
     def publish_masks(self, wanted: frozenset[str], header: Header, instances: Instances) -> LabelMap | None:
-        """Publish `masks`, `confidence` and `detections` where wanted, with `header` as it came.
+        """Publish `masks` and `confidence` where wanted, with `header` as it came.
 
         Returns:
             The label map, None when it was not needed.
@@ -75,9 +103,37 @@ class Outputs:
             if "confidence" in wanted:
                 confidence = instances.confidence_map(labels)
                 self._publishers["confidence"].publish(array_to_image(confidence, "32FC1", header))
-        if "detections" in wanted:
-            self._publishers["detections"].publish(_detections(instances, header, self._classes[0]))
         return labels
+
+    def publish_detections(
+        self, wanted: frozenset[str], header: Header, instances: Instances, semantic: SemanticMap | None
+    ) -> None:
+        """Publish `detections` where wanted.
+
+        The first hypothesis of each is that of the model: its class ("object") and the predicted IoU. Where there is a
+        class map, a second one is the name of the class that fills the mask, and its score. `id` is the mask value.
+        """
+        if "detections" in wanted:
+            message = _detections(instances, header, self._classes[0])
+            if semantic is not None:
+                _add_classes(message, instances, semantic)
+            self._publishers["detections"].publish(message)
+
+    def publish_semantic(self, wanted: frozenset[str], header: Header, semantic: SemanticMap) -> None:
+        """Publish `semantic` (mono8, or mono16 where there are more than 256 classes) and its confidence where wanted.
+
+        A pixel is the index of its class in `semantic.classes`, the `class_id` of `semantic/label_info`.
+        """
+        if "semantic" in wanted:
+            encoding = "mono8" if semantic.labels.dtype == np.uint8 else "mono16"
+            self._publishers["semantic"].publish(array_to_image(semantic.labels, encoding, header))
+        if "semantic/confidence" in wanted:
+            self._publishers["semantic/confidence"].publish(array_to_image(semantic.confidence, "32FC1", header))
+
+    def publish_enhanced(self, wanted: frozenset[str], header: Header, image: UInt8Array) -> None:
+        """Publish `enhanced` where wanted: the restored picture, (H, W, 3) uint8 RGB, as rgb8."""
+        if "enhanced" in wanted:
+            self._publishers["enhanced"].publish(array_to_image(image, "rgb8", header))
 
     def publish_quality(self, wanted: frozenset[str], header: Header, degradation: float, enhanced: bool) -> None:
         """Publish `quality` where wanted: degradation 0 (clear) .. 1, and enhanced as 0 or 1."""
@@ -97,20 +153,28 @@ class Outputs:
         instances: Instances,
         alpha: float,
         labels: LabelMap | None,
+        semantic: SemanticMap | None,
     ) -> None:
-        """Publish `overlay` where wanted: the (H, W, 3) RGB `image` with the masks over it, as bgr8."""
+        """Publish `overlay` where wanted: the (H, W, 3) RGB `image`, class colours, the masks over it, as bgr8."""
         if "overlay" in wanted:
-            picture = draw_overlay(image, instances, alpha, labels)
+            picture = draw_overlay(image, instances, alpha, labels, semantic)
             self._publishers["overlay"].publish(array_to_image(picture, "bgr8", header))
 
     def destroy(self) -> None:
         """Remove the topics."""
         for publisher in self._publishers.values():
             self._node.destroy_publisher(publisher)
-        self._publishers = {}
-        if self._label_info is not None:
-            self._node.destroy_publisher(self._label_info)
-            self._label_info = None
+        for publisher in self._label_infos:
+            self._node.destroy_publisher(publisher)
+        self._publishers, self._label_infos = {}, []
+
+    def _latch(self, topic: str, classes: Iterable[tuple[int, str]], threshold: float) -> None:
+        message = vision.LabelInfo(threshold=float(threshold))
+        message.header.stamp = self._node.get_clock().now().to_msg()
+        message.class_map = [vision.VisionClass(class_id=number, class_name=name) for number, name in classes]
+        publisher = self._node.create_publisher(vision.LabelInfo, topic, qos.latched())
+        publisher.publish(message)
+        self._label_infos.append(publisher)
 
 
 def _detections(instances: Instances, header: Header, class_id: str) -> Any:
@@ -131,11 +195,13 @@ def _detections(instances: Instances, header: Header, class_id: str) -> Any:
     return vision.Detection2DArray(header=header, detections=detections)
 
 
-def _label_info(classes: tuple[str, ...], threshold: float, stamp: Any) -> Any:
-    # 0 is the background
-    message = vision.LabelInfo(threshold=float(threshold))
-    message.header.stamp = stamp
-    message.class_map = [
-        vision.VisionClass(class_id=number, class_name=name) for number, name in enumerate(classes, start=1)
-    ]
-    return message
+def _add_classes(message: Any, instances: Instances, semantic: SemanticMap) -> None:
+    """A second hypothesis for each detection that has a class: the one that fills its mask."""
+    indices, scores = class_of_instances(instances, semantic)
+    for detection, index, score in zip(message.detections, indices.tolist(), scores.tolist()):
+        if index == NO_CLASS:
+            continue
+        result = vision.ObjectHypothesisWithPose()
+        result.hypothesis.class_id = semantic.classes[index]
+        result.hypothesis.score = score
+        detection.results.append(result)

@@ -8,8 +8,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from rclpy.clock import Clock
 from sensor_msgs.msg import CompressedImage
 
@@ -17,9 +18,15 @@ from glesam_ros.models import Embedding, OutOfMemory
 from glesam_ros.pipeline import Pipeline
 from glesam_ros.ros.camera import Camera
 from glesam_ros.ros.conversions import ConversionError, compressed_to_rgb, image_to_rgb
-from glesam_ros.ros.diagnostics import worth_a_log_line
+from glesam_ros.ros.diagnostics import Ring, worth_a_log_line
+from glesam_ros.ros.outputs import OF_CLASSES, OF_EMBEDDING, OF_INSTANCES, WITH_CLASSES
 from glesam_ros.ros.scheduling import Frame, HandOver, NewestFrames
+from glesam_ros.semantic import Restorer, SemanticMap, SemanticSegmenter
 from glesam_ros.validation import UInt8Array
+
+Result = TypeVar("Result")
+NAMED_SHARE = 0.01
+"""Classes that cover less of a picture are not named to the restorer."""
 
 
 class DroppedFrame(Exception):
@@ -38,6 +45,7 @@ class Encoded:
         wanted: outputs that had a subscriber when it was taken.
         prompts: arguments for `Pipeline.decode`.
         stamp_ns: 0 where the stamp is.
+        embedding: None where no output needs it.
         own_s: seconds spent on it beside the model.
         encode_s: seconds in `Pipeline.encode`.
     """
@@ -48,13 +56,16 @@ class Encoded:
     image: UInt8Array
     prompts: dict[str, Any]
     stamp_ns: int
-    embedding: Embedding
+    embedding: Embedding | None
     own_s: float
     encode_s: float
 
 
 class Worker:
     """Takes frames in turns, converts, encodes, decodes, publishes. No frame and no model fault ends it.
+
+    Masks go out first; then classes are found, and what shows them goes out; the restored picture is last. A fault of
+    the segmenter or the restorer costs its own result only: detections and overlay then go out without classes.
 
     One thread does it all; where the model overlaps, a second one decodes and publishes a frame while the first is with
     the next. The age of a frame is checked right before inference: that is the last moment at which dropping it saves
@@ -66,6 +77,8 @@ class Worker:
         frames: where the newest frames are taken from; closing it ends the work.
         clock: the node's clock, for ages.
         warn: takes the text of a log line.
+        segmenter: finds the class of each pixel; None where the parameter `semantic` is off.
+        restorer: restores pictures; None where the parameter `restorer` is off.
     """
 
     def __init__(
@@ -75,12 +88,16 @@ class Worker:
         frames: NewestFrames,
         clock: Clock,
         warn: Callable[[str], Any],
+        segmenter: SemanticSegmenter | None = None,
+        restorer: Restorer | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._cameras = cameras
         self._frames = frames
         self._clock = clock
         self._warn = warn
+        self._segmenter = segmenter
+        self._restorer = restorer
         self._stopping = threading.Event()
         self._hand_over: HandOver[Encoded] | None = None
         self._threads = [threading.Thread(target=self._take_frames, name="inference", daemon=True)]
@@ -156,40 +173,90 @@ class Worker:
             ledger.noticed("dropped_prompt", text)
             self._warn(f"{camera.label}: prompt {text}")
         self._check_age(camera, stamp_ns, frame, settings.max_frame_age_ms)
-        before = time.perf_counter()
-        with _inference():
-            embedding = self._pipeline.encode(image, camera.gate)
-        after = time.perf_counter()
+        before = after = time.perf_counter()
+        embedding = None
+        if wanted & OF_EMBEDDING:
+            with _inference():
+                embedding = self._pipeline.encode(image, camera.gate)
+            after = time.perf_counter()
         return Encoded(
             camera, frame, wanted, image, prompts, stamp_ns, embedding, own_s=before - started, encode_s=after - before
         )
 
     def _finish(self, encoded: Encoded) -> None:
-        """The second half: decode and publish."""
+        """The second half: decode, find classes, restore; each result is published as soon as it is there."""
         camera, frame, wanted, embedding = encoded.camera, encoded.frame, encoded.wanted, encoded.embedding
-        ledger, header = camera.ledger, frame.message.header
-        instances = labels = None
-        before = after = time.perf_counter()
-        if wanted - {"quality"}:
+        ledger, header, outputs = camera.ledger, frame.message.header, camera.outputs
+        segmenter = self._segmenter if wanted & WITH_CLASSES else None
+        restorer = self._restorer if "enhanced" in wanted else None
+        instances = labels = semantic = None
+        began = time.perf_counter()
+        if embedding is not None and wanted & OF_INSTANCES:
             with _inference():
                 instances = self._pipeline.decode(embedding, **encoded.prompts)
-            after = time.perf_counter()
+        decode_s = in_models_s = time.perf_counter() - began
         if self._stopping.is_set():
             ledger.dropped("disabled")
             return
 
+        published = wanted & OF_EMBEDDING
         if instances is not None:
-            labels = camera.outputs.publish_masks(wanted, header, instances)
-        ledger.latency_ms.add(self._age_ms(encoded.stamp_ns, frame))
-        camera.outputs.publish_quality(wanted, header, embedding.degradation, embedding.enhanced)
+            labels = outputs.publish_masks(wanted, header, instances)
+            if segmenter is None:
+                outputs.publish_detections(wanted, header, instances, None)
+        if embedding is not None:
+            ledger.latency_ms.add(self._age_ms(encoded.stamp_ns, frame))
+            outputs.publish_quality(wanted, header, embedding.degradation, embedding.enhanced)
+            ledger.degradation, ledger.enhanced = embedding.degradation, embedding.enhanced
+            ledger.encode_ms.add(1e3 * encoded.encode_s)
+            ledger.decode_ms.add(1e3 * decode_s)
+
+        if segmenter is not None:
+            semantic, took_s = self._attempt(camera, "semantic", ledger.semantic_ms, segmenter.segment, encoded.image)
+            in_models_s += took_s
+        if semantic is not None:
+            outputs.publish_semantic(wanted, header, semantic)
+            published |= wanted & OF_CLASSES
         if instances is not None:
+            if segmenter is not None:
+                outputs.publish_detections(wanted, header, instances, semantic)
             alpha = self._pipeline.settings.overlay_alpha
-            camera.outputs.publish_overlay(wanted, header, encoded.image, instances, alpha, labels)
-        ledger.degradation, ledger.enhanced = embedding.degradation, embedding.enhanced
-        ledger.encode_ms.add(1e3 * encoded.encode_s)
-        ledger.decode_ms.add(1e3 * (after - before))
-        ledger.own_ms.add(1e3 * (encoded.own_s + time.perf_counter() - after))
-        ledger.processed()
+            outputs.publish_overlay(wanted, header, encoded.image, instances, alpha, labels, semantic)
+
+        if restorer is not None and not self._stopping.is_set():
+            names = _class_names(semantic) if semantic is not None else ()
+            restored, took_s = self._attempt(
+                camera, "restorer", ledger.restore_ms, restorer.restore, encoded.image, names
+            )
+            in_models_s += took_s
+            if restored is not None:
+                outputs.publish_enhanced(wanted, header, restored)
+                published |= {"enhanced"}
+
+        ledger.own_ms.add(1e3 * (encoded.own_s + time.perf_counter() - began - in_models_s))
+        if published:
+            ledger.processed()
+        elif self._stopping.is_set():
+            ledger.dropped("disabled")
+        else:
+            ledger.dropped("no_result", "no model that was asked could make its result; the notices say why")
+
+    def _attempt(
+        self, camera: Camera, what: str, times_ms: Ring, model: Callable[..., Result], *arguments: Any
+    ) -> tuple[Result | None, float]:
+        """A result beside the masks, and the seconds spent on it; a fault costs the result and not the frame."""
+        started = time.perf_counter()
+        try:
+            result = model(*arguments)
+        except OutOfMemory as error:
+            self._notice(camera, f"{what}_out_of_memory", str(error))
+        except Exception as error:
+            self._notice(camera, f"{what}_error", f"{type(error).__name__}: {error}", error)
+        else:
+            took_s = time.perf_counter() - started
+            times_ms.add(1e3 * took_s)
+            return result, took_s
+        return None, time.perf_counter() - started
 
     def _check_stamp(self, camera: Camera, stamp: Any) -> int:
         """The stamp in ns; a zero stamp is noticed, a frame older than the one before it is dropped."""
@@ -226,18 +293,30 @@ class Worker:
             return 1e3 * (time.monotonic() - frame.arrival)
         return (self._clock.now().nanoseconds - stamp_ns) / 1e6
 
-    def _notice(self, camera: Camera, what: str, text: str) -> None:
+    def _notice(self, camera: Camera, what: str, text: str, error: Exception | None = None) -> None:
         count = camera.ledger.noticed(what, text)
         if worth_a_log_line(count):
-            self._warn(f"{camera.label}: {what}: {text} [{count} so far, next note at {10 * count}]")
+            note = f"{camera.label}: {what}: {text} [{count} so far, next note at {10 * count}]"
+            self._warn(note if error is None else f"{note}\n{_traceback(error)}")
 
     def _drop(self, camera: Camera, reason: str, error: Exception) -> None:
         count = camera.ledger.dropped(reason, str(error))
         if worth_a_log_line(count):
             text = f"{camera.label}: frame dropped, {reason}: {error} [{count} so far, next note at {10 * count}]"
             if reason in ("inference_error", "internal_error"):
-                text += "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
+                text += f"\n{_traceback(error)}"
             self._warn(text)
+
+
+def _class_names(semantic: SemanticMap) -> tuple[str, ...]:
+    """Names of the classes in the picture, largest first, as a restorer's prompt takes them; without specks."""
+    pixels = np.bincount(semantic.labels.ravel(), minlength=len(semantic.classes))
+    order = np.argsort(-pixels, kind="stable")
+    return tuple(semantic.classes[k] for k in order if pixels[k] >= NAMED_SHARE * semantic.labels.size)
+
+
+def _traceback(error: Exception) -> str:
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
 
 
 @contextlib.contextmanager

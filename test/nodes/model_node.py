@@ -8,6 +8,13 @@ Short of memory, own size 1024: `tight` has room for 768 pixels and 16 prompts a
 has it always; `hungry` has room for nothing while the picture is red, `starved` always.
 
 Each half takes 0.1 s and is logged with its times: `paired`, which overlaps, and `single`, which does not.
+
+Semantic models: `horizon` says white is "person", the rest "sky" in the upper half and "road" in the lower one, sure as
+`SURE` says; it raises on a red picture, lacks memory for a green one. `horizon300` has its classes at 0, 1 and 299 of
+300. `horizon-filed` can be loaded where the file that SEMANTIC_WEIGHTS names is there. Restorer: `negative`, which
+raises on a red picture and lacks memory for a green one. Their calls are logged.
+
+At its end the process prints which modules of ours and which libraries of networks it has imported.
 """
 
 from __future__ import annotations
@@ -21,13 +28,23 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from glesam_ros.models import Candidates, Embedding, OutOfMemory, register_model
+from glesam_ros.models import (
+    Candidates,
+    Embedding,
+    OutOfMemory,
+    register_model,
+    register_restorer,
+    register_semantic,
+)
 
 SCALE = 4
 SLOW_S = 2.0
 PAUSE_S = 0.1
 ROOM = 768, 16
 DOTTED = "bright2.1_tiny+glesam"
+SURE = 4.0
+"""Logit of the class that a pixel shows; that of all others is 0."""
+NETWORK_LIBRARIES = ("onnxruntime", "torch", "diffusers", "transformers")
 LOG = logging.getLogger("glesam_ros.test_model")
 
 
@@ -173,6 +190,76 @@ def timed(stage, call, *arguments):
     return found
 
 
+def refuse(image):
+    """Red and green pictures are too much."""
+    if is_red(image):
+        raise RuntimeError("red is too much")
+    if image[0, 0, 1] == 255 and image[0, 0, 0] == 0:
+        raise OutOfMemory("green takes all memory")
+
+
+class Horizon:
+    places = 0, 1, 2
+
+    def __init__(self, device: str, precision: str) -> None:
+        self.name, self.device = "horizon", f"{device} and {precision}"
+        count = max(3, self.places[-1] + 1)
+        names = {k: f"class {k}" for k in range(count)} | dict(zip(self.places, ("sky", "road", "person")))
+        self.classes = tuple(names.values())
+        self.palette = np.random.default_rng(0).integers(0, 256, (count, 3), np.uint8)
+        self.is_closed = False
+        LOG.info("semantic loaded")
+
+    def logits(self, image):
+        if self.is_closed:
+            raise RuntimeError("the semantic model was used after close()")
+        LOG.info("semantic call")
+        refuse(image)
+        sky, road, person = self.places
+        logits = np.zeros((len(self.classes), *image.shape[:2]), np.float32)
+        middle, is_white = image.shape[0] // 2, (image == 255).all(2)
+        logits[sky, :middle] = logits[road, middle:] = logits[person] = SURE
+        logits[[sky, road]] *= ~is_white
+        logits[person] *= is_white
+        return logits
+
+    def free(self): ...
+
+    def close(self):
+        LOG.info("semantic closed")
+        self.is_closed = True
+
+
+class Horizon300(Horizon):
+    places = 0, 1, 299
+
+
+def _horizon_filed(device: str, precision: str):
+    path = Path(os.environ["SEMANTIC_WEIGHTS"])
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: weights of horizon are missing; get them: glesam models get horizon")
+    return Horizon(device, precision)
+
+
+class Negative:
+    def __init__(self, device: str, precision: str) -> None:
+        self.name, self.device = "negative", "cpu"
+        self.is_closed = False
+
+    def restore(self, image, classes=()):
+        if self.is_closed:
+            raise RuntimeError("the restorer was used after close()")
+        LOG.info("restorer call with %s", list(classes))
+        refuse(image)
+        return 255 - image
+
+    def free(self): ...
+
+    def close(self):
+        LOG.info("restorer closed")
+        self.is_closed = True
+
+
 def _absent(device: str, precision: str):
     raise RuntimeError("expected weights beside the model, found none; train it first")
 
@@ -192,4 +279,10 @@ if __name__ == "__main__":
     register_model(DOTTED, Bright)
     register_model("absent", _absent)
     register_model("filed", _filed)
-    sys.exit(main())
+    register_semantic("horizon", Horizon)
+    register_semantic("horizon300", Horizon300)
+    register_semantic("horizon-filed", _horizon_filed)
+    register_restorer("negative", Negative)
+    code = main()
+    print("modules:", *sorted(m for m in sys.modules if m.startswith("glesam_ros.") or m in NETWORK_LIBRARIES))
+    sys.exit(code)

@@ -1,0 +1,272 @@
+"""Classes and restored pictures in the node: known answers, headers, laziness, faults that cost their own result."""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+from rclpy.qos import QoSDurabilityPolicy, QoSProfile
+from ros_graph import image_message, picture, wait_for
+from sensor_msgs.msg import Image
+from vision_msgs.msg import Classification, Detection2DArray, LabelInfo
+
+LARGE, SMALL = (20, 20, 60, 60), (100, 40, 40, 40)
+RED, GREEN, GROUND = (255, 0, 0), (0, 255, 0), (30, 60, 90)
+SKY, ROAD, PERSON = 0, 1, 2
+SURE = math.exp(4) / (math.exp(4) + 2)
+"""Softmax of logits 4, 0, 0, which the test model gives."""
+LATCHED = QoSProfile(depth=1, durability=QoSDurabilityPolicy.TRANSIENT_LOCAL)
+OK, WARN, ERROR = b"\x00", b"\x01", b"\x02"
+TOPICS = ("semantic", "semantic/confidence", "semantic/label_info", "enhanced")
+
+
+def array_of(message: Image) -> np.ndarray:
+    """Pixels by the plain rules of sensor_msgs/Image."""
+    kind, channels = {
+        "mono8": ("u1", 1), "mono16": ("<u2", 1), "32FC1": ("<f4", 1), "rgb8": ("u1", 3), "bgr8": ("u1", 3)
+    }[message.encoding]
+    assert message.step == message.width * channels * np.dtype(kind).itemsize and not message.is_bigendian
+    return np.frombuffer(bytes(message.data), kind).reshape(message.height, message.width, channels).squeeze()
+
+
+def truth(pixels: np.ndarray, person: int = PERSON) -> np.ndarray:
+    """The class map that the test model has to give for a picture."""
+    labels = np.full(pixels.shape[:2], SKY)
+    labels[len(labels) // 2 :] = ROAD
+    labels[(pixels == 255).all(2)] = person
+    return labels
+
+
+def frames(client, squares=(LARGE, SMALL), ground=GROUND):
+    return lambda: image_message(picture(squares, ground=ground), client.stamp())
+
+
+def calls(client, words="semantic call"):
+    return len(client.logged(words))
+
+
+@pytest.fixture(scope="module")
+def node(launch_shared):
+    """A node with classes and restored pictures."""
+    return launch_shared(semantic="horizon", restorer="negative", max_frame_age_ms=10_000)
+
+
+@pytest.fixture(scope="module")
+def results(node):
+    """One frame with two squares, and one message of every output."""
+    kinds = dict.fromkeys(("masks", "semantic", "semantic/confidence", "enhanced", "overlay"), Image)
+    inboxes = {name: node.subscribe(kind, name) for name, kind in (kinds | {"detections": Detection2DArray}).items()}
+    sent = image_message(picture((LARGE, SMALL)), node.stamp(), "front_optical")
+    node.stream(lambda: sent, lambda: all(inbox.messages for inbox in inboxes.values()), "a message of every output")
+    return sent, {name: inbox.last for name, inbox in inboxes.items()}
+
+
+def test_every_result_has_the_header_and_the_size_of_its_image(results):
+    sent, found = results
+    for name, message in found.items():
+        assert message.header == sent.header, name
+        if isinstance(message, Image):
+            assert (message.height, message.width) == (sent.height, sent.width), name
+
+
+def test_class_map_is_the_known_one_pixel_by_pixel(results):
+    assert results[1]["semantic"].encoding == "mono8"
+    np.testing.assert_array_equal(array_of(results[1]["semantic"]), truth(picture((LARGE, SMALL))))
+
+
+def test_confidence_is_the_softmax_of_the_logits(results):
+    assert results[1]["semantic/confidence"].encoding == "32FC1"
+    np.testing.assert_allclose(array_of(results[1]["semantic/confidence"]), SURE, atol=1e-6)
+
+
+def test_detections_keep_their_first_hypothesis_and_get_a_class_as_second(results):
+    labels, found = array_of(results[1]["masks"]), results[1]["detections"].detections
+    semantic = array_of(results[1]["semantic"])
+    assert len(found) == 2
+    for detection, score in zip(found, (0.95, 0.75)):
+        first, second = (result.hypothesis for result in detection.results)
+        assert (first.class_id, first.score) == ("object", pytest.approx(score))
+        assert second.class_id == "person"
+        # the mask is a little larger or smaller than the square
+        share = (semantic[labels == int(detection.id)] == PERSON).mean()
+        assert second.score == pytest.approx(share * SURE, abs=0.01)
+
+
+def test_overlay_shows_the_colour_of_the_class_where_no_mask_is(results):
+    overlay, labels = array_of(results[1]["overlay"]), array_of(results[1]["masks"])
+    palette = np.random.default_rng(0).integers(0, 256, (3, 3), np.uint8).astype(float)
+    far = cv2.dilate((labels > 0).astype(np.uint8), np.ones((9, 9), np.uint8)) == 0
+    far[:40] = far[58:62] = False  # the status line, and the edge of two classes
+    for rows, index in ((slice(40, 58), SKY), (slice(62, 120), ROAD)):
+        seen = overlay[rows][far[rows]][:, ::-1].astype(float)
+        assert (seen == seen[0]).all()
+        # between the ground and the colour of the class, on the line that joins them
+        way = (seen[0] - GROUND) @ (palette[index] - GROUND) / ((palette[index] - GROUND) ** 2).sum()
+        assert 0.1 < way <= 1
+        np.testing.assert_allclose(seen[0], GROUND + way * (palette[index] - GROUND), atol=1)
+
+
+def test_enhanced_is_what_the_restorer_made(results, node):
+    assert results[1]["enhanced"].encoding == "rgb8"
+    np.testing.assert_array_equal(array_of(results[1]["enhanced"]), 255 - picture((LARGE, SMALL)))
+    # its prompt: classes by area
+    node.wait_log("restorer call with ['road', 'sky', 'person']")
+
+
+def test_label_info_of_the_class_map_waits_for_late_subscribers(results, node):
+    inbox = node.subscribe(LabelInfo, "semantic/label_info", LATCHED)
+    wait_for(lambda: inbox.messages, "label_info")
+    assert [(c.class_id, c.class_name) for c in inbox.last.class_map] == [(0, "sky"), (1, "road"), (2, "person")]
+    instances = node.subscribe(LabelInfo, "label_info", LATCHED)
+    wait_for(lambda: instances.messages, "label_info of the masks")
+    assert [(c.class_id, c.class_name) for c in instances.last.class_map] == [(1, "object")]
+
+
+def test_diagnostics_have_own_times_and_name_the_models(results, node):
+    wait_for(lambda: "semantic_p50_ms" in node.values() and "restore_p50_ms" in node.values(), "own times")
+    for stage in ("semantic", "restore"):
+        for percent in (50, 95, 99):
+            assert 0 <= float(node.values()[f"{stage}_p{percent}_ms"]) < 10_000
+    values = node.values("model")
+    assert (values["semantic"], values["semantic_device"]) == ("horizon", "auto and auto")
+    assert (values["restorer"], values["restorer_device"]) == ("negative", "cpu")
+
+
+def test_models_run_only_for_the_outputs_that_show_them(launch):
+    """One camera for each output, with frames only while it is asked."""
+    semantic, restorer = {"semantic", "semantic/confidence", "overlay", "detections"}, {"enhanced"}
+    topics = ("masks", "confidence", "quality", *sorted(semantic | restorer))
+    names = [topic.replace("/", "_") for topic in topics]
+    client = launch(semantic="horizon", restorer="negative", cameras=names, max_frame_age_ms=10_000)
+    client.wait_log("warm-up inference took")
+    for topic, name in zip(topics, names):
+        kind = {"detections": Detection2DArray, "quality": Classification}.get(topic, Image)
+        inbox = client.subscribe(kind, f"{name}/{topic}")
+        before = calls(client), calls(client, "restorer call")
+        client.stream(frames(client), lambda i=inbox: len(i) >= 3, topic, f"{name}/image")
+        client.wait_count("frames_processed", 3, f"camera {name}")
+        after = calls(client), calls(client, "restorer call")
+        assert (after[0] - before[0] >= 3) == (topic in semantic), topic
+        assert (after[1] - before[1] >= 3) == (topic in restorer), topic
+        assert topic in semantic or after[0] == before[0], topic
+        assert topic in restorer or after[1] == before[1], topic
+
+
+def test_pictures_are_encoded_only_for_outputs_of_masks(launch):
+    client = launch(semantic="horizon", model="fragile")
+    semantic = client.subscribe(Image, "semantic")
+    client.stream(frames(client), lambda: len(semantic) >= 3, "class maps")
+    client.wait_count("frames_processed", 3)
+    assert client.values()["encode_p50_ms"] == "nan" and client.values()["latency_p50_ms"] == "nan"
+
+
+def test_off_costs_nothing(launch):
+    client = launch()
+    overlay, detections = client.subscribe(Image, "overlay"), client.subscribe(Detection2DArray, "detections")
+    client.stream(frames(client), lambda: overlay.messages and detections.messages, "results")
+    for detection in detections.last.detections:
+        assert [result.hypothesis.class_id for result in detection.results] == ["object"]
+    for topic in TOPICS:
+        assert not client.node.count_publishers(f"/{client.namespace}/{topic}")
+    client.wait_count("frames_processed", 1)
+    assert not [key for key in client.values() if key.startswith(("semantic", "restore"))]
+    assert not client.logged("semantic loaded")
+    assert client.ros.end() == 0
+    modules = client.ros.output.split("modules:")[1].split()
+    assert "glesam_ros.ros.node" in modules
+    unasked = ("glesam_ros.models.rass", "onnxruntime", "torch", "diffusers", "transformers")
+    assert not [module for module in modules if module.startswith(unasked)]
+
+
+def test_more_than_256_classes_need_16_bit(launch):
+    client = launch(semantic="horizon300")
+    semantic = client.subscribe(Image, "semantic")
+    client.stream(frames(client), lambda: semantic.messages, "a class map")
+    assert semantic.last.encoding == "mono16"
+    np.testing.assert_array_equal(array_of(semantic.last), truth(picture((LARGE, SMALL)), person=299))
+    info = client.subscribe(LabelInfo, "semantic/label_info", LATCHED)
+    wait_for(lambda: info.messages, "label_info")
+    assert [c.class_id for c in info.last.class_map] == list(range(300))
+    assert info.last.class_map[299].class_name == "person"
+
+
+@pytest.mark.parametrize(("ground", "slug", "text"), [
+    (RED, "error", "RuntimeError: red is too much"), (GREEN, "out_of_memory", "green takes all memory"),
+])
+def test_a_fault_beside_the_masks_costs_its_own_result_only(launch, ground, slug, text):
+    client = launch(semantic="horizon", restorer="negative")
+    masks, semantic = client.subscribe(Image, "masks"), client.subscribe(Image, "semantic")
+    overlay, enhanced = client.subscribe(Image, "overlay"), client.subscribe(Image, "enhanced")
+    detections = client.subscribe(Detection2DArray, "detections")
+    without = (masks, overlay, detections)
+    client.stream(frames(client, ground=ground), lambda: all(len(i) >= 3 for i in without), "results without classes")
+    for detection in detections.last.detections:
+        assert [result.hypothesis.class_id for result in detection.results] == ["object"]
+    assert not semantic.messages and not enhanced.messages
+    for what in ("semantic", "restorer"):
+        client.wait_count(f"noticed_{what}_{slug}", 3)
+        assert text in client.wait_log(f"{what}_{slug}: ")
+        assert len(client.logged(f"{what}_{slug}: ")) <= 2  # the first and the tenth
+    assert client.counts()["frames_processed"] >= 3 and client.counts()["dropped_inference_error"] == 0
+    assert client.status().level == WARN and text in client.values()["last_fault"]
+    client.stream(frames(client), lambda: semantic.messages and enhanced.messages, "results of the next good frame")
+    assert [r.hypothesis.class_id for r in detections.last.detections[0].results][0] == "object"
+    wait_for(lambda: len(detections.last.detections[0].results) == 2, "classes in the detections")
+
+
+def test_a_frame_without_any_result_counts_as_failed(launch):
+    client = launch(semantic="horizon")
+    semantic = client.subscribe(Image, "semantic")
+    client.stream(
+        frames(client, ground=RED), lambda: client.status() and client.status().level == ERROR, "an error status"
+    )
+    assert "inference failed" in client.status().message
+    assert client.counts()["dropped_no_result"] >= 3 and client.counts()["frames_processed"] == 0
+    client.stream(frames(client), lambda: semantic.messages and client.status().level != ERROR, "class maps, no error")
+
+
+def test_the_whole_circle_frees_and_loads_again(launch):
+    client = launch(wait_active=False, autostart=False, semantic="horizon", restorer="negative")
+    for turn in (1, 2):
+        assert client.change_state("configure") and client.change_state("activate")
+        semantic, enhanced = client.subscribe(Image, "semantic"), client.subscribe(Image, "enhanced")
+        client.stream(frames(client), lambda s=semantic, e=enhanced: s.messages and e.messages, "both results")
+        assert client.change_state("deactivate")
+        wait_for(lambda n=turn: calls(client, "semantic closed") == calls(client, "restorer closed") == n, "closing")
+        assert client.change_state("cleanup")
+        for topic in TOPICS:
+            name = f"/{client.namespace}/{topic}"
+            wait_for(lambda n=name: not client.node.count_publishers(n), f"the end of {topic}")
+    assert calls(client, "semantic loaded") == calls(client, "semantic horizon loaded on") == 2
+
+
+def test_configure_names_file_and_command_and_works_once_the_file_is_there(launch, tmp_path, monkeypatch):
+    weights = tmp_path / "horizon.onnx"
+    monkeypatch.setenv("SEMANTIC_WEIGHTS", str(weights))
+    client = launch(semantic="horizon-filed", autostart=False, wait_active=False)
+    assert not client.change_state("configure") and client.state() == "unconfigured"
+    words = str(weights), "glesam models get horizon"
+    client.wait_log("configure failed", *words)
+    wait_for(lambda: client.status("model") and client.status("model").level == ERROR, "an error in /diagnostics")
+    assert all(word in client.status("model").message for word in words)
+    assert "Traceback" not in client.ros.output
+    weights.touch()
+    assert client.change_state("configure") and client.change_state("activate")
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones(launch):
+    client = launch(semantic="hrizon", autostart=False, wait_active=False)
+    assert not client.change_state("configure")
+    client.wait_log("configure failed", "semantic: expected one of", "rass-nano", "got 'hrizon'")
+
+
+def test_two_cameras_have_their_own_topics(launch):
+    client = launch(semantic="horizon", cameras=["left", "right"])
+    inboxes = {name: client.subscribe(Image, f"{name}/semantic") for name in ("left", "right")}
+    for name, squares in (("left", (LARGE,)), ("right", (SMALL,))):
+        client.stream(frames(client, squares), lambda i=inboxes[name]: i.messages, "a class map", f"{name}/image")
+        np.testing.assert_array_equal(array_of(inboxes[name].last), truth(picture(squares)))
+        info = client.subscribe(LabelInfo, f"{name}/semantic/label_info", LATCHED)
+        wait_for(lambda i=info: i.messages, "label_info")
