@@ -258,24 +258,22 @@ def labels_of_logits(logits: Any, size: tuple[int, int], count: int) -> tuple[La
     if not np.isfinite(planes).all():
         raise ValueError("logits: expected finite numbers, got NaN or infinity; try precision fp32")
     labels = np.zeros(size, np.uint8 if count <= 256 else np.uint16)
-    best = _interpolated(planes[0], size)
+    best, plane, total = (np.zeros(size, np.float32) for _ in range(3))
+    _interpolated(planes[0], best)
     for k in range(1, count):
-        plane = _interpolated(planes[k], size)
-        np.putmask(labels, plane > best, k)
+        _interpolated(planes[k], plane)
+        # five times as fast as np.putmask
+        cv2.copyTo(np.full(size, k, labels.dtype), (plane > best).view(np.uint8), labels)
         cv2.max(plane, best, best)
-    # interpolated a second time: two planes instead of K at the size of the image
-    total = np.zeros(size, np.float32)
+    # interpolated a second time: three planes instead of K at the size of the image
     for k in range(count):
-        plane = _interpolated(planes[k], size)
-        cv2.subtract(plane, best, plane)
-        total += cv2.exp(plane, plane)
+        cv2.subtract(_interpolated(planes[k], plane), best, plane)
+        cv2.add(total, cv2.exp(plane, plane), total)
     return labels, np.minimum(1 / total, 1)
 
 
-def _interpolated(plane: FloatArray, size: tuple[int, int]) -> FloatArray:
-    if plane.shape == size:
-        return plane.copy()
-    return np.asarray(cv2.resize(plane, (size[1], size[0]), interpolation=cv2.INTER_LINEAR), np.float32)
+def _interpolated(plane: FloatArray, out: FloatArray) -> FloatArray:
+    return np.asarray(cv2.resize(plane, (out.shape[1], out.shape[0]), out, interpolation=cv2.INTER_LINEAR), np.float32)
 
 
 def class_of_instances(
