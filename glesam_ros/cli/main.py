@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from glesam_ros import __version__
-from glesam_ros.cli import bag, bench, degrade, demo, evaluate, export, lqseg, models, segment, train
+from glesam_ros.cli import bag, bench, degrade, demo, evaluate, export, lqseg, models, reallq, segment, train
 from glesam_ros.cli.options import CommandError
 
 _CLI = "pip install 'glesam_ros[cli]'"
@@ -32,6 +32,7 @@ examples:
   glesam bag drive.mcap --out drive_masks       a recorded bag, with the result topics added
   glesam degrade photo.jpg --sheet sheet.png    the picture in rain, fog, night, ..., see its --help
   glesam lqseg verify lqseg_train               a data set of degraded pictures, see its --help
+  glesam reallq pick drive.mcap --out set       its worst frames, to be labelled, see its --help
   glesam train tiny --data DATA --out runs/tiny train the model, here in tiny; see its --help
   glesam evaluate --data DATA --out result      how good the masks are, see its --help
   glesam models get sam2.1_hiera_tiny           weights of a full-size model, see its --help
@@ -51,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"glesam {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (demo, segment, bag, bench, models, export, degrade, lqseg, train, evaluate):
+    for module in (demo, segment, bag, bench, models, export, degrade, lqseg, reallq, train, evaluate):
         module.add_parser(commands)
     return parser
 
