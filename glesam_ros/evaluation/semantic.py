@@ -1,0 +1,579 @@
+"""Maps of classes against truth: mean IoU, accuracies and a figure a class, clear and degraded, beside baselines.
+
+Figures are those of ADE20K and Cityscapes: one confusion matrix is added up over all pictures. In it, pixels without a
+true class do not count. The mean IoU leaves out classes that have pixels neither in truth nor in prediction; the mean
+class accuracy those without true pixels.
+
+Intervals: percentile bootstrap over pictures. Methods are compared on the same drawn pictures. A picture is degraded
+by the seed and its name, so it is the same for every model and in every run, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from glesam_ros.degradation import degrade
+from glesam_ros.evaluation.baselines import BASELINES, GRABCUT, LEARNED, Restorer, applies, load_restorers
+from glesam_ros.evaluation.protocol import CLEAR, Condition, photograph_seed
+from glesam_ros.labelled import LabelledFolder, open_labelled
+from glesam_ros.models import restorer_names, semantic_names
+from glesam_ros.models.rass import ade20k
+from glesam_ros.semantic import SemanticSegmenter, load_restorer, load_semantic
+from glesam_ros.validation import UInt8Array
+
+METRICS = ("miou", "pixel_accuracy", "class_accuracy")
+RASS_NANO = "rass-nano"
+RESTORERS = tuple(name for name in BASELINES if name != GRABCUT)
+"""Baselines that restore the picture; beside them every registered model that does."""
+CONFIDENCE, RESAMPLES = 0.95, 2000
+OTHER = "(no class of the data set)"
+"""What a pixel was taken for where the model has classes that the data set has not."""
+_SEEDS = "semantic"
+_DRAWN_AT_ONCE = 1 << 22
+
+Doubles = np.ndarray[Any, np.dtype[np.float64]]
+Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Method(NamedTuple):
+    """A model, and what restores the picture before it; "" restores nothing."""
+
+    model: str
+    restorer: str = ""
+
+    @property
+    def name(self) -> str:
+        """As in the tables: "rass-nano", "classical + rass-nano"."""
+        return f"{self.restorer} + {self.model}" if self.restorer else self.model
+
+
+@dataclass(frozen=True)
+class SemanticOptions:
+    """What to measure, and with what.
+
+    Attributes:
+        data: folder of labelled pictures, see `glesam_ros.labelled.open_labelled`.
+        split: of it.
+        models: registered names or folders with weights of rass-nano; the first is the one that the others are
+            compared with.
+        conditions: of the pictures.
+        restorers: some of `RESTORERS` and of the registered restorers.
+        weights: folder with the state dicts of the learned ones among `RESTORERS`.
+        classes_map: file, see `read_classes_map`.
+        device, precision: of the models.
+        limit: the first so many pictures.
+        seed: of the degradations, at least 0.
+        threads: of a model on the CPU, where it can be said; 0 is one a core.
+    """
+
+    data: Path
+    split: str = "test"
+    models: tuple[str, ...] = ("rass-nano",)
+    conditions: tuple[Condition, ...] = (CLEAR,)
+    restorers: tuple[str, ...] = ()
+    weights: Path | None = None
+    classes_map: Path | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    limit: int | None = None
+    seed: int = 0
+    threads: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticMeasurement:
+    """One picture under one condition.
+
+    Attributes:
+        picture, condition: what was measured.
+        matrices: method -> (K, K + 1) int64, see `confusion`.
+        seconds: processor time of the first model without restorers; differs from run to run.
+    """
+
+    picture: str
+    condition: Condition
+    matrices: dict[Method, Integers]
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticPictures:
+    """One picture under one condition, for looking at; labels are (H, W) in 0..K, where K is `OTHER` or no true class.
+
+    Attributes:
+        name, condition: what is shown.
+        clear, image: (H, W, 3) uint8 RGB, without and with the degradation.
+        truth: labels.
+        predictions: method -> labels.
+    """
+
+    name: str
+    condition: Condition
+    clear: UInt8Array
+    image: UInt8Array
+    truth: Integers
+    predictions: dict[Method, Integers]
+
+
+def confusion(truth: Any, predicted: Any, classes: int) -> Integers:
+    """Count pixels by true and predicted class.
+
+    Args:
+        truth: (H, W) integers, 0..K - 1 a class; K and above, or below 0: does not count.
+        predicted: (H, W) integers, 0..K - 1 a class, K another class, which is wrong whatever the truth.
+        classes: K, at least 1.
+
+    Returns:
+        (K, K + 1) int64, true class by predicted class.
+
+    Raises:
+        ValueError: shapes differ, or a predicted class outside 0..K.
+    """
+    t, p = np.asarray(truth, np.int64), np.asarray(predicted, np.int64)
+    if t.shape != p.shape:
+        raise ValueError(f"truth, predicted: expected the same shape, got {t.shape} and {p.shape}")
+    counts = (t >= 0) & (t < classes)
+    t, p = t[counts], p[counts]
+    if p.size and (p.min() < 0 or p.max() > classes):
+        raise ValueError(f"predicted: expected 0..{classes}, got {p.min()} .. {p.max()}")
+    return np.bincount(t * (classes + 1) + p, minlength=classes * (classes + 1)).reshape(classes, classes + 1)
+
+
+def class_counts(matrix: Integers) -> Integers:
+    """(3, K) int64 of a `confusion` matrix: pixels hit, true and predicted of each class."""
+    return np.stack([np.diagonal(matrix), matrix.sum(1), matrix.sum(0)[:-1]])
+
+
+def class_ious(counts: Any) -> Doubles:
+    """IoU of each class: hits / (true + predicted - hits).
+
+    Args:
+        counts: (..., 3, K) of `class_counts`, or sums of them.
+
+    Returns:
+        (..., K) float64 in 0..1; NaN where the class has pixels neither in truth nor in prediction.
+    """
+    hit, true, predicted = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
+    return _ratio(hit, true + predicted - hit)
+
+
+def figures(counts: Any) -> dict[str, Doubles]:
+    """The `METRICS` of counts: mean IoU, pixel accuracy, mean class accuracy.
+
+    Args:
+        counts: (..., 3, K) of `class_counts`, or sums of them.
+
+    Returns:
+        metric -> (...) float64 in 0..1; NaN where no pixel counts.
+    """
+    hit, true, _ = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
+    return {
+        "miou": _mean(class_ious(counts)),
+        "pixel_accuracy": _ratio(hit.sum(-1), true.sum(-1)),
+        "class_accuracy": _mean(_ratio(hit, true)),
+    }
+
+
+def resampled(rows: Any, seed: int, resamples: int = RESAMPLES) -> Doubles:
+    """Sums over pictures drawn with replacement; the same seed and number of pictures draws the same ones.
+
+    Args:
+        rows: (N, ...) numbers, one row a picture.
+        seed: of the drawing.
+        resamples: how often N pictures are drawn.
+
+    Returns:
+        (resamples, ...) float64.
+
+    Raises:
+        ValueError: no rows.
+    """
+    r = np.asarray(rows, np.float64)
+    if not len(r):
+        raise ValueError("rows: expected at least one picture, got none")
+    flat = r.reshape(len(r), -1)
+    drawn = np.empty((resamples, flat.shape[1]))
+    rng = np.random.default_rng(seed)
+    step = max(1, _DRAWN_AT_ONCE // len(r))
+    for first in range(0, resamples, step):
+        some = min(step, resamples - first)
+        picked = rng.integers(0, len(r), (some, len(r))) + len(r) * np.arange(some)[:, None]
+        times = np.bincount(picked.ravel(), minlength=some * len(r)).reshape(some, len(r))
+        drawn[first : first + some] = times @ flat
+    return drawn.reshape(resamples, *r.shape[1:])
+
+
+class ClassMatch:
+    """Classes of a data set and of models, matched by name.
+
+    Args:
+        classes: K names of the data set.
+        renamed: class of the data set -> name that models have for it, or None to leave its pixels out; several classes
+            may get the same name, then they count as one.
+
+    Raises:
+        ValueError: `renamed` names a class that the data set lacks, or leaves none.
+    """
+
+    def __init__(self, classes: Sequence[str], renamed: Mapping[str, str | None] | None = None) -> None:
+        renamed = renamed or {}
+        unknown = [name for name in renamed if name not in classes]
+        if unknown:
+            raise ValueError(f"classes map: expected classes of the data set ({', '.join(classes)}), got {unknown}")
+        names = [renamed.get(name, name) for name in classes]
+        self.classes = tuple(dict.fromkeys(name for name in names if name is not None))
+        """Names that are evaluated."""
+        if not self.classes:
+            raise ValueError("classes map: expected at least one class that is not left out, got none")
+        self._truth = np.array([
+            len(self.classes) if name is None else self.classes.index(name) for name in names
+        ], np.int64)
+
+    def truth(self, labels: Any) -> Integers:
+        """(H, W) int64 of labels of the data set: index into `classes`, or K where there is no class."""
+        found = np.full(labels.shape, len(self.classes), np.int64)
+        known = labels < len(self._truth)
+        found[known] = self._truth[labels[known]]
+        return found
+
+    def table(self, model: str, classes: Sequence[str]) -> Integers:
+        """Class of a model -> index into `self.classes`, or K where the data set lacks it.
+
+        Raises:
+            ValueError: the model lacks a class of the data set; says which.
+        """
+        missing = [name for name in self.classes if name not in classes]
+        if missing:
+            raise ValueError(
+                f"{model}: expected all classes of the data set, {', '.join(missing)} missing; the model has "
+                f"{', '.join(classes)}. Give a classes map: JSON with {{\"class of the data set\": \"class of the "
+                "model\"}, null for one that shall not count"
+            )
+        return np.array([
+            self.classes.index(name) if name in self.classes else len(self.classes) for name in classes
+        ], np.int64)
+
+
+def read_classes_map(path: Path) -> dict[str, str | None]:
+    """A JSON file {"class of the data set": "class of the model", or null to leave its pixels out}.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such document.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, cannot read it: {error}") from error
+    if not isinstance(found, dict) or not all(value is None or isinstance(value, str) for value in found.values()):
+        raise ValueError(f'{path}: expected {{"class of the data set": "class of the model" or null}}')
+    return found
+
+
+class SemanticEvaluator:
+    """Measures pictures, one after the other.
+
+    Args:
+        folder: of the pictures.
+        models: by the names that they have in the tables; the first is the one that the others are compared with.
+        restorers: by name.
+        conditions: of the pictures.
+        renamed: of the classes, see `ClassMatch`.
+        seed: of the degradations.
+
+    Raises:
+        ValueError: a model lacks classes of the data set.
+    """
+
+    def __init__(
+        self, folder: LabelledFolder, models: Mapping[str, SemanticSegmenter],
+        restorers: Mapping[str, Restorer] | None = None, conditions: Sequence[Condition] = (CLEAR,),
+        renamed: Mapping[str, str | None] | None = None, seed: int = 0,
+    ) -> None:
+        self.folder = folder
+        self.models = models
+        self.restorers = restorers or {}
+        self.conditions = tuple(conditions)
+        self.seed = seed
+        self.match = ClassMatch(folder.classes, renamed)
+        self._tables = {name: self.match.table(name, model.classes) for name, model in models.items()}
+        colour = dict(zip(folder.classes, folder.palette))
+        own = [colour[name] for name in self.match.classes if name in colour]
+        first = next(iter(models.values()))
+        colour |= dict(zip(first.classes, first.palette)) if len(own) < len(self.match.classes) else {}
+        self.palette: UInt8Array = np.array([colour[name] for name in self.match.classes], np.uint8)
+        """(K, 3) uint8 RGB: the data set's colours, or the first model's where classes were renamed."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names that are evaluated."""
+        return self.match.classes
+
+    def measure(self, index: int) -> list[SemanticMeasurement]:
+        """One measurement a condition of the picture at `index`. Raises as `LabelledFolder.__getitem__`."""
+        clear, labels, name = self.folder[index]
+        truth = self.match.truth(labels)
+        found = []
+        for condition in self.conditions:
+            image = self._degraded(clear, name, condition)
+            start = time.process_time()
+            matrices: dict[Method, Integers] = {}
+            seconds = 0.0
+            for method, predicted in self._predict(image, condition):
+                seconds = seconds or time.process_time() - start
+                matrices[method] = confusion(truth, predicted, len(self.classes))
+            found.append(SemanticMeasurement(name, condition, matrices, seconds))
+        return found
+
+    def pictures(self, index: int, condition: Condition) -> SemanticPictures:
+        """What `measure` looks at. Raises as it."""
+        clear, labels, name = self.folder[index]
+        image = self._degraded(clear, name, condition)
+        predictions = dict(self._predict(image, condition))
+        return SemanticPictures(name, condition, clear, image, self.match.truth(labels), predictions)
+
+    def close(self) -> None:
+        """Free the models."""
+        for model in self.models.values():
+            model.close()
+
+    def _degraded(self, clear: UInt8Array, name: str, condition: Condition) -> UInt8Array:
+        if condition == CLEAR:
+            return clear
+        return degrade(clear, condition.kind, condition.level, photograph_seed(self.seed, _SEEDS, name)).image
+
+    def _predict(self, image: UInt8Array, condition: Condition) -> Iterable[tuple[Method, Integers]]:
+        for restorer in ("", *self.restorers):
+            if restorer and not applies(restorer, condition.kind):
+                continue
+            seen = self.restorers[restorer](image) if restorer else image
+            for name, model in self.models.items():
+                yield Method(name, restorer), self._tables[name][model.segment(seen).labels]
+
+
+def open_semantic_evaluator(options: SemanticOptions) -> SemanticEvaluator:
+    """An evaluator with models of its own.
+
+    Raises:
+        ValueError: unknown model or restorer, weights or a class list that do not fit, classes that do not match.
+        FileNotFoundError: data or weights are missing.
+        RuntimeError: the device is not available.
+        ModuleNotFoundError: torch or another package is missing for what was asked.
+    """
+    folder = open_set(options.data, options.split)
+    folder = folder.select(range(len(folder))[: options.limit])
+    models = {
+        label: _open_model(source, options) for label, source in model_labels(options.models).items()
+    }
+    renamed = None if options.classes_map is None else read_classes_map(options.classes_map)
+    restorers = _open_restorers(options)
+    return SemanticEvaluator(folder, models, restorers, options.conditions, renamed, options.seed)
+
+
+def open_set(path: Path, split: str) -> LabelledFolder:
+    """`open_labelled`; a folder in ADE20K's layout without a class list of its own has ADE20K's 150 classes."""
+    own = any((path / name).is_file() for name in ("classes.json", "classes.txt"))
+    if (path / "annotations").is_dir() and not own:
+        return open_labelled(path, split, ade20k.CLASSES, ade20k.class_colours(len(ade20k.CLASSES)))
+    return open_labelled(path, split)
+
+
+def model_labels(sources: Sequence[str]) -> dict[str, str]:
+    """Name in the tables -> registered name or folder of weights; a folder is named by itself, or with that above it.
+
+    Raises:
+        ValueError: a source twice, or folders that cannot be told apart.
+    """
+    paths = [None if source in semantic_names() else weights_folder(source).resolve() for source in sources]
+    names = [source if path is None else path.name for source, path in zip(sources, paths)]
+    labels = [
+        f"{path.parent.name}/{name}" if path is not None and names.count(name) > 1 else name
+        for name, path in zip(names, paths)
+    ]
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"models: expected each once, with folders of different names, got {', '.join(sources)}")
+    return dict(zip(labels, sources))
+
+
+def weights_folder(source: str) -> Path:
+    """The folder of weights of rass-nano that `source` names, itself or by its ONNX file."""
+    path = Path(source)
+    return path.parent if path.suffix == ".onnx" else path
+
+
+def _open_model(source: str, options: SemanticOptions) -> SemanticSegmenter:
+    if source in semantic_names() and source != RASS_NANO:
+        return load_semantic(source, options.device, options.precision)
+    from glesam_ros.models.rass_nano import RassNano  # onnxruntime is needed only here
+
+    weights = None if source == RASS_NANO else weights_folder(source)
+    if weights is not None and not weights.is_dir():
+        raise ValueError(
+            f"model: expected one of {', '.join(semantic_names())}, or a folder with weights of {RASS_NANO}; "
+            f"got {source!r}"
+        )
+    return SemanticSegmenter(RassNano(options.device, options.precision, weights, threads=options.threads))
+
+
+def _open_restorers(options: SemanticOptions) -> dict[str, Restorer]:
+    unknown = [name for name in options.restorers if name not in (*RESTORERS, *restorer_names())]
+    if unknown:
+        raise ValueError(
+            f"baselines: expected some of {', '.join([*RESTORERS, *restorer_names()])}; got {', '.join(unknown)}"
+        )
+    if set(options.restorers) & set(LEARNED):
+        import torch
+
+        torch.set_num_threads(max(1, options.threads))
+    simple = load_restorers([name for name in options.restorers if name in RESTORERS], options.weights or Path())
+    return {
+        name: simple[name] if name in simple else load_restorer(name, options.device, options.precision).restore
+        for name in options.restorers
+    }
+
+
+@dataclass(eq=False)
+class Tally:
+    """Measurements added up: one matrix a condition and method, and the counts of each picture for the intervals.
+
+    Attributes:
+        classes: K names.
+        pictures: names, in the order of their first measurement.
+        matrices: (condition, method) -> (K, K + 1) int64.
+        rows: (condition, method) -> a (3, K) uint32 a picture, see `class_counts`.
+    """
+
+    classes: tuple[str, ...]
+    pictures: list[str] = field(default_factory=list)
+    matrices: dict[tuple[Condition, Method], Integers] = field(default_factory=dict)
+    rows: dict[tuple[Condition, Method], list[Any]] = field(default_factory=dict)
+
+    def add(self, measurement: SemanticMeasurement) -> None:
+        """Add a picture under a condition; all conditions of a picture come one after the other."""
+        if not self.pictures or self.pictures[-1] != measurement.picture:
+            self.pictures.append(measurement.picture)
+        for method, matrix in measurement.matrices.items():
+            key = measurement.condition, method
+            self.matrices[key] = self.matrices.get(key, 0) + matrix
+            self.rows.setdefault(key, []).append(class_counts(matrix).astype(np.uint32))
+
+    def picture_figures(self) -> dict[tuple[Condition, Method], dict[str, Doubles]]:
+        """metric -> (N,) of the single pictures; NaN for one without a pixel that counts."""
+        return {key: figures(np.stack(rows)) for key, rows in self.rows.items()}
+
+
+def summarise_semantic(tally: Tally, seed: int, resamples: int = RESAMPLES) -> dict[str, Any]:
+    """All figures of an evaluation, ready for JSON; all are shares, 0..1.
+
+    Args:
+        tally: of all pictures.
+        seed: of the bootstrap.
+        resamples: of it.
+
+    Returns:
+        "counts": pictures, pixels that count.
+        "classes": names.
+        "rows": condition, method, metric, value, low, high.
+        "by_class": condition, method, class, iou, low, high (None for a class without pixels), share (of the true
+        pixels), mistaken_for, mistaken_share (the wrong class that most of its pixels got, and how many of them).
+        "differences": condition, metric, method, over: difference, low, high, relative, relative_low, relative_high
+        (None where the other is 0); of the first model over all other methods, and of each restorer over its model.
+
+    Raises:
+        ValueError: no measurement, or no pixel that counts.
+    """
+    if not tally.matrices or not any(matrix.sum() for matrix in tally.matrices.values()):
+        raise ValueError("expected at least one picture with a pixel that has a class, got none")
+    rows: list[dict[str, Any]] = []
+    by_class: list[dict[str, Any]] = []
+    differences: list[dict[str, Any]] = []
+    first = next(iter(tally.matrices))[1]
+    for condition in dict.fromkeys(condition for condition, _ in tally.matrices):
+        methods = [method for other, method in tally.matrices if other == condition]
+        drawn: dict[Method, dict[str, Doubles]] = {}
+        for method in methods:
+            key = condition, method
+            place = {"condition": condition.name, "method": method.name}
+            sums = resampled(np.stack(tally.rows[key]), seed, resamples)
+            drawn[method] = figures(sums)
+            whole = figures(class_counts(tally.matrices[key]))
+            for metric in METRICS:
+                low, high = _interval(drawn[method][metric])
+                rows.append({**place, "metric": metric, "value": float(whole[metric]), "low": low, "high": high})
+            by_class += [{**place, **found} for found in _by_class(tally, key, sums)]
+        pairs = [(first, method) for method in methods if method != first]
+        pairs += [(method, Method(method.model)) for method in methods if method.restorer]
+        for method, over in pairs:
+            differences += [
+                {"condition": condition.name, "method": method.name, "over": over.name, **found}
+                for found in _differences(tally, condition, method, over, drawn)
+            ]
+    pixels = int(next(iter(tally.matrices.values())).sum())
+    return {
+        "counts": {"pictures": len(tally.pictures), "pixels": pixels}, "classes": list(tally.classes), "rows": rows,
+        "by_class": by_class, "differences": differences,
+    }
+
+
+def _by_class(tally: Tally, key: tuple[Condition, Method], sums: Doubles) -> Iterable[dict[str, Any]]:
+    matrix = tally.matrices[key]
+    true = matrix.sum(1)
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    others = [*tally.classes, OTHER]
+    for k, (iou, drawn) in enumerate(zip(class_ious(class_counts(matrix)), class_ious(sums).T)):
+        low, high = _interval(drawn)
+        most = int(wrong[k].argmax())
+        mistaken = bool(wrong[k, most])
+        yield {
+            "class": tally.classes[k], "iou": _or_none(iou), "low": low, "high": high,
+            "share": float(true[k] / true.sum()), "mistaken_for": others[most] if mistaken else None,
+            "mistaken_share": float(wrong[k, most] / true[k]) if mistaken else 0.0,
+        }
+
+
+def _differences(
+    tally: Tally, condition: Condition, method: Method, over: Method, drawn: dict[Method, dict[str, Doubles]]
+) -> Iterable[dict[str, Any]]:
+    after, before = (figures(class_counts(tally.matrices[condition, one])) for one in (method, over))
+    for metric in METRICS:
+        a, b = drawn[method][metric], drawn[over][metric]
+        low, high = _interval(a - b)
+        relative = _ratio(after[metric], before[metric]) - 1
+        relative_low, relative_high = _interval(_ratio(a, b) - 1)
+        yield {
+            "metric": metric, "difference": float(after[metric] - before[metric]), "low": low, "high": high,
+            "relative": _or_none(relative), "relative_low": relative_low, "relative_high": relative_high,
+        }
+
+
+def _interval(estimates: Doubles) -> tuple[float | None, float | None]:
+    """Percentile interval of those estimates that are numbers; None where none is."""
+    known = estimates[np.isfinite(estimates)]
+    if not known.size:
+        return None, None
+    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def _or_none(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _ratio(part: Any, whole: Any) -> Doubles:
+    """part / whole, NaN where the whole is 0."""
+    there = np.asarray(whole) > 0
+    return np.where(there, part / np.where(there, whole, 1), np.nan)
+
+
+def _mean(values: Doubles) -> Doubles:
+    """Mean over the last axis of those that are numbers, NaN where none is."""
+    known = np.isfinite(values)
+    return _ratio(np.where(known, values, 0.0).sum(-1), known.sum(-1))
