@@ -62,7 +62,8 @@ class Settings:
         choices=DEVICES, read_only=True,
     )
     precision: str = _param(
-        "auto", "Arithmetic of the model; auto takes what was measured best on the device.",
+        "auto", "Arithmetic of the model; auto takes what was measured best on the device. Semantic and restorer have "
+        "auto always.",
         choices=PRECISIONS, read_only=True,
     )
     semantic: str = _param(

@@ -18,7 +18,7 @@ SKY, ROAD, PERSON = 0, 1, 2
 SURE = math.exp(4) / (math.exp(4) + 2)
 """Softmax of logits 4, 0, 0, which the test model gives."""
 LATCHED = QoSProfile(depth=1, durability=QoSDurabilityPolicy.TRANSIENT_LOCAL)
-OK, WARN, ERROR = b"\x00", b"\x01", b"\x02"
+WARN, ERROR = b"\x01", b"\x02"
 TOPICS = ("semantic", "semantic/confidence", "semantic/label_info", "enhanced")
 
 
@@ -39,8 +39,8 @@ def truth(pixels: np.ndarray, person: int = PERSON) -> np.ndarray:
     return labels
 
 
-def frames(client, squares=(LARGE, SMALL), ground=GROUND):
-    return lambda: image_message(picture(squares, ground=ground), client.stamp())
+def frames(client, squares=(LARGE, SMALL), ground=GROUND, frame_id="good"):
+    return lambda: image_message(picture(squares, ground=ground), client.stamp(), frame_id)
 
 
 def calls(client, words="semantic call"):
@@ -137,7 +137,7 @@ def test_diagnostics_have_own_times_and_name_the_models(results, node):
 def test_models_run_only_for_the_outputs_that_show_them(launch):
     """One camera for each output, with frames only while it is asked."""
     semantic, restorer = {"semantic", "semantic/confidence", "overlay", "detections"}, {"enhanced"}
-    topics = ("masks", "confidence", "quality", *sorted(semantic | restorer))
+    topics = ("masks", "quality", *sorted(semantic | restorer))
     names = [topic.replace("/", "_") for topic in topics]
     client = launch(semantic="horizon", restorer="negative", cameras=names, max_frame_age_ms=10_000)
     client.wait_log("warm-up inference took")
@@ -146,20 +146,19 @@ def test_models_run_only_for_the_outputs_that_show_them(launch):
         inbox = client.subscribe(kind, f"{name}/{topic}")
         before = calls(client), calls(client, "restorer call")
         client.stream(frames(client), lambda i=inbox: len(i) >= 3, topic, f"{name}/image")
-        client.wait_count("frames_processed", 3, f"camera {name}")
-        after = calls(client), calls(client, "restorer call")
-        assert (after[0] - before[0] >= 3) == (topic in semantic), topic
-        assert (after[1] - before[1] >= 3) == (topic in restorer), topic
-        assert topic in semantic or after[0] == before[0], topic
-        assert topic in restorer or after[1] == before[1], topic
-
-
-def test_pictures_are_encoded_only_for_outputs_of_masks(launch):
-    client = launch(semantic="horizon", model="fragile")
-    semantic = client.subscribe(Image, "semantic")
-    client.stream(frames(client), lambda: len(semantic) >= 3, "class maps")
-    client.wait_count("frames_processed", 3)
-    assert client.values()["encode_p50_ms"] == "nan" and client.values()["latency_p50_ms"] == "nan"
+        if topic in semantic:
+            wait_for(lambda b=before: calls(client) >= b[0] + 3, f"calls of the semantic model for {topic}")
+        else:
+            assert calls(client) == before[0], topic
+        if topic in restorer:
+            wait_for(lambda b=before: calls(client, "restorer call") >= b[1] + 3, "calls of the restorer")
+        else:
+            assert calls(client, "restorer call") == before[1], topic
+    # a picture is encoded for outputs of masks only
+    client.wait_count("frames_processed", 3, "camera semantic")
+    assert client.values("camera semantic")["encode_p50_ms"] == "nan"
+    client.wait_count("frames_processed", 3, "camera masks")
+    assert client.values("camera masks")["encode_p50_ms"] != "nan"
 
 
 def test_off_costs_nothing(launch):
@@ -180,40 +179,52 @@ def test_off_costs_nothing(launch):
     assert not [module for module in modules if module.startswith(unasked)]
 
 
-def test_more_than_256_classes_need_16_bit(launch):
-    client = launch(semantic="horizon300")
-    semantic = client.subscribe(Image, "semantic")
-    client.stream(frames(client), lambda: semantic.messages, "a class map")
-    assert semantic.last.encoding == "mono16"
-    np.testing.assert_array_equal(array_of(semantic.last), truth(picture((LARGE, SMALL)), person=299))
-    info = client.subscribe(LabelInfo, "semantic/label_info", LATCHED)
-    wait_for(lambda: info.messages, "label_info")
-    assert [c.class_id for c in info.last.class_map] == list(range(300))
-    assert info.last.class_map[299].class_name == "person"
+def test_more_than_256_classes_need_16_bit_and_each_camera_has_its_own_topics(launch):
+    client = launch(semantic="horizon300", cameras=["left", "right"])
+    for name, squares in (("left", (LARGE,)), ("right", (SMALL,))):
+        semantic = client.subscribe(Image, f"{name}/semantic")
+        client.stream(frames(client, squares), lambda s=semantic: s.messages, "a class map", f"{name}/image")
+        assert semantic.last.encoding == "mono16"
+        np.testing.assert_array_equal(array_of(semantic.last), truth(picture(squares), person=299))
+        info = client.subscribe(LabelInfo, f"{name}/semantic/label_info", LATCHED)
+        wait_for(lambda i=info: i.messages, "label_info")
+        assert [c.class_id for c in info.last.class_map] == list(range(300))
+        assert info.last.class_map[299].class_name == "person"
 
 
-@pytest.mark.parametrize(("ground", "slug", "text"), [
-    (RED, "error", "RuntimeError: red is too much"), (GREEN, "out_of_memory", "green takes all memory"),
-])
-def test_a_fault_beside_the_masks_costs_its_own_result_only(launch, ground, slug, text):
-    client = launch(semantic="horizon", restorer="negative")
-    masks, semantic = client.subscribe(Image, "masks"), client.subscribe(Image, "semantic")
-    overlay, enhanced = client.subscribe(Image, "overlay"), client.subscribe(Image, "enhanced")
-    detections = client.subscribe(Detection2DArray, "detections")
-    without = (masks, overlay, detections)
-    client.stream(frames(client, ground=ground), lambda: all(len(i) >= 3 for i in without), "results without classes")
-    for detection in detections.last.detections:
-        assert [result.hypothesis.class_id for result in detection.results] == ["object"]
-    assert not semantic.messages and not enhanced.messages
-    for what in ("semantic", "restorer"):
-        client.wait_count(f"noticed_{what}_{slug}", 3)
-        assert text in client.wait_log(f"{what}_{slug}: ")
-        assert len(client.logged(f"{what}_{slug}: ")) <= 2  # the first and the tenth
-    assert client.counts()["frames_processed"] >= 3 and client.counts()["dropped_inference_error"] == 0
-    assert client.status().level == WARN and text in client.values()["last_fault"]
-    client.stream(frames(client), lambda: semantic.messages and enhanced.messages, "results of the next good frame")
-    assert [r.hypothesis.class_id for r in detections.last.detections[0].results][0] == "object"
-    wait_for(lambda: len(detections.last.detections[0].results) == 2, "classes in the detections")
+def test_a_fault_beside_the_masks_costs_its_own_result_only(launch):
+    client = launch(semantic="horizon", restorer="negative", max_frame_age_ms=10_000)
+    inboxes = {name: client.subscribe(Image, name) for name in ("masks", "semantic", "overlay", "enhanced")}
+    inboxes["detections"] = client.subscribe(Detection2DArray, "detections")
+
+    def came(name, frame_id):
+        return [message for message in list(inboxes[name].messages) if message.header.frame_id == frame_id]
+
+    for ground, slug, text in (
+        (RED, "error", "RuntimeError: red is too much"), (GREEN, "out_of_memory", "green takes all memory")
+    ):
+        client.stream(
+            frames(client, ground=ground, frame_id=slug),
+            lambda s=slug: all(len(came(name, s)) >= 3 for name in ("masks", "overlay", "detections")),
+            "results without classes",
+        )
+        for message in came("detections", slug):
+            assert [[r.hypothesis.class_id for r in d.results] for d in message.detections] == [["object"]] * 2
+        for what in ("semantic", "restorer"):
+            client.wait_count(f"noticed_{what}_{slug}", 3)
+            assert text in client.wait_log(f"{what}_{slug}: ")
+            assert len(client.logged(f"{what}_{slug}: ")) <= 2  # the first and the tenth
+        assert not came("semantic", slug) and not came("enhanced", slug)
+        assert client.status().level == WARN and text in client.values()["last_fault"]
+        good = f"after {slug}"
+        client.stream(
+            frames(client, frame_id=good), lambda g=good: all(came(name, g) for name in inboxes),
+            "all results of good frames",
+        )
+        for detection in came("detections", good)[0].detections:
+            assert [r.hypothesis.class_id for r in detection.results] == ["object", "person"]
+    dropped = {key for key, count in client.counts().items() if key.startswith("dropped_") and count}
+    assert dropped <= {"dropped_overwritten"}
 
 
 def test_a_frame_without_any_result_counts_as_failed(launch):
@@ -242,7 +253,7 @@ def test_the_whole_circle_frees_and_loads_again(launch):
     assert calls(client, "semantic loaded") == calls(client, "semantic horizon loaded on") == 2
 
 
-def test_configure_names_file_and_command_and_works_once_the_file_is_there(launch, tmp_path, monkeypatch):
+def test_configure_names_file_and_command_or_the_known_names(launch, tmp_path, monkeypatch):
     weights = tmp_path / "horizon.onnx"
     monkeypatch.setenv("SEMANTIC_WEIGHTS", str(weights))
     client = launch(semantic="horizon-filed", autostart=False, wait_active=False)
@@ -255,18 +266,6 @@ def test_configure_names_file_and_command_and_works_once_the_file_is_there(launc
     weights.touch()
     assert client.change_state("configure") and client.change_state("activate")
 
-
-def test_an_unknown_name_is_refused_with_the_known_ones(launch):
-    client = launch(semantic="hrizon", autostart=False, wait_active=False)
-    assert not client.change_state("configure")
-    client.wait_log("configure failed", "semantic: expected one of", "rass-nano", "got 'hrizon'")
-
-
-def test_two_cameras_have_their_own_topics(launch):
-    client = launch(semantic="horizon", cameras=["left", "right"])
-    inboxes = {name: client.subscribe(Image, f"{name}/semantic") for name in ("left", "right")}
-    for name, squares in (("left", (LARGE,)), ("right", (SMALL,))):
-        client.stream(frames(client, squares), lambda i=inboxes[name]: i.messages, "a class map", f"{name}/image")
-        np.testing.assert_array_equal(array_of(inboxes[name].last), truth(picture(squares)))
-        info = client.subscribe(LabelInfo, f"{name}/semantic/label_info", LATCHED)
-        wait_for(lambda i=info: i.messages, "label_info")
+    client = launch(restorer="negativ", autostart=False, wait_active=False)
+    assert not client.change_state("configure") and client.state() == "unconfigured"
+    client.wait_log("configure failed", "restorer: expected one of", "scr-sd21", "got 'negativ'")

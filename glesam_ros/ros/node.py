@@ -231,11 +231,11 @@ class PerceptionNode(LifecycleNode):
         self._log_load("model", settings.model, self._device_text, started)
         if settings.semantic != OFF:
             started = time.monotonic()
-            self._segmenter = load_semantic(settings.semantic, settings.device, settings.precision)
+            self._segmenter = load_semantic(settings.semantic, settings.device)
             self._log_load("semantic", settings.semantic, self._segmenter.device, started)
         if settings.restorer != OFF:
             started = time.monotonic()
-            self._restorer = load_restorer(settings.restorer, settings.device, settings.precision)
+            self._restorer = load_restorer(settings.restorer, settings.device)
             self._log_load("restorer", settings.restorer, self._restorer.device, started)
         return self._pipeline
 
