@@ -181,13 +181,12 @@ class Scr(RassNanoStage):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
             target = self.features(self.clear, batch["clear"])
-            before = self.features(self.clear, batch["input"])
         restored = self.features(self.model.backbone, batch["input"])
         restoration = relative_error(restored, target)
         constraint = self.cross_entropy(self.model.decode(restored), batch["labels"])
         return {
             "loss": restoration + self.settings.constraint * constraint, "restoration": restoration,
-            "unrestored": relative_error(before, target), "constraint": constraint,
+            "constraint": constraint,
         }
 
     def features(self, backbone: Backbone, images: Tensor) -> list[Tensor]:

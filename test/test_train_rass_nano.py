@@ -1,0 +1,338 @@
+"""Training and export of rass-nano on pictures of coloured shapes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+missing = [name for name in ("torch", "accelerate", "peft", "onnx") if importlib.util.find_spec(name) is None]
+if missing:
+    pytest.skip(f"training rass-nano needs {', '.join(missing)}", allow_module_level=True)
+
+import cv2  # noqa: E402
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from glesam_ros.cli.main import main  # noqa: E402
+from glesam_ros.labelled import IGNORE, LabelledFolder, open_labelled  # noqa: E402
+from glesam_ros.models.rass_nano import RassNano as Segmenter  # noqa: E402
+from glesam_ros.models.rass_nano_net import ADAPTED, RassNano, add_adapters  # noqa: E402
+from glesam_ros.training import checkpoint, rass_nano_export  # noqa: E402
+from glesam_ros.training.nano import pretrained_backbone  # noqa: E402
+from glesam_ros.training.rass_nano import (  # noqa: E402
+    Scr,
+    class_weights,
+    draw_labelled,
+    draw_streets,
+    make_stage,
+    relative_error,
+)
+from glesam_ros.training.rass_nano_config import RASS_NANO_STAGES, RassNanoConfig, StreetCropConfig  # noqa: E402
+from glesam_ros.training.recipes import load_any  # noqa: E402
+
+COLOURS = {"ground": (40, 90, 40), "red": (220, 40, 40), "blue": (40, 60, 230)}
+CHANGES = (
+    "folder.path=toys", "workers=0", "precision=no", "crop.height=64", "crop.width=96", "base.steps=30", "scr.steps=6",
+    "rass.steps=4", "scr.rank=2", *(f"{s}.batch=2" for s in RASS_NANO_STAGES),
+    *(f"{s}.checkpoint_every=3" for s in RASS_NANO_STAGES), *(f"{s}.log_every=2" for s in RASS_NANO_STAGES),
+    "base.warm_up=0", "scr.warm_up=0", "rass.warm_up=0",
+)
+State = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    """Accelerate keeps the precision that the process first asked for, here that of another test file."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the process that is killed: sums depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def toy(rng: np.random.Generator, height: int = 96, width: int = 128) -> tuple[np.ndarray[Any, Any], ...]:
+    """Red and blue boxes on the ground, and a column without class at the right."""
+    colours = np.array(list(COLOURS.values()), np.uint8)
+    labels = np.zeros((height, width), np.uint8)
+    for k in (1, 2):
+        x, y = rng.integers(4, width // 2), rng.integers(4, height // 2)
+        labels[y : y + height // 3, x : x + width // 3] = k
+    image = colours[labels]
+    labels[:, -8:] = IGNORE
+    return image, labels
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("data")
+    folder = data / "toys"
+    (folder / "images").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    (folder / "classes.json").write_text(json.dumps({"classes": list(COLOURS), "palette": list(COLOURS.values())}))
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        image, labels = toy(rng)
+        cv2.imwrite(str(folder / "images" / f"{k}.png"), image[..., ::-1])
+        cv2.imwrite(str(folder / "labels" / f"{k}.png"), labels)
+    (folder / "train.txt").write_text("0\n1\n2\n3\n")
+    (folder / "test.txt").write_text("4\n5\n")
+    return data
+
+
+@pytest.fixture(scope="module")
+def folder(data: Path) -> LabelledFolder:
+    return open_labelled(data / "toys", "train")
+
+
+def arguments(data: Path, out: Path, *more: str) -> list[str]:
+    changes = [part for change in CHANGES for part in ("--set", change)]
+    return ["train", "rass_nano", "--data", str(data), "--out", str(out), "--device", "cpu", *changes, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(arguments(data, out)) == 0
+    return out
+
+
+def changed(before: State, after: State) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_stages_change_what_they_say_and_nothing_else(whole: Path) -> None:
+    base, scr, rass = (checkpoint.read(whole / f"{name}.pt") for name in RASS_NANO_STAGES)
+    pretrained = pretrained_backbone()
+    moved = {name for name in base if name.startswith("backbone.") and "num_batches" not in name}
+    same = {name for name in moved if torch.equal(base[name], pretrained[name.removeprefix("backbone.")])}
+    # of the backbone the statistics stay as pretrained, and all weights learn
+    assert same == {name for name in moved if "running" in name}
+    # SCR: the adapted layers alone, without a trace of the adapters
+    layers = {name for name in base if any(part in name for part in ("_expand_conv", "_project_conv"))}
+    assert changed(base, scr) == layers and len(layers) == 31
+    assert {"classes.weight", "smooth.0.0.weight", "backbone._conv_stem.weight"} <= changed(scr, rass)
+    assert not {name for name in changed(scr, rass) if name.startswith("backbone") and "running" in name}
+
+
+def test_the_update_of_scr_has_the_rank_that_was_asked(whole: Path) -> None:
+    base, scr = (checkpoint.read(whole / f"{name}.pt") for name in ("base", "scr"))
+    name = "backbone._blocks.12._expand_conv.weight"
+    update = (scr[name] - base[name]).double()[:, :, 0, 0]
+    values = torch.linalg.svdvals(update)
+    assert values[1] > 0 and values[2] < 1e-5 * base[name].abs().max()
+
+
+def test_merged_equals_adapters() -> None:
+    torch.manual_seed(0)
+    net = RassNano(3).eval()
+    images = torch.randint(0, 256, (1, 64, 96, 3))
+    with torch.no_grad():
+        before = net.features(images)
+    tuner = add_adapters(net.backbone, 4)
+    for name, p in net.backbone.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    layer = net.backbone._blocks[3]._expand_conv
+    down, up = (getattr(layer, f"lora_{x}")["scr"].weight[:, :, 0, 0] for x in "AB")
+    expected = layer.base_layer.weight[:, :, 0, 0] + up @ down  # W0 + alpha / r B A, alpha = r
+    with torch.no_grad():
+        adapted = net.features(images)
+        net.backbone = tuner.merge_and_unload()
+        merged = net.features(images)
+    assert torch.allclose(net.backbone._blocks[3]._expand_conv.weight[:, :, 0, 0], expected, atol=1e-6)
+    for one, other, first in zip(adapted, merged, before, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * one.abs().max()
+        assert (one - first).abs().max() > 1e-2 * one.abs().max()
+    assert not [name for name, _ in net.named_parameters() if "lora" in name]
+    assert ADAPTED.startswith("_blocks")
+
+
+def test_fresh_adapters_change_nothing() -> None:
+    torch.manual_seed(0)
+    net = RassNano(3).eval()
+    images = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        before = net(images)
+        add_adapters(net.backbone, 4)
+        assert torch.equal(net(images), before)
+
+
+def test_base_learns_the_toys(whole: Path, data: Path) -> None:
+    net = RassNano(3)
+    net.load_state_dict(checkpoint.read(whole / "base.pt"))
+    net.eval()
+    right = total = 0
+    for picture in open_labelled(data / "toys", "test"):
+        with torch.no_grad():
+            logits = net(torch.from_numpy(picture.image[None]))
+        found = F.interpolate(logits, picture.labels.shape, mode="bilinear").argmax(1)[0].numpy()
+        known = picture.labels != IGNORE
+        right += int((found == picture.labels)[known].sum())
+        total += int(known.sum())
+        shares = np.bincount(picture.labels[known]) / known.sum()
+        assert shares.max() < 0.85
+    assert right / total > 0.93
+
+
+def test_a_killed_run_goes_on_and_ends_bit_equal(data: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "glesam_ros.cli.main", *arguments(data, out, "--set", f"start={whole}/base.pt")]
+    command += ["--set", "base.steps=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 600
+        while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        said = process.communicate()[1]
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, said
+    saved = checkpoint.read(out / "checkpoint.pt")
+    assert saved["stage"] == "scr" and 0 < saved["step"] < 6 and not (out / "scr.pt").exists()
+    assert main(command[3:]) == 0
+    for name in ("scr", "rass"):
+        assert not changed(checkpoint.read(whole / f"{name}.pt"), checkpoint.read(out / f"{name}.pt")), name
+
+
+def test_scr_learns_to_restore(folder: LabelledFolder, whole: Path) -> None:
+    config = load_any("rass_nano", [*CHANGES, "scr.clear=0", "degradation.levels=[0, 0, 1]"])
+    net = RassNano(3)
+    net.load_state_dict(checkpoint.read(whole / "base.pt"))
+    stage = make_stage("scr", net, config, folder, class_weights(folder, 0.35))
+    assert isinstance(stage, Scr)
+    for p in stage.parameters():
+        p.requires_grad_(False)
+    trained = [p for group in stage.groups() for p in group.parameters]
+    for p in trained:
+        p.requires_grad_(True)
+    frozen = {name: p.clone() for name, p in stage.named_parameters() if "lora_" not in name}
+    stage.set_modes()
+    batch = stage.batch(np.random.default_rng(0))
+    optimizer = torch.optim.Adam(trained, 2e-3)
+    seen = []
+    for _ in range(8):
+        losses = stage(batch)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        seen.append({name: float(value) for name, value in losses.items()})
+    assert seen[-1]["restoration"] < 0.9 * seen[0]["restoration"]
+    assert seen[-1]["loss"] < seen[0]["loss"]
+    assert all(torch.equal(p, dict(stage.named_parameters())[name]) for name, p in frozen.items())
+
+
+def test_relative_error_has_known_answers() -> None:
+    torch.manual_seed(0)
+    target = [torch.randn(2, 4, 16, 16) * torch.tensor([1.0, 10, 0.1, 3]).reshape(1, 4, 1, 1) for _ in range(2)]
+    assert float(relative_error(target, target)) == 0
+    # the mean of each channel in its place leaves its variance
+    means = [x.mean((0, 2, 3), keepdim=True).expand_as(x) for x in target]
+    assert float(relative_error(means, target)) == pytest.approx(1, rel=0.5)
+    alone = [x[:, 1:2] for x in target]
+    assert float(relative_error([x.mean() + 0 * x for x in alone], alone)) == pytest.approx(1 / 1.001, rel=1e-4)
+
+
+def test_class_weights_have_known_answers(data: Path, folder: LabelledFolder) -> None:
+    pixels = np.zeros(3)
+    for picture in folder:
+        pixels += np.bincount(picture.labels[picture.labels < 3], minlength=3)
+    share = pixels / pixels.sum()
+    weights = class_weights(folder, 0.5).double().numpy()
+    assert weights @ share == pytest.approx(1, abs=1e-6)
+    assert weights[1] / weights[0] == pytest.approx((share[0] / share[1]) ** 0.5, rel=1e-5)
+    assert class_weights(folder, 0.0).tolist() == pytest.approx([1, 1, 1])
+    # a class that no picture shows weighs as the rarest that one shows
+    four = open_labelled(data / "toys", "train", [*COLOURS, "nowhere"], [*COLOURS.values(), (1, 2, 3)])
+    more = class_weights(four, 0.5).double().numpy()
+    assert more[3] == more[:3].max() and np.allclose(more[:3], weights)
+
+
+def test_labels_of_a_crop_stay_with_its_pixels(folder: LabelledFolder) -> None:
+    crop = StreetCropConfig(64, 96, (1.0, 2.0), 1.0, 1.0)
+    colours = np.array(list(COLOURS.values()))
+    flips = set()
+    for seed in range(20):
+        image, labels = draw_labelled(folder, np.random.default_rng(seed), crop)
+        assert image.shape == (64, 96, 3) and labels.shape == (64, 96)
+        nearest = ((image[..., None, :].astype(int) - colours) ** 2).sum(-1).argmin(-1)
+        known = labels != IGNORE
+        assert (nearest == labels)[known].mean() > 0.96  # edges are blended
+        flips.add(bool((labels[:, 0] == IGNORE).any()))
+        again, _ = draw_labelled(folder, np.random.default_rng(seed), crop)
+        assert np.array_equal(image, again)
+    assert flips == {True, False}
+
+
+def test_clear_is_the_share_of_clear_inputs(folder: LabelledFolder) -> None:
+    config = load_any("rass_nano", CHANGES)
+    same = []
+    for clear in (1.0, 0.0, 0.5):
+        batch = draw_streets(folder, np.random.default_rng(1), config, 40, clear)
+        same.append(int((batch["clear"] == batch["input"]).flatten(1).all(1).sum()))
+    assert same[0] == 40 and same[1] == 0 and 10 < same[2] < 30
+
+
+def test_the_export_gives_the_node_the_same_classes(whole: Path, data: Path, tmp_path: Path) -> None:
+    net = RassNano(3)
+    net.load_state_dict(checkpoint.read(whole / "rass.pt"))
+    card = {
+        "classes": list(COLOURS), "palette": [list(c) for c in COLOURS.values()], "long_side": 640, "licence": "none",
+    }
+    report = rass_nano_export.export(net, card, tmp_path / "weights")
+    assert report["torch"] < 5e-3  # weights are stored in two bytes
+    with_onnx = Segmenter("cpu", weights=tmp_path / "weights")
+    picture = open_labelled(data / "toys", "test")[0]
+    logits = with_onnx.logits(picture.image)
+    with torch.no_grad():
+        expected = net(torch.from_numpy(picture.image[None]))[0].numpy()
+    assert logits.shape == expected.shape == (3, 24, 32)
+    assert np.abs(logits - expected).max() < 1e-2 * np.abs(expected).max()
+    assert (logits.argmax(0) == expected.argmax(0)).mean() > 0.99
+
+
+def test_the_command_exports(whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--checkpoint", whole / "rass.pt", "--folder", data / "toys", "--out", tmp_path / "weights"]
+    command = [sys.executable, "-m", "glesam_ros.training.rass_nano_export", *map(str, arguments)]
+    command += ["--licence", "none", "--trained-on", "toys"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout[done.stdout.index("{") :])
+    assert report["bytes"]["rass_nano.onnx"] == (tmp_path / "weights" / "rass_nano.onnx").stat().st_size < 8e6
+    assert json.loads((tmp_path / "weights" / "rass_nano.json").read_text())["trained_on"] == "toys"
+
+
+def test_what_does_not_fit_is_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="nothing is trained on a test split"):
+        load_any("rass_nano", ["folder.split=test"])
+    with pytest.raises(ValueError, match="scr.rank: expected"):
+        load_any("rass_nano", ["scr.rank=0"])
+    assert isinstance(load_any("rass_nano"), RassNanoConfig)
+    wrong = tmp_path / "wrong.pt"
+    checkpoint.write(wrong, RassNano(5).state_dict())
+    assert main(arguments(data, tmp_path / "out", "--set", f"start={wrong}")) == 1
+    said = capsys.readouterr().err
+    assert "expected weights of rass-nano" in said and said.count("\n") == 1
+    assert main(arguments(data, tmp_path / "out", "--until", "decode")) in (1, 2)
