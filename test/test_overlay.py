@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from glesam_ros.instances import Instances
-from glesam_ros.overlay import PALETTE, draw_overlay, strip_height
+from glesam_ros.overlay import PALETTE, draw_classes, draw_overlay, strip_height
+from glesam_ros.semantic import SemanticMap
 
 HEIGHT, WIDTH = 240, 400
 
@@ -173,3 +174,53 @@ def test_labels_at_hand_give_the_same_picture() -> None:
 def test_refusals(image: Any, alpha: float, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         draw_overlay(image, instances(WINDOWS), alpha)
+
+
+COLOURS = np.array([(128, 64, 128), (70, 130, 180), (0, 0, 0)], np.uint8)
+
+
+def class_map(size: tuple[int, int] = (HEIGHT, WIDTH), dtype: Any = np.uint8) -> SemanticMap:
+    labels = np.random.default_rng(1).integers(0, 3, size).astype(dtype)
+    return SemanticMap(labels, np.ones(size, np.float32), ("road", "sky", "dark"), COLOURS)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_class_colours_are_blended(alpha: float, dtype: Any) -> None:
+    image, found = picture(), class_map(dtype=dtype)
+    before = image.copy()
+    out = draw_classes(image, found, alpha)
+    expected = (1 - alpha) * image.astype(float) + alpha * COLOURS[found.labels]
+    np.testing.assert_allclose(out.astype(float), expected, atol=0.51)
+    np.testing.assert_array_equal(image, before)
+    assert not np.shares_memory(out, image) and out.dtype == np.uint8
+
+
+def test_class_colours_lie_under_the_masks() -> None:
+    image, found, classes = picture(), instances(WINDOWS), class_map()
+    out = draw_overlay(image, found, 0.5, semantic_map=classes)
+    np.testing.assert_array_equal(out, draw_overlay(draw_classes(image, classes, 0.5), found, 0.5))
+    outside = found.label_map() == 0
+    outside[: strip_height(found.size)] = False
+    np.testing.assert_array_equal(out[outside], draw_classes(image, classes, 0.5)[outside])
+    np.testing.assert_allclose(
+        out[SMALL].astype(float), 0.5 * draw_classes(image, classes, 0.5)[SMALL] + 0.5 * PALETTE[1], atol=1
+    )
+
+
+def test_class_colours_without_instances() -> None:
+    image, classes = picture(), class_map()
+    out = draw_overlay(image, instances([]), 0.5, semantic_map=classes)
+    rows = strip_height((HEIGHT, WIDTH))
+    np.testing.assert_array_equal(out[rows:], draw_classes(image, classes)[rows:])
+
+
+def test_a_class_map_that_does_not_fit_is_refused() -> None:
+    other = class_map((HEIGHT, WIDTH - 1))
+    words = r"image: expected \(height, width\) \(240, 399\) of the semantic map, got \(240, 400\)"
+    with pytest.raises(ValueError, match=words):
+        draw_overlay(picture(), instances(WINDOWS), semantic_map=other)
+    with pytest.raises(ValueError, match=words):
+        draw_classes(picture(), other)
+    with pytest.raises(ValueError, match="alpha: expected 0..1, got -0.1"):
+        draw_classes(picture(), class_map(), -0.1)
