@@ -24,19 +24,21 @@ examples:
   glesam models get sam_vit_b --from sam_vit_b_01ec64.pth        a file that is on this machine already
   glesam models get sam2.1_hiera_tiny+glesam --from runs/it/sam2.1_hiera_tiny+glesam      what `glesam train` wrote
   glesam models get sd21-base --from stable-diffusion-2-1-base   a folder of diffusers
+  glesam models get scr-sd21                             Stable Diffusion, and SCR, which restores pictures
+  glesam models get rass-sd21 --from rass.pth            RASS, which has to be fetched by hand, and all it needs
   glesam models where sam_vit_h+glesam                   every file with its path
   glesam models verify                                   checksums of all files
 
-NAME is BASE, BASE+ENHANCER, or a diffusion model. Files lie in $GLESAM_HOME, or in glesam_ros/models of
-$XDG_CACHE_HOME or ~/.cache. A download that was cut goes on with the same command. Files are held against their
-published SHA-256; where none is published, against that of the first download."""
+NAME is BASE, BASE+ENHANCER, scr-sd21, rass-sd21, or a diffusion model. Files lie in $GLESAM_HOME, or in
+glesam_ros/models of $XDG_CACHE_HOME or ~/.cache. A download that was cut goes on with the same command. Files are held
+against their published SHA-256; where none is published, against that of the first download."""
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the sub-parsers of `glesam`."""
     parser = commands.add_parser(
         "models", help="list, download and verify the full-size models", epilog=EPILOG,
-        description="The weights of SAM, SAM 2 and GleSAM: list, download, take over, verify.",
+        description="The weights of SAM, SAM 2, GleSAM, SCR and RASS: list, download, take over, verify.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(func=run_list)
@@ -47,7 +49,7 @@ def add_parser(commands: Any) -> None:
     get.add_argument(
         "--from", dest="source", type=Path, metavar="PATH",
         help="take this instead of a download: the checkpoint of the base, a folder of GleSAM weights (released, or of "
-        "`glesam train`), or a diffusers folder of Stable Diffusion",
+        "`glesam train`), scr.pkl, rass.pth or a folder with them, or a diffusers folder of Stable Diffusion",
     )
     get.set_defaults(func=run_get)
     where = actions.add_parser("where", help="print the path of each file of a model; 1 when one is missing")
@@ -60,7 +62,7 @@ def add_parser(commands: Any) -> None:
 
 def run_list(args: argparse.Namespace) -> int:
     """Print what there is."""
-    from glesam_ros.models.glesam import catalogue
+    from glesam_ros.models.glesam import catalogue, download
 
     home = catalogue.home()
     print(f"files in {home}\n\n{'base':<24}{'here':<6}{'MB':>6}  licence of the weights")
@@ -76,6 +78,10 @@ def run_list(args: argparse.Namespace) -> int:
     for name in sorted({*catalogue.RELEASED, *own}):
         licence = catalogue.RELEASED[name][0].licence if name in catalogue.RELEASED else "trained here, or taken over"
         print(f"{name:<34}{_here(home / name / catalogue.CONFIG_FILE):<6}{licence}")
+    print(f"\n{'restorer, segmenter':<34}{'here':<6}")
+    for name, sources in catalogue.SYSTEMS.items():
+        files = download.needed(name, home)
+        print(f"{name:<34}{'yes' if all((home / f.path).is_file() for f in files) else 'no':<6}{sources[-1].licence}")
     print("\nother names are any BASE+ENHANCER that you train; enhancers:")
     for name, text in catalogue.ENHANCERS.items():
         print(f"  +{name:<15}{text}")
@@ -100,8 +106,7 @@ def run_get(args: argparse.Namespace) -> int:
             _fetch(download.needed(name, home), home)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    use = "" if name in catalogue.UNETS else f"; use it: model:={name}, or glesam segment --model {name}"
-    print(f"{name} is complete in {home}{use}")
+    print(f"{name} is complete in {home}{_use(name)}")
     return 0
 
 
@@ -137,6 +142,20 @@ def run_verify(args: argparse.Namespace) -> int:
     return int(set(states) != {"ok"})
 
 
+def _use(name: str) -> str:
+    """How a model that is complete is used, for the end of a sentence."""
+    from glesam_ros.models.glesam import catalogue
+    from glesam_ros.models.registry import restorer_names
+
+    if name in catalogue.UNETS:
+        return ""
+    if name in restorer_names():
+        return f"; use it: restorer:={name}, or glesam restore --model {name}"
+    if name in catalogue.SYSTEMS:
+        return f"; use it: semantic:={name}"
+    return f"; use it: model:={name}, or glesam segment --model {name}"
+
+
 def _here(path: Path) -> str:
     return "yes" if path.is_file() else "no"
 
@@ -168,9 +187,16 @@ def _take(name: str, path: Path, home: Path) -> None:
     """
     from glesam_ros.models.glesam import catalogue, download
 
-    base = None if name in catalogue.UNETS else catalogue.split_name(name)[0]
+    base = None if name in (*catalogue.UNETS, *catalogue.SYSTEMS) else catalogue.split_name(name)[0]
     if (path / "unet" / "config.json").is_file():
-        _take_unet(name, path, home)
+        _take_diffusion(name, path, home)
+    elif name in catalogue.SYSTEMS:
+        if not path.exists() or not download.take_system(path, name, home):
+            kinds = [Path(source.path).name for source in catalogue.SYSTEMS[name]]
+            raise CommandError(
+                f"{path}: expected for {name} {' or '.join(kinds)}, a folder with it, or a folder of diffusers with "
+                "unet/config.json; found none of them"
+            )
     elif path.is_file() and base is not None:
         from glesam_ros.models.glesam.weights import read_tensors
 
@@ -190,17 +216,18 @@ def _take(name: str, path: Path, home: Path) -> None:
         raise CommandError(f"{path}: expected for {name} {', or '.join(kinds)}; found none of them")
 
 
-def _take_unet(name: str, path: Path, home: Path) -> None:
-    """Copy the files of a diffusion model that are in a folder of diffusers."""
+def _take_diffusion(name: str, path: Path, home: Path) -> None:
+    """Copy the files of a diffusion model that are in a folder of diffusers, those of its autoencoder if they count."""
     from glesam_ros.models.glesam import catalogue, download
 
     about = json.loads((path / "unet" / "config.json").read_text(encoding="utf-8"))
     width = about.get("cross_attention_dim") if isinstance(about, dict) else None
     unet = download.WIDTHS.get(width) if isinstance(width, int) else None
-    wanted = [name] if name in catalogue.UNETS else list(catalogue.UNETS)
+    own = name in catalogue.UNETS or name in catalogue.SYSTEMS
+    wanted = [catalogue.SYSTEM_SD if name in catalogue.SYSTEMS else name] if own else list(catalogue.UNETS)
     if unet is None or unet not in wanted:
         raise CommandError(f"{path}: expected the diffusion model {' or '.join(wanted)}, got {unet or 'another one'}")
-    for source in catalogue.UNETS[unet]:
+    for source in (*catalogue.UNETS[unet], *(catalogue.VAES.get(unet, ()) if own else ())):
         part = path / source.path.removeprefix(f"{unet}/")
         if part.is_file():
             download.take(part, home / source.path, home)

