@@ -28,17 +28,41 @@ projections are those of ODISE (CVPR 2023, arXiv 2303.04803).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glesam_ros.models.glesam.enhancer import TOKENS, UNet2DConditionModel, is_lora
+from glesam_ros.models.glesam import catalogue
+from glesam_ros.models.glesam.download import sha256
+from glesam_ros.models.glesam.enhancer import TOKENS, UNet2DConditionModel, is_lora, load_unet, write_tensors
+from glesam_ros.models.glesam.replay import Replayed, capture_cuda
+from glesam_ros.models.glesam.runtime import choose_device, choose_precision, device_in_words, memory_errors
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
+from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, read_tensors
+from glesam_ros.models.rass import ade20k
+from glesam_ros.models.rass.checkpoint import from_released, is_released, released_sizes
+from glesam_ros.models.rass.scr import (
+    GROUPS,
+    SD,
+    SIDE_MULTIPLE,
+    AutoencoderKL,
+    ClassPrompts,
+    group_of,
+    load_vae,
+    merge_scr,
+)
+from glesam_ros.validation import FloatArray, UInt8Array, check_image
 
 allow_import_without_operators()  # transformers, diffusers and peft want torchvision
 
@@ -50,9 +74,10 @@ from transformers.models.mask2former.modeling_mask2former import (  # noqa: E402
     Mask2FormerTransformerModule,
 )
 
-AutoencoderKL = Any
-"""diffusers' class; see `UNet2DConditionModel`."""
+_LOG = logging.getLogger(__name__)
 
+NAME = "rass-sd21"
+"""Name of the segmenter."""
 ADAPTERS = ("default_encoder_s2", "default_decoder_s2", "default_others_s2")
 """Names of the new adapters: on the down blocks and the first convolution, on the up blocks, on the middle block."""
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "conv", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
@@ -63,12 +88,14 @@ VAE_BLOCKS = (1, 3)
 """Blocks of the VAE encoder whose outputs are features."""
 FEATURE_STRIDES = (4, 8, 32, 16, 8, 8)
 """Of the six features: two of the VAE encoder, four of the U-Net's up blocks."""
-SIDE_MULTIPLE = 64
-"""The VAE shrinks the picture 8 times, the U-Net the latent 8 times."""
-GROUPS = 32
+WINDOW, LONGEST = 512, 2048
+"""Shorter side at which a picture is looked at, and most of its longer one, in pixels."""
+NORM_GROUPS = 32
 """Of all group norms."""
 LEAST_SHARE = 1e-8
 """Share of a class below which its logarithm is no longer told apart."""
+PROMPT_FILE = "rass/prompt.safetensors"
+"""What the text encoder says of the class names that the released network is told; computed once."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +136,13 @@ class RassConfig:
         object.__setattr__(self, "classes", tuple(self.classes))
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes: expected at least one name, each once, got {list(self.classes)}")
-        least = {name: 1 for name in ("rank", "alpha", "queries", "heads", "pixel_layers", "layers", "feedforward")}
-        for name, low in {**least, "points": 4, "timestep": 0, "projection": 4 * GROUPS, "width": GROUPS}.items():
+        least = dict.fromkeys(("rank", "alpha", "queries", "heads", "pixel_layers", "layers", "feedforward"), 1)
+        least |= {"points": 4, "timestep": 0, "projection": 4 * NORM_GROUPS, "width": NORM_GROUPS}
+        for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: expected a whole number >= {low}, got {value!r}")
-        for name, divisor in (("projection", 4 * GROUPS), ("width", GROUPS), ("width", self.heads)):
+        for name, divisor in (("projection", 4 * NORM_GROUPS), ("width", NORM_GROUPS), ("width", self.heads)):
             if getattr(self, name) % divisor:
                 raise ValueError(f"{name}: expected a multiple of {divisor}, got {getattr(self, name)}")
 
@@ -144,7 +172,7 @@ class ConvNorm(nn.Conv2d):
 
     def __init__(self, inside: int, outside: int, kernel: int) -> None:
         super().__init__(inside, outside, kernel, padding=kernel // 2, bias=False)
-        self.norm = nn.GroupNorm(GROUPS, outside)
+        self.norm = nn.GroupNorm(NORM_GROUPS, outside)
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +202,7 @@ class Head(Mask2FormerPreTrainedModel):
     """
 
     def __init__(self, config: RassConfig) -> None:
-        own = Mask2FormerConfig(
+        own = Mask2FormerConfig(  # type: ignore[call-arg]  # the base class takes num_labels
             num_labels=len(config.classes), feature_size=config.width, mask_feature_size=config.width,
             hidden_dim=config.width, encoder_feedforward_dim=max(1, config.feedforward // 2),
             dim_feedforward=config.feedforward, encoder_layers=config.pixel_layers, decoder_layers=config.layers,
@@ -315,6 +343,47 @@ class RassNetwork(nn.Module):
         """Pictures as in `features` -> classes and masks after each layer of the head."""
         return self.head(self.features(images))
 
+    def slide(
+        self, images: Tensor, features: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Features of whole pictures from square windows as high or wide as the shorter side: the published test.
+
+        Windows lie side by side, the last one at the border; where it overlaps the one before, both count half. The
+        head then sees the picture whole.
+
+        Args:
+            images: (B, H, W, 3) uint8 RGB, the shorter side a multiple of 64, the longer one of 32.
+            features: takes the place of `self.features`.
+
+        Returns:
+            As `features`, of the whole pictures.
+
+        Raises:
+            ValueError: as `features`, or the longer side is no multiple of 32.
+        """
+        features = features or self.features
+        height, width = int(images.shape[1]), int(images.shape[2])
+        side = min(height, width)
+        if height == width:
+            return features(images)
+        if max(height, width) % STRIDES[-1]:
+            raise ValueError(
+                f"images: expected a longer side that is a multiple of {STRIDES[-1]}, got {height} x {width}"
+            )
+        found: list[Tensor] = []
+        counts: list[Tensor] = []
+        for top in window_starts(height, side):
+            for left in window_starts(width, side):
+                parts = features(images[:, top : top + side, left : left + side])
+                if not found:
+                    found = [x.new_zeros(*x.shape[:2], height // s, width // s) for x, s in zip(parts, STRIDES)]
+                    counts = [x.new_zeros(height // s, width // s) for x, s in zip(parts, STRIDES)]
+                for total, count, part, s in zip(found, counts, parts, STRIDES):
+                    where = (slice(top // s, (top + side) // s), slice(left // s, (left + side) // s))
+                    total[(..., *where)] += part
+                    count[where] += 1
+        return tuple(total / count for total, count in zip(found, counts))
+
     def loss(
         self, images: Tensor, mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor]
     ) -> dict[str, Tensor]:
@@ -335,6 +404,10 @@ class RassNetwork(nn.Module):
                     f"{tuple(masks.shape)}"
                 )
         return self.head.loss(self(images), mask_labels, class_labels)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What is trained, by its name in the network, on the CPU; empty of LoRA once it is merged."""
+        return {name: p.detach().cpu().clone() for name, p in self.named_parameters() if p.requires_grad}
 
     def merge(self) -> None:
         """For inference: put the adapters into the weights, the same output without their cost; there is no way back.
@@ -360,14 +433,10 @@ def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 def adapted_layers(unet: UNet2DConditionModel) -> tuple[list[str], list[str], list[str]]:
     """Names of the layers that the three adapters are on, in the order of `ADAPTERS`; of SD 2.1-base 257 in all."""
-    groups: tuple[list[str], list[str], list[str]] = ([], [], [])
-    for name, module in unet.named_modules():
-        if not isinstance(module, (nn.Linear, nn.Conv2d)) or name == "conv_out":
-            continue
-        if any(part in name for part in ADAPTED):
-            encoder = name.startswith("down_blocks.") or name == "conv_in"
-            groups[0 if encoder else 1 if name.startswith("up_blocks.") else 2].append(name)
-    return groups
+    layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    adapted = [name for name in layers if name != "conv_out" and any(part in name for part in ADAPTED)]
+    encoder, decoder, others = ([name for name in adapted if group_of(name) == group] for group in GROUPS)
+    return encoder, decoder, others
 
 
 def masks_of(labels: Tensor, ignore: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -382,3 +451,225 @@ def masks_of(labels: Tensor, ignore: int) -> tuple[list[Tensor], list[Tensor]]:
     """
     classes = [found[found != ignore].long() for found in (x.long().unique() for x in labels)]
     return [(x[None] == found[:, None, None]).float() for x, found in zip(labels, classes)], classes
+
+
+# pictures of any size
+
+
+def window_starts(length: int, side: int) -> list[int]:
+    """Where windows of `side` begin that cover `length`: side by side, the last one at the end."""
+    return [min(k * side, length - side) for k in range(-(-length // side))]
+
+
+def working_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width at which a picture is looked at: the shorter side 512, the longer one at most 2048.
+
+    The shorter side is rounded to a multiple of 64, the longer one of 32; proportions change by a few hundredths.
+    """
+    short, long = min(height, width), max(height, width)
+    scale = min(WINDOW / short, LONGEST / long)
+    side = max(SIDE_MULTIPLE, round(short * scale / SIDE_MULTIPLE) * SIDE_MULTIPLE)
+    other = max(side, round(long * scale / STRIDES[-1]) * STRIDES[-1])
+    return (side, other) if height <= width else (other, side)
+
+
+# files
+
+
+@dataclass(frozen=True, eq=False)
+class RassWeights:
+    """What is trained of RASS, and what belongs to it; the content of rass.pth.
+
+    Attributes:
+        config: of the network.
+        palette: (K, 3) uint8 RGB, colours of the classes.
+        state: tensors by the names of `RassNetwork`.
+        prompt: (1, 77, C) float32, the prompt of the training; None in the released file, whose prompts were tags.
+        scr: SHA-256 of the scr.pkl that was merged in for the training; empty where it is not known.
+    """
+
+    config: RassConfig
+    palette: UInt8Array
+    state: dict[str, Tensor]
+    prompt: Tensor | None = None
+    scr: str = ""
+
+    def load_into(self, network: RassNetwork, what: str) -> None:
+        """Put the weights into a network of this configuration; `what` they are, for errors.
+
+        Raises:
+            ValueError: a trained weight is missing, one is left over, or of another shape.
+        """
+        own = network.state_dict()
+        state = from_released(self.state, own) if is_released(self.state) else self.state
+        trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        # the released file has the frozen U-Net, too, with SCR merged in
+        load_exactly(network, state, what, ignore=[key for key in own if key not in trained and key not in state])
+
+
+def write_rass(network: RassNetwork, path: Path, palette: UInt8Array, scr: str = "") -> None:
+    """Write what is trained, with classes, palette and prompt, whole or not at all; folders above it are made.
+
+    Args:
+        path: rass.pth.
+        palette, scr: as in `RassWeights`.
+
+    Raises:
+        ValueError: the palette has not one colour for each class, or the adapters are merged already.
+    """
+    if palette.shape != (len(network.config.classes), 3):
+        raise ValueError(f"palette: expected shape ({len(network.config.classes)}, 3), got {palette.shape}")
+    state = network.trained_state()
+    if not any(is_lora(key) for key in state):
+        raise ValueError("write_rass: expected LoRA, got merged weights; write before merge()")
+    fields = {**dataclasses.asdict(network.config), "classes": list(network.config.classes)}
+    content = {
+        "config": fields, "palette": palette.tolist(), "state": state, "prompt": network.prompt.cpu(), "scr": scr,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        torch.save(content, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_rass(path: Path) -> RassWeights:
+    """Read rass.pth: one of `write_rass`, or the released one (see `checkpoint`), whose classes are ADE20K's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file, or a released one of other classes than ADE20K's 150.
+    """
+    content = read_checkpoint(path)
+    state = content.get("model", content) if isinstance(content, dict) else None
+    try:
+        if isinstance(state, dict) and is_released(state):
+            sizes = released_sizes(state)
+            if (count := sizes.pop("classes")) != len(ade20k.CLASSES):
+                raise ValueError(f"expected the {len(ade20k.CLASSES)} classes of ADE20K, got {count} without names")
+            return RassWeights(RassConfig(ade20k.CLASSES, **sizes), ade20k.PALETTE, state)
+        if not isinstance(content, dict) or not {"config", "palette", "state", "prompt", "scr"} <= set(content):
+            raise ValueError("expected the weights of RASS, released or of glesam train, got something else")
+        config = RassConfig(**content["config"])
+        palette = np.array(content["palette"], np.uint8)
+        if palette.shape != (len(config.classes), 3):
+            raise ValueError(f"palette: expected {len(config.classes)} colours, got an array {palette.shape}")
+        return RassWeights(config, palette, content["state"], content["prompt"], content["scr"])
+    except (TypeError, ValueError) as error:  # a field that is missing or unknown is a TypeError
+        raise ValueError(f"{path}: {error}") from error
+
+
+# the model
+
+
+class RassModel:
+    """RASS for pictures of any size; see `glesam_ros.models.base.SemanticModel`.
+
+    Args:
+        network: with what was trained of it; taken over, its adapters are merged here.
+        palette: (K, 3) uint8 RGB.
+        device: of torch.
+        dtype: of VAE and U-Net; projections and head compute in float32.
+    """
+
+    name = NAME
+
+    def __init__(self, network: RassNetwork, palette: UInt8Array, device: torch.device, dtype: torch.dtype) -> None:
+        self.classes, self.palette = network.config.classes, palette
+        self.device = device_in_words(device, dtype)
+        self._place = device
+        network.merge()
+        for part in (network.encoder, network.quant_conv, network.unet):
+            part.to(dtype)
+            part.to(memory_format=torch.channels_last)
+        self._network = network.to(device).eval()
+        capture = capture_cuda if device.type == "cuda" else None
+        self._features = Replayed(self._network.features, "features", capture, at_once=False)
+
+    @memory_errors
+    def logits(self, image: UInt8Array) -> FloatArray:
+        """Classify an image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB with H, W >= 1; left as it is.
+
+        Returns:
+            (K, h, w) float32: logarithms of the classes' shares at a quarter of `working_size`, so that the softmax
+            over K is their normalised share.
+
+        Raises:
+            TypeError, ValueError: no such image.
+            OutOfMemory: the device lacked memory.
+            RuntimeError: the result is not finite, which half precision may cause.
+        """
+        image = check_image(image)
+        height, width = working_size(*image.shape[:2])
+        smaller = height * width < image.shape[0] * image.shape[1]
+        how = cv2.INTER_AREA if smaller else cv2.INTER_CUBIC
+        resized = cv2.resize(image, (width, height), interpolation=how)
+        with torch.inference_mode():
+            pixels = torch.from_numpy(np.ascontiguousarray(resized))[None].to(self._place)
+            shares = self._network.head(self._network.slide(pixels, self._features)).shares()[0]
+            found = shares.clamp_min(LEAST_SHARE).log().cpu().numpy()
+        if not np.isfinite(found).all():
+            raise RuntimeError(
+                f"{NAME} on {self.device}: expected finite values, got NaN or infinity; take precision bf16 or fp32"
+            )
+        return np.asarray(found, np.float32)
+
+    def free(self) -> None:
+        """Drop captured graphs and give cached device memory back."""
+        self._features.free()
+        if self._place.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Free memory; the model cannot be used afterwards."""
+        self._features.free()
+        del self._network, self._features
+        if self._place.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def load_rass(device: str, precision: str) -> RassModel:
+    """The segmenter from the files that `catalogue` names below `home()`.
+
+    Args:
+        device: "auto", "cuda" or "cpu".
+        precision: "auto" (bf16 on CUDA from capability 8.0, fp16 below, fp32 on a CPU), "fp32", "fp16" or "bf16".
+
+    Raises:
+        FileNotFoundError: a file is missing; names the command that gets it.
+        RuntimeError: there is no CUDA.
+        ValueError: another device or precision, or files that do not fit each other.
+    """
+    place = choose_device(device)
+    dtype = choose_precision(precision, place)
+    folder = catalogue.system_folder(NAME, catalogue.home())
+    scr, file = folder / catalogue.SCR_FILE, folder / catalogue.RASS_FILE
+    weights = read_rass(file)
+    if weights.scr and weights.scr != sha256(scr):
+        raise ValueError(f"{file}: expected the scr.pkl that it was trained with beside it, {scr} is another one")
+    unet = load_unet(folder / SD / "unet")
+    merge_scr(unet, scr)
+    prompt = _released_prompt(folder, weights.config.classes) if weights.prompt is None else weights.prompt
+    network = RassNetwork(weights.config, load_vae(folder / SD / "vae"), unet, prompt)
+    weights.load_into(network, str(file))
+    return RassModel(network, weights.palette, place, dtype)
+
+
+def _released_prompt(folder: Path, classes: Sequence[str]) -> Tensor:
+    """What the text encoder says of the class names, as many as fit: the prompt where the file has none.
+
+    The authors prompt with the tags that a recognition model gives each picture. Ours is the same for all pictures, so
+    it is computed once, and no tagger (470 million parameters) and no text encoder has to run.
+    """
+    file = folder / PROMPT_FILE
+    if not file.is_file():
+        write_tensors({"prompt": ClassPrompts(folder / SD)(classes)}, file)
+    found = read_tensors(file)
+    if "prompt" not in found:
+        raise ValueError(f"{file}: expected the key prompt, got {', '.join(sorted(found)) or 'none'}; remove it")
+    return found["prompt"]
