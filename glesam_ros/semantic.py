@@ -32,6 +32,8 @@ LabelArray = np.ndarray[Any, np.dtype[np.uint8]] | np.ndarray[Any, np.dtype[np.u
 """(H, W) of class indices."""
 NO_CLASS = -1
 """What `class_of_instances` says of a mask without pixels or without any confidence."""
+MAIN_SHARE = 0.01
+"""Classes that cover less of an image are specks."""
 
 _Model = TypeVar("_Model", SemanticModel, RestorerModel)
 _Result = TypeVar("_Result")
@@ -76,6 +78,12 @@ class SemanticMap:
     def size(self) -> tuple[int, int]:
         """(height, width) of the image."""
         return int(self.labels.shape[0]), int(self.labels.shape[1])
+
+    def main_classes(self) -> tuple[str, ...]:
+        """Names of the classes that cover at least `MAIN_SHARE` of the image, largest first: words for a restorer."""
+        pixels = np.bincount(self.labels.ravel(), minlength=len(self.classes))
+        order = np.argsort(-pixels, kind="stable")
+        return tuple(self.classes[k] for k in order if pixels[k] and pixels[k] >= MAIN_SHARE * self.labels.size)
 
     def colours(self) -> UInt8Array:
         """(H, W, 3) uint8 RGB, each pixel in the colour of its class."""

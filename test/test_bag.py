@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from rosbags.highlevel import AnyReader
-from rosbags.interfaces import QosReliability
+from rosbags.interfaces import QosDurability, QosReliability
 from rosbags.rosbag1 import Writer as Writer1
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
@@ -20,6 +20,7 @@ from rosbags.typesys import Stores, get_typestore
 from glesam_ros.cli.bagfile import message_types
 from glesam_ros.cli.main import main
 from glesam_ros.cli.result_topics import RESULTS
+from glesam_ros.models import OutOfMemory, register_restorer, register_semantic, semantic_names
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
@@ -198,6 +199,124 @@ def test_vision_msgs_definitions_agree_with_the_interface_files():
             continue
         lines = [line.split("#")[0].split() for line in file.read_text().splitlines()]
         assert [name for name, _ in types.fielddefs[f"vision_msgs/msg/{file.stem}"][1]] == [w[1] for w in lines if w]
+
+
+class Halves:
+    """The left half of a picture is "wall", the right one "floor"."""
+
+    name, device, classes = "halves", "cpu", ("floor", "wall", "nothing")
+    palette = np.array([(10, 20, 30), (200, 100, 0), (0, 0, 0)], np.uint8)
+
+    def logits(self, image: Any) -> Any:
+        if image.max() == 0:
+            raise OutOfMemory("black takes all memory")
+        planes = np.zeros((3, *image.shape[:2]), np.float32)
+        planes[1, :, : image.shape[1] // 2] = planes[0, :, image.shape[1] // 2 :] = 3
+        return planes
+
+    def free(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Inverse:
+    """The negative; notes what it was told of the picture."""
+
+    name, device = "inverse", "cpu"
+    told: list[tuple[str, ...]] = []
+
+    def restore(self, image: Any, classes: Any = ()) -> Any:
+        self.told.append(tuple(classes))
+        return 255 - image
+
+    def free(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def beside():
+    """Options that load a semantic model and a restorer."""
+    if "halves" not in semantic_names():
+        register_semantic("halves", lambda device, precision: Halves())
+        register_restorer("inverse", lambda device, precision: Inverse())
+    Inverse.told.clear()
+    return ["--semantic", "halves", "--restorer", "inverse"]
+
+
+def test_classes_and_restored_pictures(beside, tmp_path):
+    source = write_bag(tmp_path / "drive", drive()[:6])
+    assert bag(source, "--out", tmp_path / "out", *beside) == 0
+    found = read(tmp_path / "out")
+    scene, good = bright_model.scene(), [0, 2, 4]
+    for name in ("semantic", "semantic/confidence", "enhanced"):
+        rows = found[f"/glesam/{name}"]
+        assert [t for t, _ in rows] == [START + n * FRAME for n in good]
+        assert [stamp_of(m) for _, m in rows] == [stamp_of(image(n, scene)) for n in good]
+    wall = np.zeros(scene.shape[:2], bool)
+    wall[:, : scene.shape[1] // 2] = True
+    semantic, confidence, enhanced = (
+        found[f"/glesam/{name}"][0][1] for name in ("semantic", "semantic/confidence", "enhanced")
+    )
+    assert (semantic.encoding, confidence.encoding, enhanced.encoding) == ("mono8", "32FC1", "rgb8")
+    np.testing.assert_array_equal(pixels(semantic, "u1"), wall)
+    sure = np.exp(3) / (np.exp(3) + 2)
+    np.testing.assert_allclose(pixels(confidence, "f4"), sure, rtol=1e-5)
+    np.testing.assert_array_equal(pixels(enhanced, "u1"), 255 - scene)
+    assert Inverse.told == [("floor", "wall")] * 3
+
+    [(when, info)] = found["/glesam/semantic/label_info"]
+    assert when == START and [(c.class_id, c.class_name) for c in info.class_map] == [*enumerate(Halves.classes)]
+    with AnyReader([tmp_path / "out"]) as reader:
+        profile = next(c for c in reader.connections if c.topic.endswith("/semantic/label_info")).ext
+    assert profile.offered_qos_profiles[0].durability is QosDurability.TRANSIENT_LOCAL
+
+    masks, detections = found["/glesam/masks"][0][1], found["/glesam/detections"][0][1].detections
+    labels = pixels(masks, "u2")
+    assert len(detections) == 2
+    for detection in detections:
+        own = labels == int(detection.id)
+        first, second = (result.hypothesis for result in detection.results)
+        assert first.class_id == "object"
+        assert second.class_id == ("wall" if wall[own].mean() > 0.5 else "floor")
+        assert second.score == pytest.approx(max(wall[own].mean(), 1 - wall[own].mean()) * sure, rel=1e-4)
+    overlay = pixels(found["/glesam/overlay"][0][1], "u1")[..., ::-1]
+    assert (overlay[-2:, :2] == Halves.palette[1] / 2).all() and (overlay[-2:, -2:] == Halves.palette[0] / 2).all()
+
+
+def test_models_beside_run_only_for_their_results(beside, tmp_path):
+    black = write_bag(tmp_path / "drive", [("/cam", IMAGE, 0, image(0, np.zeros((64, 96, 3), np.uint8)))])
+    chosen = ["--results-only", "--result", "masks", "--result", "enhanced"]
+    assert bag(black, "--out", tmp_path / "out", *beside, *chosen) == 0  # classes would take all memory
+    assert set(read(tmp_path / "out")) == {"/glesam/masks", "/glesam/enhanced"}
+    assert Inverse.told == [()]
+    assert bag(black, "--out", tmp_path / "masks", *beside, *chosen[:3]) == 0
+    assert len(Inverse.told) == 1
+
+
+def test_a_lack_of_memory_is_one_line(beside, tmp_path, capsys):
+    source = write_bag(tmp_path / "drive", [("/cam", IMAGE, 0, image(0, np.zeros((64, 96, 3), np.uint8)))])
+    assert bag(source, "--out", tmp_path / "out", *beside) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("glesam bag: error: ")]
+    assert len(said) == 1 and "black takes all memory" in said[0] and "halves on cpu" in said[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["--semantic", "halfs"], "semantic: expected one of .*rass-nano"),
+    (["--restorer", "invers"], "restorer: expected one of .*scr-sd21"),
+])
+def test_unknown_models_beside_are_refused_with_the_known_ones(arguments, expected, tmp_path, capsys):
+    assert bag(write_bag(tmp_path / "drive", drive()), "--out", tmp_path / "out", *arguments) == 1
+    assert re.search(f"glesam bag: error: {expected}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("result", "option"), [("semantic/confidence", "--semantic"), ("enhanced", "--restorer")])
+def test_a_result_needs_its_model(result, option, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bag("drive", "--out", tmp_path / "out", "--result", result)
+    assert stop.value.code == 2
+    assert f"--result {result}: expected {option} NAME with it" in capsys.readouterr().err
 
 
 def test_results_only_and_chosen_results(tmp_path):

@@ -19,13 +19,15 @@ from glesam_ros.cli.options import (
     positive,
     seed,
 )
-from glesam_ros.cli.result_topics import RESULTS
+from glesam_ros.cli.result_topics import ALL_RESULTS, RESTORER_RESULTS, RESULTS, SEMANTIC_RESULTS
+from glesam_ros.settings import OFF
 
 if TYPE_CHECKING:
     from glesam_ros.cli.bagfile import BagSource, ResultWriter
+    from glesam_ros.semantic import Restorer, SemanticSegmenter
     from glesam_ros.validation import UInt8Array
 
-SETTINGS = (*MODEL_SETTINGS, *SELECTION_SETTINGS, "overlay_alpha")
+SETTINGS = (*MODEL_SETTINGS, "semantic", "restorer", *SELECTION_SETTINGS, "overlay_alpha")
 NAMED_FRAMES = 5
 """So many bad frames are named for each reason; all are counted."""
 
@@ -33,6 +35,7 @@ EPILOG = """\
 examples:
   glesam bag drive --out drive_masks                          all cameras of a recorded bag (folder, .mcap or .db3)
   glesam bag drive --out masks --topic /front/image_raw --results-only
+  glesam bag drive --out classes --semantic rass-nano         also the class of every pixel
   glesam bag old.bag --out new --storage sqlite3              a ROS 1 bag becomes a ROS 2 bag
   glesam bag --from-images photos --rate 30 --out film        pictures become a bag
   glesam bag --from-images photos --rate 30 --out dark --degrade low_light --level 2
@@ -43,6 +46,13 @@ result topics, with the header and the recording time of their picture:
   /glesam/overlay     sensor_msgs/Image bgr8, for people
   /glesam/detections  vision_msgs/Detection2DArray, id = value in masks
   /glesam/quality     vision_msgs/Classification, degradation 0..1 and whether enhancement ran
+with --semantic:
+  /glesam/semantic             sensor_msgs/Image mono8 (beyond 256 classes mono16), the value is the class
+  /glesam/semantic/confidence  sensor_msgs/Image 32FC1, 0..1
+  /glesam/semantic/label_info  vision_msgs/LabelInfo, once: names of the classes; detections have the class as second
+                               hypothesis, the overlay its colours
+with --restorer:
+  /glesam/enhanced    sensor_msgs/Image rgb8, the picture restored
 with several cameras /glesam/<image topic>/masks and so on.
 Play it with `ros2 bag play drive_masks`, or open it in Foxglove.
 Bad frames are named and counted by reason; exit code 1 only when no frame could be used."""
@@ -70,8 +80,8 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--results-only", action="store_true", help="leave the messages of IN out")
     parser.add_argument(
-        "--result", action="append", choices=tuple(RESULTS), default=[],
-        help="write this result, repeat for more; default: all",
+        "--result", action="append", choices=tuple(ALL_RESULTS), default=[],
+        help="write this result, repeat for more; default: all that the models give",
     )
     parser.add_argument("--namespace", default="/glesam", metavar="NS", help="of the result topics; default: /glesam")
     pictures = parser.add_argument_group("a bag made of pictures")
@@ -101,6 +111,12 @@ def _segment_bag(args: argparse.Namespace) -> int:
     from glesam_ros.cli.bagfile import ResultWriter, new_bag, open_bag
 
     namespace = "/" + args.namespace.strip("/")
+    offered = dict(RESULTS)
+    for option, added in (("semantic", SEMANTIC_RESULTS), ("restorer", RESTORER_RESULTS)):
+        if getattr(args, option) != OFF:
+            offered |= added
+        elif asked := [name for name in args.result if name in added]:
+            args.usage_error(f"--result {asked[0]}: expected --{option} NAME with it, got none")
     with open_bag(args.bag, args.ros_distro) as source:
         topics, notes = source.image_topics(args.topic, namespace)
         copied = []
@@ -110,7 +126,7 @@ def _segment_bag(args: argparse.Namespace) -> int:
             else:
                 notes.append(f"{connection.topic}: not copied, the bag does not define {connection.msgtype}")
         taken = {f"{namespace}/{name}" if len(topics) == 1 else f"{namespace}{topic}/{name}"
-                 for topic in topics for name in RESULTS}
+                 for topic in topics for name in ALL_RESULTS}
         for connection in [c for c in copied if c.topic in taken]:
             copied.remove(connection)
             notes.append(f"{connection.topic}: not copied, the new results take its place")
@@ -118,11 +134,28 @@ def _segment_bag(args: argparse.Namespace) -> int:
             print(f"glesam bag: {note}", file=sys.stderr)
         with new_bag(args.out, args.storage, args.ros_distro) as writer:
             pipeline = open_pipeline(args, SETTINGS)
+            segmenter, restorer = _open_beside(args)
             copy = source.copier(writer, copied) if copied else None
-            results = ResultWriter(writer, pipeline, topics, source.types, namespace, args.result or tuple(RESULTS))
+            results = ResultWriter(
+                writer, pipeline, topics, source.types, namespace, args.result or tuple(offered), segmenter, restorer
+            )
             stopped = _go_through(source, results, topics, {(c.id, id(c.owner)) for c in copied}, copy)
-        pipeline.close()
+        for model in (pipeline, segmenter, restorer):
+            if model is not None:
+                model.close()
     return _report(args.out, topics, results, stopped)
+
+
+def _open_beside(args: argparse.Namespace) -> tuple[SemanticSegmenter | None, Restorer | None]:
+    """The semantic model and the restorer, None where off."""
+    from glesam_ros.semantic import load_restorer, load_semantic
+
+    try:
+        segmenter = load_semantic(args.semantic, args.device) if args.semantic != OFF else None
+        restorer = load_restorer(args.restorer, args.device) if args.restorer != OFF else None
+    except (ValueError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
+    return segmenter, restorer
 
 
 def _go_through(source: BagSource, results: ResultWriter, topics: list[str], copied: set[Any], copy: Any) -> bool:

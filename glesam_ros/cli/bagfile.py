@@ -32,11 +32,13 @@ from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
 from glesam_ros.cli.options import CommandError
-from glesam_ros.cli.result_topics import COMPRESSED, IMAGE, RESULTS
+from glesam_ros.cli.result_topics import ALL_RESULTS, COMPRESSED, IMAGE, LABEL_INFO
 from glesam_ros.instances import Instances
+from glesam_ros.models import OutOfMemory
 from glesam_ros.overlay import draw_overlay
 from glesam_ros.pipeline import EnhancementGate, Pipeline
 from glesam_ros.ros.conversions import ConversionError, compressed_to_rgb, image_to_rgb
+from glesam_ros.semantic import NO_CLASS, Restorer, SemanticMap, SemanticSegmenter, class_of_instances
 from glesam_ros.validation import UInt8Array
 
 NOT_A_PICTURE = ("16UC1", "32FC1", "32FC2", "64FC1", "16SC1", "32SC1")
@@ -55,7 +57,11 @@ _VISION_MSGS = {
     ),
     "Detection2DArray": "std_msgs/Header header\nvision_msgs/Detection2D[] detections\n",
     "Classification": "std_msgs/Header header\nvision_msgs/ObjectHypothesis[] results\n",
+    "VisionClass": "uint16 class_id\nstring class_name\n",
+    "LabelInfo": "std_msgs/Header header\nvision_msgs/VisionClass[] class_map\nfloat32 threshold\n",
 }
+
+_WITH_CLASSES = {"semantic", "semantic/confidence", LABEL_INFO, "detections", "overlay"}
 
 UNREADABLE = (AnyReaderError, ValueError, IndexError, AssertionError, struct.error)
 """What the versions of rosbags raise for a message whose bytes do not fit its type."""
@@ -65,6 +71,8 @@ RESULT_QOS = Qos(
     QosLiveliness.AUTOMATIC, _ENDLESS, avoid_ros_namespace_conventions=False,
 )
 """Offered by the player for result topics; reliable, so every subscriber matches."""
+LATCHED_QOS = RESULT_QOS._replace(depth=1, durability=QosDurability.TRANSIENT_LOCAL)
+"""Offered for the names of classes, which who subscribes late needs, too."""
 
 
 def message_types(distro: str) -> Typestore:
@@ -268,28 +276,39 @@ class ResultWriter:
             <namespace>/<image topic>/masks ...
         types: definitions, from `message_types`.
         namespace: absolute name above the result topics.
-        results: which of `RESULTS` to write.
+        results: which of `ALL_RESULTS` to write.
+        segmenter: finds the class of each pixel; needed for the results of classes, and adds them to detections and
+            overlay.
+        restorer: restores pictures, needed for `enhanced`.
     """
 
     def __init__(
         self, writer: Writer, pipeline: Pipeline, topics: Sequence[str], types: Typestore, namespace: str,
-        results: Sequence[str],
+        results: Sequence[str], segmenter: SemanticSegmenter | None = None, restorer: Restorer | None = None,
     ) -> None:
         self.writer = writer
         self.pipeline = pipeline
         self.types = types
         self.tally = Tally()
+        self._segmenter = segmenter if set(results) & _WITH_CLASSES else None
+        self._restorer = restorer if "enhanced" in results else None
         self._gates = {topic: EnhancementGate() for topic in topics}
+        self._named: set[str] = set()  # image topics whose names of classes are written
         self._connections: dict[tuple[str, str], Connection] = {}
         for topic in topics:
             prefix = namespace if len(topics) == 1 else namespace + topic
             for name in results:
                 self._connections[topic, name] = writer.add_connection(
-                    f"{prefix}/{name}", RESULTS[name], typestore=types, offered_qos_profiles=[RESULT_QOS]
+                    f"{prefix}/{name}", ALL_RESULTS[name], typestore=types,
+                    offered_qos_profiles=[LATCHED_QOS if name == LABEL_INFO else RESULT_QOS],
                 )
 
     def segment(self, frame: Frame) -> ConversionError | None:
-        """Segment one frame and write its results; a bad frame is counted, and its fault comes back."""
+        """Segment one frame and write its results; a bad frame is counted, and its fault comes back.
+
+        Raises:
+            CommandError: a model lacks memory.
+        """
         self.tally.frames += 1
         try:
             if frame.error:
@@ -300,13 +319,24 @@ class ResultWriter:
             self.tally.bad[error.reason] += 1
             return error
         start = time.perf_counter()
-        instances = self.pipeline.decode(self.pipeline.encode(image, self._gates[frame.topic]))
+        semantic = restored = None
+        try:
+            instances = self.pipeline.decode(self.pipeline.encode(image, self._gates[frame.topic]))
+            if self._segmenter is not None:
+                semantic = self._segmenter.segment(image)
+            if self._restorer is not None:
+                restored = self._restorer.restore(image, semantic.main_classes() if semantic is not None else ())
+        except OutOfMemory as error:
+            raise CommandError(str(error)) from error
         self.tally.seconds.append(time.perf_counter() - start)
         self.tally.instances += len(instances)
-        self._write(frame, image, instances)
+        self._write(frame, image, instances, semantic, restored)
         return None
 
-    def _write(self, frame: Frame, image: UInt8Array, instances: Instances) -> None:
+    def _write(
+        self, frame: Frame, image: UInt8Array, instances: Instances, semantic: SemanticMap | None,
+        restored: UInt8Array | None,
+    ) -> None:
         stamp = frame.message.header.stamp
         header = self._new(
             "std_msgs/msg/Header",
@@ -320,18 +350,27 @@ class ResultWriter:
             "masks": lambda: image_message(self.types, labels, "mono16", header),
             "confidence": lambda: image_message(self.types, instances.confidence_map(labels), "32FC1", header),
             "overlay": lambda: image_message(
-                self.types, cv2.cvtColor(draw_overlay(image, instances, alpha, labels), cv2.COLOR_RGB2BGR),
+                self.types, cv2.cvtColor(draw_overlay(image, instances, alpha, labels, semantic), cv2.COLOR_RGB2BGR),
                 "bgr8", header,
             ),
-            "detections": lambda: self._detections(instances, header, classes[0]),
+            "detections": lambda: self._detections(instances, header, classes[0], semantic),
             "quality": lambda: self._quality(instances, header),
         }
-        for name, kind in RESULTS.items():
+        if semantic is not None:
+            encoding = "mono8" if semantic.labels.dtype == np.uint8 else "mono16"
+            make["semantic"] = lambda: image_message(self.types, semantic.labels, encoding, header)
+            make["semantic/confidence"] = lambda: image_message(self.types, semantic.confidence, "32FC1", header)
+            if frame.topic not in self._named:
+                self._named.add(frame.topic)
+                make[LABEL_INFO] = lambda: self._label_info(semantic.classes, header)
+        if restored is not None:
+            make["enhanced"] = lambda: image_message(self.types, restored, "rgb8", header)
+        for name, message in make.items():
             connection = self._connections.get((frame.topic, name))
             if connection is not None:
-                self.writer.write(connection, frame.log_time, self.types.serialize_cdr(make[name](), kind))
+                self.writer.write(connection, frame.log_time, self.types.serialize_cdr(message(), ALL_RESULTS[name]))
 
-    def _detections(self, instances: Instances, header: Any, class_id: str) -> Any:
+    def _detections(self, instances: Instances, header: Any, class_id: str, semantic: SemanticMap | None) -> Any:
         pose = self._new(
             "geometry_msgs/msg/PoseWithCovariance",
             pose=self._new(
@@ -341,17 +380,26 @@ class ResultWriter:
             ),
             covariance=np.zeros(36),
         )
+        hypotheses = [[(class_id, score)] for score in instances.scores.tolist()]
+        if semantic is not None:
+            for found, index, score in zip(hypotheses, *(a.tolist() for a in class_of_instances(instances, semantic))):
+                if index != NO_CLASS:
+                    found.append((semantic.classes[index], score))
         detections = []
-        for (x1, y1, x2, y2), score, number in zip(
-            instances.boxes.tolist(), instances.scores.tolist(), instances.ids.tolist()
-        ):
-            hypothesis = self._new("vision_msgs/msg/ObjectHypothesis", class_id=class_id, score=score)
+        for (x1, y1, x2, y2), found, number in zip(instances.boxes.tolist(), hypotheses, instances.ids.tolist()):
+            results = [
+                self._new(
+                    "vision_msgs/msg/ObjectHypothesisWithPose", pose=pose,
+                    hypothesis=self._new("vision_msgs/msg/ObjectHypothesis", class_id=name, score=score),
+                )
+                for name, score in found
+            ]
             position = self._new("vision_msgs/msg/Point2D", x=(x1 + x2) / 2, y=(y1 + y2) / 2)
             center = self._new("vision_msgs/msg/Pose2D", position=position, theta=0.0)
             detections.append(self._new(
                 "vision_msgs/msg/Detection2D",
                 header=header,
-                results=[self._new("vision_msgs/msg/ObjectHypothesisWithPose", hypothesis=hypothesis, pose=pose)],
+                results=results,
                 bbox=self._new("vision_msgs/msg/BoundingBox2D", center=center, size_x=x2 - x1, size_y=y2 - y1),
                 id=str(number),
             ))
@@ -364,6 +412,12 @@ class ResultWriter:
             self._new(kind, class_id="enhanced", score=float(instances.enhanced)),
         ]
         return self._new("vision_msgs/msg/Classification", header=header, results=results)
+
+    def _label_info(self, classes: Sequence[str], header: Any) -> Any:
+        class_map = [
+            self._new("vision_msgs/msg/VisionClass", class_id=k, class_name=name) for k, name in enumerate(classes)
+        ]
+        return self._new("vision_msgs/msg/LabelInfo", header=header, class_map=class_map, threshold=0.0)
 
     def _new(self, kind: str, **fields: Any) -> Any:
         return self.types.types[kind](**fields)

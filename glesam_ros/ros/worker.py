@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 from rclpy.clock import Clock
 from sensor_msgs.msg import CompressedImage
 
@@ -21,12 +20,10 @@ from glesam_ros.ros.conversions import ConversionError, compressed_to_rgb, image
 from glesam_ros.ros.diagnostics import Ring, worth_a_log_line
 from glesam_ros.ros.outputs import OF_CLASSES, OF_EMBEDDING, OF_INSTANCES, WITH_CLASSES
 from glesam_ros.ros.scheduling import Frame, HandOver, NewestFrames
-from glesam_ros.semantic import Restorer, SemanticMap, SemanticSegmenter
+from glesam_ros.semantic import Restorer, SemanticSegmenter
 from glesam_ros.validation import UInt8Array
 
 Result = TypeVar("Result")
-NAMED_SHARE = 0.01
-"""Classes that cover less of a picture are not named to the restorer."""
 
 
 class DroppedFrame(Exception):
@@ -224,7 +221,7 @@ class Worker:
             outputs.publish_overlay(wanted, header, encoded.image, instances, alpha, labels, semantic)
 
         if restorer is not None and not self._stopping.is_set():
-            names = _class_names(semantic) if semantic is not None else ()
+            names = semantic.main_classes() if semantic is not None else ()
             restored, took_s = self._attempt(
                 camera, "restorer", ledger.restore_ms, restorer.restore, encoded.image, names
             )
@@ -306,13 +303,6 @@ class Worker:
             if reason in ("inference_error", "internal_error"):
                 text += f"\n{_traceback(error)}"
             self._warn(text)
-
-
-def _class_names(semantic: SemanticMap) -> tuple[str, ...]:
-    """Names of the classes in the picture, largest first, as a restorer's prompt takes them; without specks."""
-    pixels = np.bincount(semantic.labels.ravel(), minlength=len(semantic.classes))
-    order = np.argsort(-pixels, kind="stable")
-    return tuple(semantic.classes[k] for k in order if pixels[k] >= NAMED_SHARE * semantic.labels.size)
 
 
 def _traceback(error: Exception) -> str:
