@@ -40,7 +40,7 @@ def draw_crop(
             image, regions = _paste(image, regions, other, objects, rng)
         regions = regions[regions.sum((1, 2)) * stride**2 >= MIN_AREA]
         if len(regions):
-            return _jitter(image, rng), regions
+            return jitter(image, rng), regions
 
 
 def _crop(
@@ -98,7 +98,7 @@ def _paste(
     return image, regions
 
 
-def _jitter(image: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
+def jitter(image: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
     """Small changes of brightness, contrast and colour: other cameras, not bad pictures."""
     gain = rng.uniform(0.85, 1.15) * rng.uniform(0.95, 1.05, 3)
     table = np.clip((np.arange(256)[:, None] - 128) * gain + 128 + rng.uniform(-12, 12), 0, 255).astype(np.uint8)

@@ -43,6 +43,7 @@ RECIPES = {
     "glesam": Recipe(
         ("level", "restore", "decode", "distill"), "full_config:FullConfig", "full:train_full", "enhancer"
     ),
+    "rass": Recipe(("scr", "rass"), "rass_config:RassTrainingConfig", "rass:train_rass", "weights"),
     "rass_nano": Recipe(
         ("base", "scr", "rass"), "rass_nano_config:RassNanoConfig", "rass_nano:train_rass_nano", "weights for export"
     ),

@@ -1,0 +1,147 @@
+"""The labelled pictures that a run draws from, and augmented square crops of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from glesam_ros.labelled import CLASS_FILES, EVERY, LabelledFolder, LabelledPicture, open_labelled
+from glesam_ros.models.rass import ade20k
+from glesam_ros.training.crops import jitter
+from glesam_ros.training.rass_config import LabelledCropConfig, LabelledSourceConfig
+
+Array = np.ndarray[Any, Any]
+VOID = -1
+"""Label of a pixel of a crop that has no class."""
+TRIES = 100
+"""Crops that may have no class in a row."""
+MEASURED = ("test", "val", "validation")
+"""Splits that "all" would take in, too."""
+
+
+@dataclass(frozen=True)
+class LabelledScenes:
+    """Folders with the same classes, and how often each of their pictures is drawn.
+
+    Attributes:
+        folders: at least one; pictures are read when they are drawn.
+        upto: (F,) cumulated weights of the folders, the last is their sum.
+    """
+
+    folders: tuple[LabelledFolder, ...]
+    upto: Array
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.folders[0].classes
+
+    @property
+    def palette(self) -> Array:
+        """(K, 3) uint8 RGB."""
+        return self.folders[0].palette
+
+    @property
+    def ignore(self) -> int:
+        """Label of a pixel without a class, in `draw`."""
+        return self.folders[0].ignore
+
+    def draw(self, rng: np.random.Generator) -> LabelledPicture:
+        """A picture, by weight."""
+        folder = self.folders[int(np.searchsorted(self.upto, rng.random() * self.upto[-1], side="right"))]
+        return folder[int(rng.integers(len(folder)))]
+
+
+def load_labelled(sources: Sequence[LabelledSourceConfig], data: Path) -> LabelledScenes:
+    """All sources together.
+
+    A folder in ADE20K's layout without a list of classes has those of `glesam_ros.models.rass.ade20k`.
+
+    Raises:
+        FileNotFoundError: a folder, its list of classes or its labels are missing.
+        ValueError: two sources have different classes, or "all" is asked of a folder that has a test split.
+    """
+    folders: list[LabelledFolder] = []
+    for number, source in enumerate(sources):
+        path = data / source.path
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"sources.{number}.path: expected a folder {path}, found none; --data is the folder that holds it"
+            )
+        measured = [name for name in MEASURED if (path / f"{name}.txt").exists() or (path / "images" / name).exists()]
+        if source.split == EVERY and measured:
+            raise ValueError(
+                f"sources.{number}.split: expected a split for training, got {EVERY!r} of {path}, which has the split "
+                f"{measured[0]!r}: nothing is trained on a test split"
+            )
+        folder = _open(path, source.split)
+        if folders and folder.classes != folders[0].classes:
+            other = sorted(set(folder.classes) ^ set(folders[0].classes)) or ["another order"]
+            raise ValueError(
+                f"sources.{number}: expected the classes of {folders[0].name} in their order, {folder.name} differs in "
+                f"{', '.join(other[:5])}; give both the same classes.txt"
+            )
+        folders.append(folder)
+    weights = [source.weight * len(folder) for source, folder in zip(sources, folders, strict=True)]
+    return LabelledScenes(tuple(folders), np.cumsum(weights))
+
+
+def draw_labelled_crop(
+    scenes: LabelledScenes, rng: np.random.Generator, crop: LabelledCropConfig
+) -> tuple[Array, Array]:
+    """A random crop of a random picture, mirrored and recoloured a little now and then.
+
+    Returns:
+        image (S, S, 3) uint8 RGB, and labels (S, S) int16 or, of many classes, int32, `VOID` where there is no class:
+        at least one pixel has one. Beyond the picture its edge is repeated, without class.
+
+    Raises:
+        ValueError: 100 crops in a row have no class.
+    """
+    for _ in range(TRIES):
+        image, labels = _crop(scenes.draw(rng), scenes.ignore, rng, crop)
+        if (labels != VOID).any():
+            return jitter(image, rng), labels
+    raise ValueError(
+        f"sources: expected pictures with classes, found {TRIES} crops in a row without; take other labels or a larger "
+        "crop.scale"
+    )
+
+
+def _open(path: Path, split: str) -> LabelledFolder:
+    listed = any((path / name).is_file() for name in CLASS_FILES)
+    if (path / "annotations").is_dir() and not listed:
+        return open_labelled(path, split, ade20k.CLASSES, ade20k.PALETTE)
+    return open_labelled(path, split)
+
+
+def _crop(
+    picture: LabelledPicture, ignore: int, rng: np.random.Generator, crop: LabelledCropConfig
+) -> tuple[Array, Array]:
+    (h, w), side = picture.labels.shape, crop.side
+    scale = side / min(h, w) * rng.uniform(*crop.scale)
+    flip = rng.random() < crop.flip
+    # of a picture that is smaller than the crop the place within it is as random
+    x0, y0 = (rng.uniform(*sorted((0.0, whole - side / scale))) for whole in (w, h))
+    first = 0.5 / scale - 0.5
+    to_source = np.array([[1 / scale, 0, x0 + first], [0, 1 / scale, y0 + first]])
+    if flip:
+        to_source[0] = -1 / scale, 0, x0 + side / scale - 1 - first
+    source = picture.image
+    if scale < 0.75:
+        source = cv2.GaussianBlur(source, (0, 0), 0.4 / scale)  # against aliasing
+    image = cv2.warpAffine(
+        source, to_source, (side, side), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE,
+    )
+    labels = cv2.warpAffine(
+        picture.labels, to_source, (side, side), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT, borderValue=ignore,
+    )
+    signed = labels.astype(np.int16 if labels.dtype == np.uint8 else np.int32)
+    signed[labels == ignore] = VOID
+    return image, signed
