@@ -210,9 +210,9 @@ def test_a_damaged_graph_is_named(tmp_path: Path, content: bytes | None) -> None
     ("content", "words"),
     [
         ("{", "expected JSON.*reinstall the package"),
-        ("[1]", "expected an object with classes, a list; got list"),
-        (json.dumps(card(classes=None)), "expected an object with classes, a list; got None"),
-        (json.dumps(card(long_side="640")), "expected an object with long_side, a int; got '640'"),
+        ("[1]", "expected a JSON object, got list"),
+        (json.dumps(card(classes=None)), "classes: expected list, got None"),
+        (json.dumps(card(long_side="640")), "long_side: expected int, got '640'; reinstall"),
         (json.dumps(card(long_side=650)), "long_side: expected a multiple of 32, got 650"),
         (json.dumps(card(long_side=0)), "long_side: expected a multiple of 32, got 0"),
         (json.dumps(card(palette=[[1, 2, 3]])), r"palette: expected \(4, 3\) uint8 RGB.*got \(1, 3\)"),

@@ -117,11 +117,11 @@ def read_card(file: Path) -> Card:
         read = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: expected JSON: {error}; {AGAIN}") from error
-    needed = {"classes": list, "palette": list, "long_side": int, "licence": str}
-    for key, kind in needed.items():
-        if not isinstance(read, dict) or not isinstance(read.get(key), kind):
-            got = repr(read.get(key))[:80] if isinstance(read, dict) else type(read).__name__
-            raise ValueError(f"{file}: expected an object with {key}, a {kind.__name__}; got {got}; {AGAIN}")
+    if not isinstance(read, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(read).__name__}; {AGAIN}")
+    for key, kind in (("classes", list), ("palette", list), ("long_side", int), ("licence", str)):
+        if not isinstance(read.get(key), kind):
+            raise ValueError(f"{file}: {key}: expected {kind.__name__}, got {read.get(key)!r:.80}; {AGAIN}")
     if read["long_side"] < MULTIPLE or read["long_side"] % MULTIPLE:
         raise ValueError(f"{file}: long_side: expected a multiple of {MULTIPLE}, got {read['long_side']}")
     try:
