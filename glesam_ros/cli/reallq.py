@@ -31,7 +31,7 @@ examples:
   labelme set/images/validation --labels set/classes.txt      labels are saved beside the pictures
   glesam reallq read set                                      LabelMe's shapes become annotations
   glesam reallq read set --labels cvat_export                 or CVAT's "Segmentation mask 1.1", or indexed PNGs
-  glesam evaluate-semantic --data set --split val --out report
+  glesam evaluate-semantic --data set --out report
 
 measures of a frame, which manifest.json has, and what makes it worse:
   level        degradation that nano predicts, 0 (clear) .. 1            more of it

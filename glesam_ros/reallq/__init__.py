@@ -6,7 +6,7 @@
     annotations/validation/NAME.png     the labels once they are read: 0 unlabelled, k is class k - 1
     manifest.json                       settings; where each picture comes from, its measures and checksum
     measures.jsonl                      measures of every frame looked at, a line each
-    val.txt                             names of the labelled pictures, which are the split "val"
+    test.txt                            names of the labelled pictures, which are the split "test"
 """
 
 from glesam_ros.reallq.labels import read_labels

@@ -19,7 +19,8 @@ from glesam_ros.reallq.pick import ANNOTATIONS, IMAGES, Track, encode_png, read_
 
 LABEL_MAP = "labelmap.txt"
 """CVAT's colours; where it lies beside the labels, they are taken for CVAT's."""
-SPLIT = "val.txt"
+SPLIT = "test.txt"
+"""Names of the labelled pictures, so that a set that is labelled in part opens as the split "test"."""
 UNLABELLED = ("_background_", "__ignore__", "background")
 """Names that mean "no class", of LabelMe and CVAT; drawn over another shape they take it away."""
 

@@ -28,8 +28,9 @@ BLOCK = 8
 """Side of the blocks (px) of JPEG and most video codecs."""
 BLACK, WHITE = 4, 251
 """Grey levels from which on a pixel counts as clipped."""
-LAPLACIAN_GAIN = 20.0
-"""Sum of the squared weights of the 3x3 Laplacian: white noise of variance 1 comes out with this variance."""
+BINOMIAL = np.array([0.25, 0.5, 0.25], np.float32)
+NOISE_GAIN = 0.40625
+"""Variance of white noise of variance 1 after the binomial filter and the Laplacian: sum of their squared weights."""
 
 Level = Callable[[UInt8Array], float]
 """(H, W, 3) uint8 RGB -> degradation level, 0 (clear) .. 1 (LQ-3), for example of the model "nano"."""
@@ -41,7 +42,7 @@ class Quality:
 
     Attributes:
         level: predicted degradation, 0 (clear) .. 1 (LQ-3).
-        sharpness: variance of the Laplacian without the share of the noise, over the variance of the picture, 0 .. 64.
+        sharpness: variance of the smoothed Laplacian without the noise's share over that of the picture, 0..1.41.
         brightness: mean luma, 0..255.
         noise: standard deviation of the noise in grey levels.
         clipped: share of pixels without detail because they are black or white, 0..1.
@@ -80,7 +81,7 @@ class Term:
 
 TERMS = {
     "level": Term(0.9, 0.5),
-    "sharpness": Term(0.6, 0.02, more_is_worse=False),
+    "sharpness": Term(0.6, 0.006, more_is_worse=False),
     "brightness": Term(0.6, 30.0, more_is_worse=False),
     "noise": Term(0.6, 10.0),
     "clipped": Term(0.6, 0.5),
@@ -132,22 +133,24 @@ def worst_measure(quality: Quality) -> str:
 
 
 def sharpness(grey: FloatArray, noise: float = 0.0) -> float:
-    """Variance of the Laplacian over the variance of the picture, without what white noise adds to both.
+    """Variance of the Laplacian of the picture, smoothed a little, over the variance of the picture.
 
-    The variance of the Laplacian (Pertuz et al., Pattern Recognition 2013, measure LAP4) alone grows with the square of
-    the contrast; the quotient does not, so that a dark or a foggy picture is not called blurred. A horizontal wave of
-    w radians a pixel has (2 - 2 cos w)^2.
+    The variance of the Laplacian (Pertuz et al., "Analysis of focus measure operators", Pattern Recognition 2013) alone
+    grows with the square of the contrast; the quotient does not, so that a dark or a foggy picture is not called
+    blurred. The 3x3 binomial filter before it lets a fiftieth of the noise through, and what is left is subtracted. A
+    wave along one axis with w radians a pixel has sin(w)^4.
 
     Args:
-        grey: (H, W) float32.
-        noise: standard deviation of the noise that it has.
+        grey: (H, W) float32, at least 5 pixels a side.
+        noise: standard deviation of the white noise that it has, in grey levels.
 
     Returns:
-        0 (no edge) .. 64 (a chessboard of single pixels); 0 for a picture of one value.
+        0 (no edge) .. 1.41 (diagonal waves of 5 pixels); 0 for a picture of one value.
     """
-    edges = cv2.Laplacian(grey, cv2.CV_32F, borderType=cv2.BORDER_REPLICATE)[1:-1, 1:-1]
-    signal = float(grey.var()) - noise**2
-    return max(0.0, float(edges.var()) - LAPLACIAN_GAIN * noise**2) / signal if signal > 0 else 0.0
+    smooth = cv2.sepFilter2D(grey, cv2.CV_32F, BINOMIAL, BINOMIAL)
+    edges = cv2.Laplacian(smooth, cv2.CV_32F)[2:-2, 2:-2]
+    total = float(grey.var())
+    return max(0.0, float(edges.var()) - NOISE_GAIN * noise**2) / total if total > 0 else 0.0
 
 
 def noise_sigma(grey: FloatArray) -> float:
