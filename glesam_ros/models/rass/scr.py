@@ -572,7 +572,7 @@ class ScrRestorer:
             weight = np.outer(feather(rows.stop - rows.start, OVERLAP), feather(columns.stop - columns.start, OVERLAP))
             total[rows, columns] += self._run(padded[rows, columns], text) * weight[..., None]
             weights[rows, columns] += weight[..., None]
-        restored = (total / weights)[:height, :width]
+        restored: FloatArray = np.asarray((total / weights)[:height, :width], np.float32)
         if not np.isfinite(restored).all():
             raise RuntimeError(
                 f"{NAME} on {self.device}: expected finite pixels, got NaN or infinity; take precision bf16 or fp32"
