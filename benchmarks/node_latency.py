@@ -36,7 +36,7 @@ from glesam_ros.cli.segment import find_pictures, read_picture
 from glesam_ros.ros import shared_memory
 
 NAMESPACE = "/glesam"
-OUTPUTS = ("masks", "confidence", "overlay")
+OUTPUTS = ("masks", "confidence", "overlay", "semantic", "semantic/confidence", "enhanced")
 SETTLE_S = 5.0
 """Thrown away after the first masks."""
 SAMPLE_S = 2.0

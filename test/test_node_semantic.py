@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
+import time
 
 import cv2
 import numpy as np
 import pytest
+from bright_model import BrightRegions
+from builtin_interfaces.msg import Time
+from rclpy.clock import Clock, ClockType
 from rclpy.qos import QoSDurabilityPolicy, QoSProfile
-from ros_graph import image_message, picture, wait_for
+from ros_graph import TIMEOUT_S, image_message, picture, wait_for
 from sensor_msgs.msg import Image
 from vision_msgs.msg import Classification, Detection2DArray, LabelInfo
+
+from glesam_ros import Pipeline, Settings
+from glesam_ros.ros.camera import Camera
+from glesam_ros.ros.scheduling import Frame, NewestFrames
+from glesam_ros.ros.worker import Worker
+from glesam_ros.semantic import SemanticMap
 
 LARGE, SMALL = (20, 20, 60, 60), (100, 40, 40, 40)
 RED, GREEN, GROUND = (255, 0, 0), (0, 255, 0), (30, 60, 90)
@@ -45,6 +57,82 @@ def frames(client, squares=(LARGE, SMALL), ground=GROUND, frame_id="good"):
 
 def calls(client, words="semantic call"):
     return len(client.logged(words))
+
+
+class Steps:
+    """Outputs, segmenter and restorer that note the order in which they are called."""
+
+    def __init__(self, asked):
+        self.asked, self.taken = frozenset(asked), []
+        self.on_segment = lambda: None
+        names = ("masks", "quality", "semantic", "detections", "overlay", "enhanced")
+        for name in names:
+            setattr(self, f"publish_{name}", functools.partial(self._publish, name))
+
+    def wanted(self):
+        return self.asked
+
+    def _publish(self, name, *arguments):
+        self.taken.append(name)
+
+    def segment(self, image):
+        self.taken.append("segment")
+        self.on_segment()
+        labels = np.zeros(image.shape[:2], np.uint8)
+        return SemanticMap(labels, np.ones(labels.shape, np.float32), ("sky",), np.zeros((1, 3), np.uint8))
+
+    def restore(self, image, classes):
+        self.taken.append(f"restore {', '.join(classes)}")
+        return image
+
+
+@pytest.fixture
+def work():
+    """A worker on its own, with one camera and everything noted: `work(steps)` gives it and sends one frame."""
+    workers = []
+
+    def start(steps):
+        clock, line = Clock(clock_type=ClockType.STEADY_TIME), NewestFrames([""])
+        camera = Camera("", "/image", steps)
+        pipeline = Pipeline(BrightRegions(), Settings(max_frame_age_ms=10_000))
+        worker = Worker(pipeline, {"": camera}, line, clock, print, steps, steps)
+        workers.append(worker)
+        worker.start()
+        line.put(Frame("", image_message(picture((LARGE,)), Time())))  # a stamp of 0 has no age
+        return worker, camera
+
+    yield start
+    assert all(worker.stop(TIMEOUT_S) for worker in workers)
+
+
+def values_of(camera):
+    return {v.key: v.value for v in camera.ledger.status("", "", time.monotonic(), {}).values}
+
+
+ALL = ("masks", "quality", "semantic", "detections", "overlay", "enhanced")
+
+
+@pytest.mark.parametrize(("asked", "taken"), [
+    (ALL, ["masks", "quality", "segment", "semantic", "detections", "overlay", "restore sky", "enhanced"]),
+    (["semantic", "enhanced"], ["segment", "semantic", "restore sky", "enhanced"]),
+    (["masks", "enhanced"], ["masks", "detections", "quality", "overlay", "restore ", "enhanced"]),
+])
+def test_masks_go_out_before_classes_are_found_and_the_restored_picture_is_last(work, asked, taken):
+    steps = Steps(asked)
+    _, camera = work(steps)
+    wait_for(lambda: values_of(camera)["frames_processed"] == "1", "a result")
+    assert steps.taken == taken
+
+
+def test_a_worker_that_is_told_to_stop_restores_nothing_more(work):
+    steps = Steps(["semantic", "enhanced"])
+    begun, go_on = threading.Event(), threading.Event()
+    steps.on_segment = lambda: begun.set() or go_on.wait(TIMEOUT_S)
+    worker, camera = work(steps)
+    assert begun.wait(TIMEOUT_S) and not worker.stop(0.05)
+    go_on.set()
+    assert worker.stop(TIMEOUT_S)
+    assert steps.taken == ["segment", "semantic"] and values_of(camera)["frames_processed"] == "1"
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +313,14 @@ def test_a_fault_beside_the_masks_costs_its_own_result_only(launch):
             assert [r.hypothesis.class_id for r in detection.results] == ["object", "person"]
     dropped = {key for key, count in client.counts().items() if key.startswith("dropped_") and count}
     assert dropped <= {"dropped_overwritten"}
+
+
+def test_a_semantic_model_that_never_works_does_not_stop_the_masks(launch):
+    client = launch(semantic="starless", max_frame_age_ms=10_000)
+    assert "never enough" in client.wait_log("warm-up of the semantic model failed")
+    masks, detections = client.subscribe(Image, "masks"), client.subscribe(Detection2DArray, "detections")
+    client.stream(frames(client), lambda: len(masks) >= 3 and len(detections) >= 3, "masks and detections")
+    client.wait_count("noticed_semantic_out_of_memory", 3)
 
 
 def test_a_frame_without_any_result_counts_as_failed(launch):

@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
                         help="end after this time, counted from the first masks; 0: at Ctrl-C; default: 0")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="FOLDER",
                         help="where pictures and logs go; default: out/demo")
-    add_settings(parser, ("model",))
+    add_settings(parser, ("model", "semantic"))
     parser.set_defaults(func=run)
 
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         ) from error
     args.out.mkdir(parents=True, exist_ok=True)
     shared_memory.enlarge()
-    with _ended_by_signal() as ended, _children(args.out, args.model) as children:
+    with _ended_by_signal() as ended, _children(args.out, args.model, args.semantic) as children:
         rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
         view = View(rclpy.create_node("glesam_demo"), args.out, children[NODE].pid)
         try:
@@ -277,9 +277,10 @@ def _ended_by_signal() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _children(out: Path, model: str) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+def _children(out: Path, model: str, semantic: str) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """Node and camera as processes that end with this block, and with this process whatever ends it."""
-    arguments = {NODE: ["--ros-args", "-p", f"model:={model}"], CAMERA: []}
+    # in quotes: ROS takes a plain off for a bool
+    arguments = {NODE: ["--ros-args", "-p", f"model:={model}", "-p", f'semantic:="{semantic}"'], CAMERA: []}
     children: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for module, extra in arguments.items():

@@ -247,7 +247,7 @@ class PerceptionNode(LifecycleNode):
         image = np.random.default_rng(0).integers(0, 256, (*WARM_UP_SIZE, 3), np.uint8)
         pipeline.warm_up(image)
         if self._segmenter is not None:
-            self._warm_up_beside("semantic", self._segmenter.segment, image)
+            self._warm_up_beside("semantic model", self._segmenter.segment, image)
         if self._restorer is not None:
             self._warm_up_beside("restorer", self._restorer.restore, image)
         self.get_logger().info(f"warm-up inference took {1e3 * (time.monotonic() - started):.0f} ms")

@@ -11,8 +11,8 @@ Each half takes 0.1 s and is logged with its times: `paired`, which overlaps, an
 
 Semantic models: `horizon` says white is "person", the rest "sky" in the upper half and "road" in the lower one, sure as
 `SURE` says; it raises on a red picture, lacks memory for a green one. `horizon300` has its classes at 0, 1 and 299 of
-300. `horizon-filed` can be loaded where the file that SEMANTIC_WEIGHTS names is there. Restorer: `negative`, which
-raises on a red picture and lacks memory for a green one. Their calls are logged.
+300; `starless` never has memory; `horizon-filed` can be loaded where the file that SEMANTIC_WEIGHTS names is there.
+Restorer: `negative`, which raises on a red picture and lacks memory for a green one. Their calls are logged.
 
 At its end the process prints which modules of ours and which libraries of networks it has imported.
 """
@@ -230,6 +230,11 @@ class Horizon:
         self.is_closed = True
 
 
+class Starless(Horizon):
+    def logits(self, image):
+        raise OutOfMemory("never enough")
+
+
 class Horizon300(Horizon):
     places = 0, 1, 299
 
@@ -281,6 +286,7 @@ if __name__ == "__main__":
     register_model("filed", _filed)
     register_semantic("horizon", Horizon)
     register_semantic("horizon300", Horizon300)
+    register_semantic("starless", Starless)
     register_semantic("horizon-filed", _horizon_filed)
     register_restorer("negative", Negative)
     code = main()
