@@ -132,7 +132,7 @@ def _crop(
     to_source = np.array([[1 / scale, 0, x0 + first], [0, 1 / scale, y0 + first]])
     if flip:
         to_source[0] = -1 / scale, 0, x0 + side / scale - 1 - first
-    source = picture.image
+    source: Array = picture.image
     if scale < 0.75:
         source = cv2.GaussianBlur(source, (0, 0), 0.4 / scale)  # against aliasing
     image = cv2.warpAffine(

@@ -36,8 +36,9 @@ def write_random_sd(folder: Path, seed: int) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
-    UNet2DConditionModel(**RANDOM_UNET).save_pretrained(folder / "unet")
-    AutoencoderKL(**RANDOM_VAE).save_pretrained(folder / "vae")
+    networks: dict[str, Any] = {"unet": UNet2DConditionModel(**RANDOM_UNET), "vae": AutoencoderKL(**RANDOM_VAE)}
+    for name, network in networks.items():
+        network.save_pretrained(folder / name)
     # a token a letter: within a word, and at its end
     letters = [PAD, *string.ascii_lowercase, *string.digits]
     vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), START, END]
