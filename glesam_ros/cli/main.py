@@ -17,6 +17,7 @@ from glesam_ros.cli import (
     lqseg,
     models,
     reallq,
+    restore,
     segment,
     semantic,
     semantic_evaluate,
@@ -44,6 +45,7 @@ examples:
   glesam segment photo.jpg --out result         masks, overlay and JSON of one picture
   glesam segment photos/ -r --out result        a folder and the folders below
   glesam semantic photos/ --out result          road, car, person, ...: the class of every pixel
+  glesam restore photos/ --out result           clear pictures of bad ones, see its --help
   glesam bag drive.mcap --out drive_masks       a recorded bag, with the result topics added
   glesam degrade photo.jpg --sheet sheet.png    the picture in rain, fog, night, ..., see its --help
   glesam lqseg verify lqseg_train               a data set of degraded pictures, see its --help
@@ -69,7 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"glesam {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     modules = (
-        demo, segment, semantic, bag, bench, models, export, degrade, lqseg, reallq, train, evaluate, semantic_evaluate,
+        demo, segment, semantic, restore, bag, bench, models, export, degrade, lqseg, reallq, train, evaluate,
+        semantic_evaluate,
     )
     for module in modules:
         module.add_parser(commands)

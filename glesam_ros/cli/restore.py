@@ -1,0 +1,124 @@
+"""`glesam restore`: bad pictures and folders of them in, restored pictures out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glesam_ros.cli.options import CommandError, add_settings
+from glesam_ros.cli.segment import SUFFIXES, find_pictures, read_picture
+
+if TYPE_CHECKING:
+    from glesam_ros.semantic import Restorer
+    from glesam_ros.validation import UInt8Array
+
+SETTINGS = ("device", "precision")
+COLOUR_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".pgm")
+"""Endings of files that colours can be written to; results of other pictures are PNG."""
+JPEG_QUALITY = 95
+
+EPILOG = """\
+examples:
+  glesam restore night.jpg --out result
+  glesam restore photos/ more/one.png -r --out result
+  glesam restore photos/ --out result --classes road car "traffic light"
+  glesam restore photos/ --out result --device cuda --precision bf16
+
+Restored pictures lie in --out under the names of their pictures, in the same size and colours, 8 bit; JPEG in quality
+95. What --classes names is what the pictures show: it tells the model what to restore. The weights: glesam models get
+scr-sd21"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the sub-parsers of `glesam`."""
+    parser = commands.add_parser(
+        "restore", help="clear pictures of bad ones", epilog=EPILOG,
+        description="Restore pictures that are blurred, noisy, compressed or small.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="picture, or folder of pictures")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if needed")
+    parser.add_argument("-r", "--recursive", action="store_true", help="look into the folders below, too")
+    parser.add_argument("--model", default="scr-sd21", metavar="NAME", help="registered name; default: scr-sd21")
+    parser.add_argument(
+        "--classes", nargs="+", type=_class_name, default=[], metavar="NAME",
+        help="what the pictures show, in words, the most important first; default: nothing is said",
+    )
+    add_settings(parser, SETTINGS)
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Restore all pictures; 1 when one of them failed, each failure is named."""
+    from tqdm import tqdm
+
+    pictures = [(path, args.out / result_name(path, stem)) for path, stem in find_pictures(args.paths, args.recursive)]
+    if own := [path for path, target in pictures if target.exists() and target.samefile(path)]:
+        raise CommandError(f"--out {args.out}: expected another folder than that of {own[0]}, which would be replaced")
+    restorer = _open(args.model, args.device, args.precision)
+    failed, seconds = 0, 0.0
+    for path, target in tqdm(pictures, unit="picture", disable=None):
+        try:
+            image = read_picture(path)
+            start = time.perf_counter()
+            restored = restorer.restore(image, args.classes)
+            seconds += time.perf_counter() - start
+        except (ValueError, RuntimeError) as error:
+            failed += 1
+            tqdm.write(f"glesam restore: skipped {path}: {error}", file=sys.stderr)
+            continue
+        write_picture(target, restored)
+    restorer.close()
+    done = len(pictures) - failed
+    speed = f", {1000 * seconds / done:.0f} ms a picture" if done else ""
+    print(f"{done} of {len(pictures)} pictures{speed}; results in {args.out}")
+    if failed:
+        print(f"glesam restore: error: {failed} of {len(pictures)} pictures failed, named above", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def result_name(path: Path, stem: Path) -> Path:
+    """Name of the restored picture below --out: that of the picture, if colours can be written to such a file.
+
+    Args:
+        path: of the picture.
+        stem: its name below --out without an ending, as `find_pictures` gives it.
+    """
+    return stem.with_name(stem.name + (path.suffix if path.suffix.lower() in COLOUR_SUFFIXES else ".png"))
+
+
+def write_picture(path: Path, image: UInt8Array) -> None:
+    """Write an (H, W, 3) uint8 RGB picture in the format of the ending of `path`; folders above it are made.
+
+    Raises:
+        CommandError: OpenCV could not encode it.
+    """
+    import cv2
+
+    ending = path.suffix.lower()
+    quality = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if ending in (".jpg", ".jpeg") else []
+    done, data = cv2.imencode(ending, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), quality)
+    if not done:
+        raise CommandError(f"{path}: OpenCV could not encode the picture")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.tobytes())
+
+
+def _class_name(text: str) -> str:
+    if not text.strip(" ,_"):
+        raise argparse.ArgumentTypeError(f"expected a name in words, got {text!r}")
+    return text
+
+
+def _open(model: str, device: str, precision: str) -> Restorer:
+    from glesam_ros.semantic import load_restorer
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        return load_restorer(model, device, precision)
+    except (ValueError, RuntimeError) as error:
+        raise CommandError(str(error)) from error

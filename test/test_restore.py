@@ -1,0 +1,116 @@
+"""glesam restore: names, formats, broken pictures, classes, wrong usage."""
+
+from __future__ import annotations
+
+import re
+
+import cv2
+import numpy as np
+import pytest
+
+from glesam_ros.cli.main import main
+from glesam_ros.models import registry
+
+
+class Inverter:
+    """A restorer that inverts pictures and remembers what it was told."""
+
+    name, device = "inverter", "cpu"
+
+    def __init__(self):
+        self.told, self.closed = [], False
+
+    def restore(self, image, classes=()):
+        self.told.append(tuple(classes))
+        if image.shape[0] == 13:
+            raise RuntimeError("thirteen rows")
+        return 255 - image
+
+    def free(self):
+        """Nothing is kept."""
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def inverter(monkeypatch):
+    model = Inverter()
+    monkeypatch.setitem(registry._RESTORERS, "inverter", lambda device, precision: model)
+    return model
+
+
+def picture(seed, size=(40, 60)):
+    image = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    return cv2.GaussianBlur(image, (0, 0), 5)  # JPEG keeps it
+
+
+def restore(*arguments):
+    return main(["restore", "--model", "inverter", *map(str, arguments)])
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "below").mkdir(parents=True)
+    for name, seed in (("a.JPG", 0), ("b.png", 1), ("below/c.bmp", 2)):
+        cv2.imwrite(str(folder / name), picture(seed))
+    cv2.imwrite(str(folder / "grey.pgm"), picture(3)[..., 0])
+    return folder
+
+
+def test_results_keep_names_sizes_and_colours(inverter, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert restore(photos, "-r", "--out", out) == 0
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*.*")}
+    assert names == {"a.JPG", "b.png", "below/c.bmp", "grey.png"}
+    for name in ("a.JPG", "b.png", "below/c.bmp"):
+        before, after = cv2.imread(str(photos / name)), cv2.imread(str(out / name))
+        error = np.abs(after.astype(int) - (255 - before.astype(int)))
+        assert error.max() <= (12 if name == "a.JPG" else 0)  # red and blue in their places
+    grey = cv2.imread(str(photos / "grey.pgm"))
+    assert np.array_equal(cv2.imread(str(out / "grey.png")), 255 - grey)
+    assert inverter.told == [()] * 4 and inverter.closed
+    assert "4 of 4 pictures" in capsys.readouterr().out
+
+
+def test_a_broken_picture_is_reported_and_the_rest_restored(inverter, photos, tmp_path, capsys):
+    (photos / "empty.png").write_bytes(b"")
+    (photos / "cut.jpg").write_bytes((photos / "a.JPG").read_bytes()[:-200])
+    cv2.imwrite(str(photos / "odd.png"), picture(4, (13, 20)))
+    out = tmp_path / "out"
+    assert restore(photos, "--out", out) == 1
+    assert {path.name for path in out.iterdir()} == {"a.JPG", "b.png", "grey.png"}
+    said = capsys.readouterr()
+    assert "3 of 6 pictures" in said.out
+    for name, reason in (("empty.png", "empty file"), ("cut.jpg", "cut short"), ("odd.png", "thirteen rows")):
+        assert f"{name}: " in said.err and reason in said.err
+    assert "error: 3 of 6 pictures failed, named above" in said.err
+
+
+def test_classes_reach_the_model(inverter, photos, tmp_path):
+    assert restore(photos / "b.png", "--out", tmp_path / "out", "--classes", "road", "traffic light") == 0
+    assert inverter.told == [("road", "traffic light")]
+    with pytest.raises(SystemExit) as stop:
+        restore(photos / "b.png", "--out", tmp_path / "out", "--classes", " ")
+    assert stop.value.code == 2
+
+
+def test_originals_are_not_replaced(inverter, photos, capsys):
+    before = (photos / "b.png").read_bytes()
+    assert restore(photos / "b.png", "--out", photos) == 1
+    assert "expected another folder than that of" in capsys.readouterr().err
+    assert (photos / "b.png").read_bytes() == before and not inverter.told
+
+
+def test_what_cannot_be_restored_is_said_in_one_line(inverter, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("GLESAM_HOME", str(tmp_path / "none"))
+    for arguments, expected in (
+        ([tmp_path / "no.png"], "no such picture or folder"),
+        ([photos, "--model", "nobody"], "restorer: expected one of .*scr-sd21; got 'nobody'"),
+    ):
+        assert restore(*arguments, "--out", tmp_path / "out") == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("glesam restore: error: ")
+        assert re.search(expected, line), line
+    assert not (tmp_path / "out").exists()
