@@ -192,8 +192,9 @@ def test_heavier_degradation_is_a_worse_score(kind, nano_level):
 @pytest.mark.parametrize("kind", ["fog", "rain"])
 def test_weather_is_seen_by_the_model(kind, nano_level):
     clear = photograph()
-    scores = [score(measure(degrade(clear, kind, level, seed=3).image, nano_level)) for level in (1, 2, 3)]
-    assert [score(measure(clear, nano_level)), *scores] == sorted([score(measure(clear, nano_level)), *scores])
+    pictures = [clear, *(degrade(clear, kind, level, seed=3).image for level in (1, 2, 3))]
+    scores = [score(measure(picture, nano_level)) for picture in pictures]
+    assert scores == sorted(scores) and len(set(scores)) == 4, scores
 
 
 @pytest.mark.parametrize(
@@ -502,6 +503,12 @@ def test_shapes_known_answers():
     clear = (x - 5) / 40 + (y - 5) / 30
     assert triangle[(x > 5) & (y > 5) & (clear < 0.97)].all()
     assert not triangle[(x < 5) | (y < 5) | (clear > 1.03)].any()
+    old = {"label": "road", "points": [[5, 5], [45, 5], [5, 35]], "shape_type": None}  # LabelMe 3 wrote no type
+    np.testing.assert_array_equal(draw_shapes([old], CLASSES, size) == 1, triangle)
+    diamond = polygon("road", (25, 10), (35, 20), (25, 30), (15, 20), kind="oriented_rectangle")
+    found = draw_shapes([diamond], CLASSES, size) == 1
+    distance = np.abs(x - 25) + np.abs(y - 20)
+    assert found[distance < 9.5].all() and not found[distance > 10.5].any()
     outside = draw_shapes([box("road", -10, -10, 10, 10)], CLASSES, size)
     assert outside[:10, :10].all() and outside.sum() == 100
 
@@ -651,14 +658,15 @@ def test_what_is_no_set_and_no_labels(tmp_path):
         read_labels(out, tmp_path / "cvat")
 
 
-def test_more_than_255_classes_become_16_bits(tmp_path):
-    names = tuple(f"class {n}" for n in range(300))
-    palette = tuple((n % 256, n // 256, 7) for n in range(300))
+@pytest.mark.parametrize(("count", "dtype", "ignore"), [(255, np.uint8, 255), (256, np.uint16, 65535)])
+def test_beyond_255_classes_labels_have_16_bits(count, dtype, ignore, tmp_path):
+    names = tuple(f"class {n}" for n in range(count))
+    palette = tuple((n % 256, n // 256, 7) for n in range(count))
     out = tmp_path / "set"
     pick(Film([10]), out, options(count=1, classes=names, palette=palette), dark)
     [path] = (out / "images/validation").glob("*.json")
-    label(out, path.stem, box("class 299", 0, 0, 48, 16), box("class 0", 0, 16, 48, 30))
+    label(out, path.stem, box(names[-1], 0, 0, 48, 16), box("class 0", 0, 16, 48, 30))
     assert read_labels(out).faults == []
     labels = open_labelled(out, "test")[0].labels
-    assert labels.dtype == np.uint16
-    assert (labels[:16] == 299).all() and (labels[16:30] == 0).all() and (labels[30:] == 65535).all()
+    assert labels.dtype == dtype
+    assert (labels[:16] == count - 1).all() and (labels[16:30] == 0).all() and (labels[30:] == ignore).all()

@@ -21,6 +21,8 @@ LABEL_MAP = "labelmap.txt"
 """CVAT's colours; where it lies beside the labels, they are taken for CVAT's."""
 SPLIT = "test.txt"
 """Names of the labelled pictures, so that a set that is labelled in part opens as the split "test"."""
+POINTS = {"polygon": 3, "rectangle": 2, "oriented_rectangle": 4, "circle": 2, "mask": 2}
+"""LabelMe's shapes that have an area, and how many points they have; a polygon at least so many."""
 UNLABELLED = ("_background_", "__ignore__", "background")
 """Names that mean "no class", of LabelMe and CVAT; drawn over another shape they take it away."""
 
@@ -138,12 +140,12 @@ def draw_shapes(shapes: Any, classes: tuple[str, ...], size: tuple[int, int]) ->
     """Labels of LabelMe's shapes, drawn in their order, a later one over an earlier.
 
     Coordinates are pixels with (0, 0) at the corner of the picture, as LabelMe has them. Polygons and rectangles are
-    filled by pycocotools: those that share an edge share no pixel and leave none out. To a circle belongs what is not
-    further from its middle than its second point.
+    filled by pycocotools: those that share an edge share no pixel and leave none out, where LabelMe's own export takes
+    the pixels under the outline too. To a circle belongs what is not further from its middle than its second point.
 
     Args:
-        shapes: list of {"label", "points", "shape_type"}; polygon, rectangle (two corners), circle (middle and a
-            point on it) and mask (box corners, both within it, and a PNG in "mask").
+        shapes: list of {"label", "points", "shape_type"}; polygon, rectangle (two corners), oriented_rectangle
+            (four), circle (middle and a point on it), mask (corners of its box, both within it, and a PNG in "mask").
         classes: names in the order of their labels.
         size: (height, width) in pixels.
 
@@ -170,15 +172,14 @@ def draw_shapes(shapes: Any, classes: tuple[str, ...], size: tuple[int, int]) ->
 
 
 def _inside(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    kind = shape.get("shape_type", "polygon")
+    kind = shape.get("shape_type") or "polygon"
     points = np.asarray(shape["points"], np.float64)
     if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
         raise ValueError(f"expected points [[x, y], ...], got {shape['points']!r:.80}")
-    least = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2}
-    if kind not in least:
-        raise ValueError(f"expected a shape with an area ({', '.join(least)}), got a {kind}")
-    if len(points) < least[kind] or (kind != "polygon" and len(points) != 2):
-        raise ValueError(f"expected {least[kind]} points for a {kind}, got {len(points)}")
+    if kind not in POINTS:
+        raise ValueError(f"expected a shape with an area ({', '.join(POINTS)}), got a {kind}")
+    if len(points) < POINTS[kind] or (kind != "polygon" and len(points) > POINTS[kind]):
+        raise ValueError(f"expected {POINTS[kind]} points for a {kind}, got {len(points)}")
     if kind == "circle":
         y, x = np.ogrid[: size[0], : size[1]]
         (cx, cy), rim = points
@@ -199,7 +200,7 @@ def _pasted(mask: Any, points: Any, size: tuple[int, int]) -> np.ndarray[Any, np
         pixels = None
     if pixels is None:
         raise ValueError('"mask": expected a PNG in base64')
-    (x1, y1), (x2, y2) = points.min(0).round().astype(int), points.max(0).round().astype(int)
+    (x1, y1), (x2, y2) = points.min(0).astype(int), points.max(0).astype(int)
     if pixels.shape != (y2 - y1 + 1, x2 - x1 + 1):
         raise ValueError(f'"mask": expected {x2 - x1 + 1}x{y2 - y1 + 1} pixels of its box, got {pixels.shape[::-1]}')
     if x1 < 0 or y1 < 0 or x2 >= size[1] or y2 >= size[0]:

@@ -325,14 +325,15 @@ def _measure_all(
 ) -> Iterator[dict[str, Any]]:
     """Lines of measures.jsonl, one for each frame looked at; those of an earlier run are not measured again."""
     known = _known_lines(path, header)
+    slots: dict[str, int] = {}
     with path.open("a", encoding="utf-8") as journal:
-        slots: dict[str, int] = {}
         for shot in track(recording.shots(), recording.total):
             slot = int(shot.time / 1e9 * rate) if rate else shot.number
             if slots.get(shot.group) == slot:
                 continue
-            line = known.get(shot.number)
-            if line is None:
+            if shot.number in known:
+                line = json.loads(known[shot.number])
+            else:
                 line = _measure_one(shot, level)
                 journal.write(json.dumps(line) + "\n")
                 journal.flush()
@@ -352,29 +353,34 @@ def _measure_one(shot: Shot, level: Level) -> dict[str, Any]:
     return {**line, "score": score(quality), "worst": worst_measure(quality), "measures": asdict(quality)}
 
 
-def _known_lines(path: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def _known_lines(path: Path, header: dict[str, Any]) -> dict[int, str]:
     """Lines of an earlier run by number, if it measured the same; leaves the file with whole lines only."""
-    first, known = json.dumps(header) + "\n", {}
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = text.splitlines(True)
-    if lines and lines[0] == first:
-        for line in lines[1:]:
-            try:
-                entry = json.loads(line)
-                Quality(**entry["measures"]) if "bad" not in entry else entry["message"]
-                known[int(entry["number"])] = entry
-            except (ValueError, KeyError, TypeError):
-                break  # cut when the run was stopped
-    write_file(path, (first + "".join(json.dumps(entry) + "\n" for entry in known.values())).encode())
+    first = json.dumps(header) + "\n"
+    known: dict[int, str] = {}
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            if next(lines, "") == first:
+                known = {number: line for line in lines if (number := _number_of(line)) is not None}
+    write_file(path, (first + "".join(known.values())).encode())
     return known
+
+
+def _number_of(line: str) -> int | None:
+    """Number of the frame of a line; None when the line was cut or changed."""
+    try:
+        entry = json.loads(line)
+        whole = line.endswith("\n") and ("message" in entry if "bad" in entry else bool(Quality(**entry["measures"])))
+        return int(entry["number"]) if whole else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _write_pictures(recording: Recording, out: Path, chosen: dict[int, int]) -> list[dict[str, Any]]:
     """The second pass: writes the frames `chosen` (number -> place); their manifest entries by place."""
     lines = {}
     with (out / MEASURES).open(encoding="utf-8") as journal:
-        for text in list(journal)[1:]:
-            line = json.loads(text)
+        next(journal)  # what they depend on
+        for line in map(json.loads, journal):
             if line["number"] in chosen:
                 lines[line["number"]] = line
     entries: list[dict[str, Any]] = [{}] * len(chosen)
