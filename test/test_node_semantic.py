@@ -349,7 +349,7 @@ def test_the_whole_circle_frees_and_loads_again(launch):
     assert calls(client, "semantic loaded") == calls(client, "semantic horizon loaded on") == 2
 
 
-def test_configure_names_file_and_command_or_the_known_names(launch, tmp_path, monkeypatch):
+def test_refusals_say_how_to_mend_them(launch, tmp_path, monkeypatch):
     weights = tmp_path / "horizon.onnx"
     monkeypatch.setenv("SEMANTIC_WEIGHTS", str(weights))
     client = launch(semantic="horizon-filed", autostart=False, wait_active=False)
@@ -361,6 +361,10 @@ def test_configure_names_file_and_command_or_the_known_names(launch, tmp_path, m
     assert "Traceback" not in client.ros.output
     weights.touch()
     assert client.change_state("configure") and client.change_state("activate")
+
+    client = launch(semantic="off", wait_active=False)  # without quotes, as people type it
+    assert client.ros.process.wait(TIMEOUT_S) == 1
+    assert "'semantic'" in client.ros.output and "put it in quotes: -p 'NAME:=\"off\"'" in client.ros.output
 
     client = launch(restorer="negativ", autostart=False, wait_active=False)
     assert not client.change_state("configure") and client.state() == "unconfigured"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.exceptions import InvalidParameterTypeException
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
@@ -36,12 +37,17 @@ def declare(node: Node) -> Settings:
     """Declare every parameter on `node` and read the values it was started with.
 
     Raises:
-        ValueError: values that contradict each other.
+        ValueError: values that contradict each other, or a plain `off` where a string belongs.
         rclpy.exceptions.ParameterException, InvalidParameterException: a start value of wrong type or out of range.
     """
-    node.declare_parameters(
-        "", [(name, _ros_value(catalogue.default(name)), descriptor(name)) for name in catalogue.names()]
-    )
+    try:
+        node.declare_parameters(
+            "", [(name, _ros_value(catalogue.default(name)), descriptor(name)) for name in catalogue.names()]
+        )
+    except InvalidParameterTypeException as error:
+        if "'BOOL'" not in str(error) or "STRING" not in str(error):
+            raise
+        raise ValueError(f"{error}; ROS reads a plain off as a bool, put it in quotes: -p 'NAME:=\"off\"'") from error
     return Settings(**{name: node.get_parameter(name).value for name in catalogue.names()})
 
 
