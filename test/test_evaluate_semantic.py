@@ -216,14 +216,14 @@ def test_differences_are_paired() -> None:
     assert difference["relative_low"] < difference["relative"] < difference["relative_high"]
 
 
-def test_every_method_is_compared_with_the_first_and_every_restorer_with_its_model() -> None:
+def test_every_method_is_compared_with_the_first_and_every_restorer_of_another_model_with_that() -> None:
     good, bad = [[9, 1], [1, 9]], [[5, 5], [5, 5]]
     found = summarise_semantic(made({"m": good, "clear": bad, "r + m": bad, "r + clear": good}), 0)
     pairs = {(d["method"], d["over"]): d["difference"] for d in found["differences"] if d["metric"] == "miou"}
     gain = 9 / 11 - 1 / 3
     assert pairs == {
         ("m", "clear"): pytest.approx(gain), ("m", "r + m"): pytest.approx(gain), ("m", "r + clear"): pytest.approx(0),
-        ("r + m", "m"): pytest.approx(-gain), ("r + clear", "clear"): pytest.approx(gain),
+        ("r + clear", "clear"): pytest.approx(gain),
     }
 
 
@@ -325,7 +325,7 @@ def test_report_shows_the_figures_of_the_results(folder: LabelledFolder) -> None
     assert cells["clear", "good", "miou"] == 1.0 > cells["clear", "blind", "miou"]
     iou = f"{100 * cells['low_light-3', 'blind', 'miou']:.1f}"
     assert any(line.startswith("| low_light-3") and f" {iou} [" in line for line in text.splitlines())
-    assert "classical (OpenCV) + good over good" in text and "good over blind" in text
+    assert "classical (OpenCV) + blind over blind" in text and "good over blind" in text
     assert [line.split("|")[1].strip() for line in text.splitlines()[-3:]] == list(COLOURS)
 
 

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -48,7 +49,8 @@ baselines restore the picture, then the same models segment it: classical (OpenC
 written to --out:
   table.md            mean IoU with intervals, accuracies, paired differences, IoU of each class
   results.json        every figure with its 95 % bootstrap interval, settings and versions
-  pictures.csv        a line a picture, condition, method
+  pictures.csv        a line a picture, condition, method and metric
+  by_level.png        mean IoU by level, where a kind has several
   sheet.jpg           best, median and worst pictures: frame, degraded frame, truth, what each method finds
 A picture is degraded by seed and name: the same for all models and in every run, whatever --workers says."""
 
@@ -126,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
     (args.out / "table.md").write_text(text, encoding="utf-8")
     _write_csv(args.out / "pictures.csv", tally)
     written = ["table.md", "results.json", "pictures.csv"]
+    written += _plot(results, args.out)
     if args.sheet:
         _write_sheet(args.out / "sheet.jpg", tally, evaluator, args.sheet_condition)
         written.append("sheet.jpg")
@@ -204,14 +207,27 @@ def _write_sheet(path: Path, tally: Tally, evaluator: SemanticEvaluator, wanted:
     rows = [
         semantic_tiles(word, evaluator.pictures(index, condition), evaluator.palette) for word, index in chosen
     ]
-    several = len(rows[0]) > 4
-    by = "gain of the first method over the second" if several else "mean IoU"
+    methods = [method.name for other, method in tally.rows if other == condition]
+    by = f"gain of {methods[0]} over {methods[1]}" if len(methods) > 1 else "mean IoU"
     pixels = sheet(rows, f"{condition.name}: best, median and worst pictures by {by}")
     pixels = np.concatenate([pixels, legend(evaluator.classes, evaluator.palette, pixels.shape[1])])
     done, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])
     if not done:
         raise CommandError(f"{path}: OpenCV could not encode the contact sheet")
     path.write_bytes(data.tobytes())
+
+
+def _plot(results: dict[str, Any], folder: Path) -> list[str]:
+    from glesam_ros.evaluation.plots import draw_semantic_plot
+
+    try:
+        return ["by_level.png"] if draw_semantic_plot(results, folder / "by_level.png") else []
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        text = "glesam evaluate-semantic: no plot: matplotlib is missing; pip install 'glesam_ros[evaluate]'"
+        print(text, file=sys.stderr)
+        return []
 
 
 def _sheet_condition(there: Sequence[Condition], wanted: str) -> Condition:

@@ -48,6 +48,46 @@ def draw_plots(results: dict[str, Any], measurements: Sequence[Measurement], fol
     return written
 
 
+def draw_semantic_plot(results: dict[str, Any], file: Path) -> bool:
+    """Mean IoU of every method by level, a panel a kind that has several levels; False where none has.
+
+    Args:
+        results: see `glesam_ros.evaluation.semantic.summarise_semantic`.
+        file: PNG to write.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    cells = {(r["condition"], r["method"]): r for r in results["rows"] if r["metric"] == "miou"}
+    kinds = dict.fromkeys(name.rpartition("-")[0] for name, _ in cells if "-" in name)
+    shown = {kind: steps for kind in kinds if len(steps := _steps(results, kind)) > 2}
+    if not shown:
+        return False
+    figure = Figure(figsize=(3.8 * len(shown) + 0.8, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    for panel, (kind, steps) in zip(panels, shown.items()):
+        methods = list(dict.fromkeys(method for name, method in cells if name == steps[-1]))
+        for number, method in enumerate(methods):
+            # a learned restorer is measured on its own kind alone, not on the clear pictures
+            there = [k for k, step in enumerate(steps) if (step, method) in cells]
+            found = [cells[steps[k], method] for k in there]
+            offset = 0.06 * (number - (len(methods) - 1) / 2)
+            panel.errorbar(
+                [k + offset for k in there], [100 * r["value"] for r in found], _reach(found, "value", "low", "high"),
+                label=method, marker="o", markersize=4, capsize=2, linewidth=1.5, elinewidth=1,
+                linestyle="--" if " + " in method else "-",
+            )
+        panel.set_title(kind, fontsize=10)
+        panel.set_xticks(range(len(steps)), steps)
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel("mean IoU, %")
+    figure.savefig(file, dpi=_DPI, metadata={"Software": None})
+    return True
+
+
 def _by_level(results: dict[str, Any]) -> Figure | None:
     """IoU of each mode over the levels of the first kind that has several; a panel a set and kind of prompt."""
     from matplotlib.figure import Figure

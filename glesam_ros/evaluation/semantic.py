@@ -381,7 +381,7 @@ def open_set(path: Path, split: str) -> LabelledFolder:
     """`open_labelled`; a folder in ADE20K's layout without a class list of its own has ADE20K's 150 classes."""
     own = any((path / name).is_file() for name in ("classes.json", "classes.txt"))
     if (path / "annotations").is_dir() and not own:
-        return open_labelled(path, split, ade20k.CLASSES, ade20k.class_colours(len(ade20k.CLASSES)))
+        return open_labelled(path, split, ade20k.CLASSES, ade20k.PALETTE)
     return open_labelled(path, split)
 
 
@@ -484,7 +484,8 @@ def summarise_semantic(tally: Tally, seed: int, resamples: int = RESAMPLES) -> d
         "by_class": condition, method, class, iou, low, high (None for a class without pixels), share (of the true
         pixels), mistaken_for, mistaken_share (the wrong class that most of its pixels got, and how many of them).
         "differences": condition, metric, method, over: difference, low, high, relative, relative_low, relative_high
-        (None where the other is 0); of the first model over all other methods, and of each restorer over its model.
+        (None where the other is 0); of the first model over all other methods, and of another model with a restorer
+        over itself without.
 
     Raises:
         ValueError: no measurement, or no pixel that counts.
@@ -509,7 +510,8 @@ def summarise_semantic(tally: Tally, seed: int, resamples: int = RESAMPLES) -> d
                 rows.append({**place, "metric": metric, "value": float(whole[metric]), "low": low, "high": high})
             by_class += [{**place, **found} for found in _by_class(tally, key, sums)]
         pairs = [(first, method) for method in methods if method != first]
-        pairs += [(method, Method(method.model)) for method in methods if method.restorer]
+        others = [method for method in methods if method.restorer and method.model != first.model]
+        pairs += [(method, Method(method.model)) for method in others]
         for method, over in pairs:
             differences += [
                 {"condition": condition.name, "method": method.name, "over": over.name, **found}
