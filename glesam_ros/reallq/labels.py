@@ -15,7 +15,8 @@ import numpy as np
 
 from glesam_ros.datasets import decode_segmentation
 from glesam_ros.labelled import read_class_list, read_label_map
-from glesam_ros.reallq.pick import ANNOTATIONS, IMAGES, Track, encode_png, read_manifest, write_file
+from glesam_ros.lqseg.build import Track, write_file
+from glesam_ros.reallq.pick import ANNOTATIONS, IMAGES, encode_png, read_manifest
 
 LABEL_MAP = "labelmap.txt"
 """CVAT's colours; where it lies beside the labels, they are taken for CVAT's."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +20,7 @@ import cv2
 import numpy as np
 
 from glesam_ros import __version__
+from glesam_ros.lqseg.build import PART, Track, write_file
 from glesam_ros.reallq.quality import Level, Quality, measure, score, worst_measure
 from glesam_ros.validation import UInt8Array
 
@@ -30,17 +30,12 @@ MANIFEST = "manifest.json"
 MEASURES = "measures.jsonl"
 IMAGES = Path("images", "validation")
 ANNOTATIONS = Path("annotations", "validation")
-PART = ".part"
-"""Ending of a file that is being written."""
 LEAST_CONTRAST = 2.0
 """A frame whose luma deviates by less (grey levels) shows nothing to label: a closed lens, a white sky."""
 NAMED_FRAMES = 5
 """So many bad frames are named for each reason; all are counted."""
 LABELME_VERSION = "5.4.1"
 """Version of LabelMe whose file format the templates have."""
-
-Track = Callable[[Iterable[Any], int], Iterable[Any]]
-"""(items, how many) -> the same items, with their progress shown."""
 
 
 @dataclass(frozen=True)
@@ -223,14 +218,6 @@ def template(name: str, size: tuple[int, int]) -> dict[str, Any]:
         "version": LABELME_VERSION, "flags": {}, "shapes": [], "imagePath": name, "imageData": None,
         "imageHeight": size[0], "imageWidth": size[1],
     }
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + PART)
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 def encode_png(image: np.ndarray[Any, Any], what: str) -> bytes:
