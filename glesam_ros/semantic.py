@@ -225,7 +225,8 @@ def load_semantic(name: str = "rass-nano", device: str = "auto", precision: str 
     """Load a model of classes by name.
 
     Args:
-        name: a registered name, see `glesam_ros.models.semantic_names`.
+        name: a registered name, see `glesam_ros.models.semantic_names`; or a folder with `rass_nano.onnx` and
+            `rass_nano.json`, weights of one's own.
         device: "auto", "cpu", "cuda" or "tensorrt"; a model refuses what it does not have.
         precision: "auto", "fp32", "fp16", "bf16" or "int8"; likewise.
 

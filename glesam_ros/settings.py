@@ -67,11 +67,11 @@ class Settings:
         choices=PRECISIONS, read_only=True,
     )
     semantic: str = _param(
-        OFF, "Class of every pixel: off, or the model that finds it, for example rass-nano or rass-sd21.",
+        OFF, "Class of every pixel: off, or what finds it: rass-nano, rass-sd21, or a folder with rass-nano of one's own.",
         read_only=True,
     )
     restorer: str = _param(
-        OFF, "The picture restored, on the topic enhanced: off, or the model that does it, for example scr-sd21.",
+        OFF, "The picture restored, on the topic enhanced: off, or the model that does it: scr-sd21.",
         read_only=True,
     )
     cameras: tuple[str, ...] = _param(

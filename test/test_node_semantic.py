@@ -369,3 +369,21 @@ def test_refusals_say_how_to_mend_them(launch, tmp_path, monkeypatch):
     client = launch(restorer="negativ", autostart=False, wait_active=False)
     assert not client.change_state("configure") and client.state() == "unconfigured"
     client.wait_log("configure failed", "restorer: expected one of", "scr-sd21", "got 'negativ'")
+
+
+def test_a_folder_is_rass_nano_with_classes_of_ones_own(launch, tmp_path):
+    from test_rass_nano import COLOURS, write  # skips where onnx is missing
+
+    client = launch(semantic=write(tmp_path / "mine"), max_frame_age_ms=10_000)
+    pixels = picture(ground=COLOURS["grass"])
+    pixels[:60], pixels[60:, 80:] = COLOURS["sky"], COLOURS["brick"]
+    semantic = client.subscribe(Image, "semantic")
+    client.stream(lambda: image_message(pixels, client.stamp()), lambda: semantic.messages, "a class map")
+    labels = array_of(semantic.last)
+    for rows, columns, name in ((slice(0, 56), slice(None), "sky"), (slice(64, 120), slice(0, 76), "grass"),
+                                (slice(64, 120), slice(84, 160), "brick")):
+        assert (labels[rows, columns] == list(COLOURS).index(name)).all(), name
+    info = client.subscribe(LabelInfo, "semantic/label_info", LATCHED)
+    wait_for(lambda: info.messages, "label_info")
+    assert [(c.class_id, c.class_name) for c in info.last.class_map] == [*enumerate(COLOURS)]
+    wait_for(lambda: client.values("model").get("semantic_device", "").startswith("cpu (fp32, onnxruntime"), "device")

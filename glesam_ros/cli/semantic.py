@@ -120,16 +120,11 @@ def summary(found: SemanticMap) -> dict[str, Any]:
 
 
 def _open(model: str, device: str, precision: str) -> SemanticSegmenter:
-    from glesam_ros.models import semantic_names
-    from glesam_ros.semantic import SemanticSegmenter, load_semantic
+    from glesam_ros.semantic import load_semantic
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        if model in semantic_names() or not Path(model).is_dir():
-            return load_semantic(model, device, precision)
-        from glesam_ros.models.rass_nano import RassNano
-
-        return SemanticSegmenter(RassNano(device, precision, Path(model)))
+        return load_semantic(model, device, precision)
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
 

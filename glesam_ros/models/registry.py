@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from glesam_ros.models.base import RestorerModel, SegmentationModel, SemanticModel
@@ -107,7 +108,19 @@ def load_model(name: str, device: str = "auto", precision: str = "auto") -> Segm
 
 
 def load_semantic_model(name: str, device: str = "auto", precision: str = "auto") -> SemanticModel:
-    """Load a registered model of classes. Raises as `load_model`."""
+    """Load a registered model of classes; or, from a folder, rass-nano with weights of one's own.
+
+    Args:
+        name: a registered name, or a folder with `rass_nano.onnx` and `rass_nano.json`.
+        device, precision: as for `load_model`.
+
+    Raises:
+        As `load_model`.
+    """
+    if name not in _SEMANTIC and Path(name).is_dir():
+        from glesam_ros.models.rass_nano import RassNano
+
+        return RassNano(device, precision, Path(name))
     return _load("semantic", _SEMANTIC, name, device, precision)
 
 
