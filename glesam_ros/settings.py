@@ -67,11 +67,11 @@ class Settings:
         choices=PRECISIONS, read_only=True,
     )
     semantic: str = _param(
-        OFF, "Class of every pixel: off, or what finds it: rass-nano, rass-sd21, or a folder with rass-nano of one's own.",
+        OFF, "Class of every pixel: off, rass-nano, rass-sd21, or a folder with weights of rass-nano of one's own.",
         read_only=True,
     )
     restorer: str = _param(
-        OFF, "The picture restored, on the topic enhanced: off, or the model that does it: scr-sd21.",
+        OFF, "The picture restored, on the topic enhanced: off, or scr-sd21.",
         read_only=True,
     )
     cameras: tuple[str, ...] = _param(
