@@ -226,7 +226,9 @@ def small_sam(server, monkeypatch):
     monkeypatch.setitem(catalogue.BASES, "sam_vit_h", Base("sam", sam))
     unet = (source(server, "sd21-base/unet/config.json"), source(server, "sd21-base/tokenizer/vocab.json"))
     monkeypatch.setitem(catalogue.UNETS, "sd21-base", unet)
-    server.files |= {"/sam.pth": b"weights", **{f"/{file.path}": b"{}" for file in unet}}
+    vae = (source(server, "sd21-base/vae/config.json"),)
+    monkeypatch.setitem(catalogue.VAES, "sd21-base", vae)
+    server.files |= {"/sam.pth": b"weights", **{f"/{file.path}": b"{}" for file in (*unet, *vae)}}
     return server
 
 
@@ -371,6 +373,7 @@ def test_a_diffusion_model_by_its_own_name(small_sam, home, tmp_path, capsys):
     assert main(["models", "where", "sd21-base"]) == 1
     assert main(["models", "get", "sd21-base"]) == 0
     assert main(["models", "where", "sd21-base"]) == 0
+    assert (home / "sd21-base/vae/config.json").is_file()
     assert {path.name for path in home.iterdir()} == {"sd21-base", "checksums.json"}
     folder = diffusers_folder(tmp_path / "mine", 768)
     assert main(["models", "get", "sd21-base", "--from", str(folder)]) == 1
@@ -444,6 +447,75 @@ def test_released_weights_with_a_decoder_of_another_name(small_sam, home, tmp_pa
     assert main(["models", "get", "sam_vit_h+glesam", "--from", str(folder)]) == 1
     assert "cannot read it" in capsys.readouterr().err
     assert (home / "sam_vit_h+glesam/glesam.json").is_file()
+
+
+def scr_file(path: Path, **other) -> Path:
+    """What is trained of SCR, of no layer at all."""
+    groups = {f"unet_lora_{group}_modules": [] for group in ("encoder", "decoder", "others")}
+    torch.save({"rank_unet": 4, **groups, "state_dict_unet": {}, **other}, path)
+    return path
+
+
+def test_the_restorer_needs_stable_diffusion_whole_and_its_own_file(small_sam, home, tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    scr = scr_file(tmp_path / "mine.pkl")
+    assert main(["models", "where", "scr-sd21"]) == 1
+    assert main(["models", "get", "scr-sd21", "--from", str(scr)]) == 0
+    assert "restorer:=scr-sd21, or glesam restore --model scr-sd21" in capsys.readouterr().out
+    expected = ["sd21-base/unet/config.json", "sd21-base/tokenizer/vocab.json", "sd21-base/vae/config.json"]
+    assert main(["models", "where", "scr-sd21"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["here", str(home / name)] for name in [*expected, "rass/scr.pkl"]]
+    assert main(["models", "verify", "scr-sd21"]) == 0
+    (home / "rass/scr.pkl").write_bytes(b"other")
+    assert main(["models", "verify", "scr-sd21"]) == 1
+    assert re.search("changed +rass/scr.pkl", capsys.readouterr().out)
+    # the enhancers do without the autoencoder
+    assert not [file for file in download.unet_files("sd21-base", home) if "/vae/" in file.path]
+
+
+def test_the_segmenter_is_fetched_by_hand(small_sam, home, tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    scr_file(folder / "scr.pkl")
+    assert main(["models", "get", "rass-sd21", "--from", str(folder)]) == 1  # it has SCR's part alone
+    error = capsys.readouterr().err
+    assert re.search("rass.pth: get it by hand from https://drive.google.com/.* and name it with --from", error)
+    assert (home / "rass/scr.pkl").is_file() and error.count("\n") == 1
+    (folder / "rass.pth").write_bytes(b"weights")
+    assert main(["models", "get", "rass-sd21", "--from", str(folder / "rass.pth")]) == 0
+    assert "semantic:=rass-sd21" in capsys.readouterr().out
+    assert (home / "rass/rass.pth").read_bytes() == b"weights"
+    assert main(["models"]) == 0
+    assert re.search(r"^scr-sd21 +yes .*\nrass-sd21 +yes ", capsys.readouterr().out, re.M)
+    (home / "rass/scr.pkl").unlink()
+    assert main(["models", "get", "rass-sd21", "--from", str(folder)]) == 0
+    assert main(["models", "get", "rass-sd21", "--from", str(home / "rass")]) == 1
+    assert "nothing to copy" in capsys.readouterr().err
+
+
+def test_what_is_no_part_of_a_system_is_refused(small_sam, home, tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    for path, expected in (
+        (tmp_path / "no", "expected for scr-sd21 scr.pkl, a folder with it, or a folder of diffusers"),
+        (tmp_path, "expected for scr-sd21 scr.pkl"),
+        (scr_file(tmp_path / "a.pkl", rank_unet="4"), "rank_unet is str"),
+    ):
+        assert main(["models", "get", "scr-sd21", "--from", str(path)]) == 1
+        error = capsys.readouterr().err
+        assert expected in error and error.count("\n") == 1
+    assert not (home / "rass").exists()
+    folder = diffusers_folder(tmp_path / "sd", 768)
+    assert main(["models", "get", "scr-sd21", "--from", str(folder)]) == 1
+    assert "expected the diffusion model sd21-base, got sd15" in capsys.readouterr().err
+    (folder / "unet/config.json").write_text('{"cross_attention_dim": 1024}')
+    (folder / "vae").mkdir()
+    (folder / "vae/config.json").write_text('{"mine": 1}')
+    scr_file(home.parent / "scr.pkl")
+    assert main(["models", "get", "scr-sd21", "--from", str(home.parent / "scr.pkl")]) == 0
+    assert main(["models", "get", "scr-sd21", "--from", str(folder)]) == 0
+    assert "mine" in (home / "sd21-base/vae/config.json").read_text()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"kind": "lora", "unet": "sd3"}'])
