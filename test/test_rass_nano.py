@@ -187,6 +187,15 @@ def test_by_name(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_rass_nano("cpu", "fp32").licence == "none"
 
 
+def test_a_folder_takes_the_place_of_the_name(weights: Path, tmp_path: Path) -> None:
+    with load_semantic(str(weights), device="cpu") as segmenter:
+        assert segmenter.name == "rass-nano" and segmenter.classes == tuple(COLOURS)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'rass_nano.json'}"):
+        load_semantic(str(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match="semantic: expected one of .*got '.*nowhere'"):
+        load_semantic(str(tmp_path / "nowhere"), device="cpu")
+
+
 # --- faults ---
 
 

@@ -101,6 +101,15 @@ def test_more_than_256_classes() -> None:
     assert found.colours().tolist() == [[palette[299].tolist(), palette[255].tolist()]]
 
 
+def test_main_classes_are_the_largest_without_specks() -> None:
+    labels = np.zeros((10, 100), np.uint8)
+    labels[:6] = 2
+    labels[9, :9] = 1  # 0.9 %
+    assert semantic_map(labels).main_classes() == ("person", "road")
+    labels[9, :10] = 1
+    assert semantic_map(labels).main_classes() == ("person", "road", "sky")
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
