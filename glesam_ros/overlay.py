@@ -38,7 +38,8 @@ def draw_overlay(
 ) -> UInt8Array:
     """Draw instances over their image; pixels outside the masks and the status strip stay as they are.
 
-    With a semantic map, the instances are drawn over what `draw_classes` makes of the image.
+    With a semantic map, contours and numbers are drawn over what `draw_classes` makes of the image, and masks are not
+    filled: in everything mode they cover nearly all of it, and the classes could not be told apart.
 
     Contours lie inside the masks. "id score" is written into those instances that have room for it. The status strip,
     top left and `strip_height` high, says degradation level, whether enhancement ran, and the number of instances.
@@ -46,7 +47,7 @@ def draw_overlay(
     Args:
         image: (H, W, 3) uint8 RGB; left as it is.
         instances: of this image.
-        alpha: opacity of the fill, 0 (contours only) .. 1 (flat colour).
+        alpha: opacity of the fill, or of the class colours; 0 (contours only) .. 1 (flat colour).
         labels: `instances.label_map()` when it is already at hand.
         semantic_map: of this image.
 
@@ -61,7 +62,7 @@ def draw_overlay(
     out = image.copy() if semantic_map is None else draw_classes(image, semantic_map, alpha)
     if len(instances):
         labels = instances.label_map() if labels is None else labels
-        _draw_masks(out, labels, alpha)
+        _draw_masks(out, labels, alpha if semantic_map is None else 0.0)
         _draw_numbers(out, labels, instances)
     _draw_strip(out, instances)
     return out

@@ -196,16 +196,16 @@ def test_class_colours_are_blended(alpha: float, dtype: Any) -> None:
     assert not np.shares_memory(out, image) and out.dtype == np.uint8
 
 
-def test_class_colours_lie_under_the_masks() -> None:
+def test_class_colours_show_inside_the_contours_too() -> None:
     image, found, classes = picture(), instances(WINDOWS), class_map()
     out = draw_overlay(image, found, 0.5, semantic_map=classes)
-    np.testing.assert_array_equal(out, draw_overlay(draw_classes(image, classes, 0.5), found, 0.5))
+    ground = draw_classes(image, classes, 0.5)
+    np.testing.assert_array_equal(out, draw_overlay(ground, found, 0.0))
     outside = found.label_map() == 0
     outside[: strip_height(found.size)] = False
-    np.testing.assert_array_equal(out[outside], draw_classes(image, classes, 0.5)[outside])
-    np.testing.assert_allclose(
-        out[SMALL].astype(float), 0.5 * draw_classes(image, classes, 0.5)[SMALL] + 0.5 * PALETTE[1], atol=1
-    )
+    np.testing.assert_array_equal(out[outside], ground[outside])
+    np.testing.assert_array_equal(out[SMALL], ground[SMALL])
+    np.testing.assert_array_equal(out[70, 250:262], np.broadcast_to(PALETTE[1], (12, 3)))  # its contour
 
 
 def test_class_colours_without_instances() -> None:
