@@ -279,9 +279,12 @@ def test_without_the_library_of_bags(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [["pick", "x", "--out", "o", "--gap", "-1"], ["pick", "x", "--out", "o", "--count", "0"], ["pick", "x"], [],
-     ["pick", "x", "--out", "o", "--ade20k", "--classes", "a"], ["pick", "x", "--out", "o", "--measure", "nan"]],
+     ["pick", "x", "--out", "o", "--ade20k", "--classes", "a"], ["pick", "x", "--out", "o", "--measure", "nan"],
+     ["pick", "photos", "--out", "o", "--topic", "/cam"]],
 )
-def test_wrong_usage(arguments, capsys):
+def test_wrong_usage(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
     with pytest.raises(SystemExit) as stop:
         reallq(*arguments)
     assert stop.value.code == 2

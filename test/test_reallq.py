@@ -393,6 +393,24 @@ def test_the_same_again_changes_nothing_and_keeps_what_was_labelled(tmp_path):
     assert json.loads(label.read_text()) == {"shapes": [{"label": "road"}]}
 
 
+def test_a_class_that_was_appended_while_labelling_stays(tmp_path):
+    out = tmp_path / "set"
+    [entry] = pick(Film([10]), out, options(count=1), dark).pictures
+    listed = json.loads((out / "classes.json").read_text())
+    (out / "classes.json").write_text(json.dumps({
+        "classes": [*listed["classes"], "puddle"], "palette": [*listed["palette"], [0, 0, 255]],
+    }))
+    pick(Film([10]), out, options(count=1), dark)
+    label(out, entry["name"], box("puddle", 0, 0, 48, 32))
+    assert read_labels(out).faults == []
+    assert (open_labelled(out, "test")[0].labels == 3).all()
+    (out / f"images/validation/{entry['name']}.json").unlink()
+    (out / f"annotations/validation/{entry['name']}.png").unlink()
+    pick(Film([10]), out, options(count=1, classes=("a", "b", "c")), dark, force=True)
+    assert json.loads((out / "classes.json").read_text())["classes"] == ["a", "b", "c"]
+    assert (out / "classes.txt").read_text() == "a\nb\nc\n"
+
+
 def test_other_settings_need_force_and_labels_are_never_lost(tmp_path):
     out = tmp_path / "set"
     pick(Film([10, 200, 20]), out, options(), dark)

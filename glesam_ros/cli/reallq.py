@@ -87,7 +87,7 @@ def add_parser(commands: Any) -> None:
         "--force", action="store_true", help="pick anew where SET has other settings; never where it has labels"
     )
     add_settings(pick, SETTINGS)
-    pick.set_defaults(func=run_pick, model=LEVEL_MODEL, enhancement="off")
+    pick.set_defaults(func=run_pick, usage_error=pick.error, model=LEVEL_MODEL, enhancement="off")
     read = actions.add_parser("read", help="read the labels back as annotations")
     read.add_argument("folder", type=Path, metavar="SET", help="what `glesam reallq pick` made")
     read.add_argument(
@@ -104,6 +104,8 @@ def run_pick(args: argparse.Namespace) -> int:
     if not args.source.exists():
         raise CommandError(f"{args.source}: no such bag or folder")
     if args.source.is_dir() and not (args.source / "metadata.yaml").is_file():
+        if args.topic:
+            args.usage_error(f"--topic: expected a bag, got a folder of pictures: {args.source}")
         return _pick(args, PictureFolder(args.source, args.rate), rate=0.0)
     from glesam_ros.cli.bagfile import open_bag
 

@@ -28,6 +28,7 @@ FORMAT = 1
 """Version of the layout."""
 MANIFEST = "manifest.json"
 MEASURES = "measures.jsonl"
+CLASS_FILES = ("classes.json", "classes.txt")
 IMAGES = Path("images", "validation")
 ANNOTATIONS = Path("annotations", "validation")
 LEAST_CONTRAST = 2.0
@@ -280,6 +281,8 @@ def _prepare(out: Path, settings: dict[str, Any], force: bool) -> None:
     for path in sorted((out / IMAGES).glob("*")):
         if path.suffix in (".png", ".json", PART):
             path.unlink()
+    for name in CLASS_FILES:
+        (out / name).unlink(missing_ok=True)
     write_file(manifest, _pretty({"settings": settings, "complete": False, "pictures": []}))
 
 
@@ -410,9 +413,12 @@ def file_name(name: str, taken: set[str]) -> str:
 
 
 def _write_classes(out: Path, options: PickOptions) -> None:
+    """Write the class files that are not there; a class may have been appended while labelling."""
     document = {"classes": list(options.classes), "palette": [list(colour) for colour in options.palette]}
-    write_file(out / "classes.json", _pretty(document))
-    write_file(out / "classes.txt", "".join(f"{name}\n" for name in options.classes).encode())
+    names = "".join(f"{name}\n" for name in options.classes)
+    for file, data in zip(CLASS_FILES, (_pretty(document), names.encode())):
+        if not (out / file).exists():
+            write_file(out / file, data)
 
 
 def _short(value: Any) -> str:
