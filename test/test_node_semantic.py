@@ -316,7 +316,8 @@ def test_a_fault_beside_the_masks_costs_its_own_result_only(launch):
 
 
 def test_a_semantic_model_that_never_works_does_not_stop_the_masks(launch):
-    client = launch(semantic="starless", max_frame_age_ms=10_000)
+    client = launch(semantic="starless", device="cpu", max_frame_age_ms=10_000)
+    wait_for(lambda: client.values("model").get("semantic_device") == "cpu and auto", "the device")
     assert "never enough" in client.wait_log("warm-up of the semantic model failed")
     masks, detections = client.subscribe(Image, "masks"), client.subscribe(Detection2DArray, "detections")
     client.stream(frames(client), lambda: len(masks) >= 3 and len(detections) >= 3, "masks and detections")
@@ -335,11 +336,15 @@ def test_a_frame_without_any_result_counts_as_failed(launch):
 
 
 def test_the_whole_circle_frees_and_loads_again(launch):
-    client = launch(wait_active=False, autostart=False, semantic="horizon", restorer="negative")
+    # tensorrt is for models that have it: the test model names what it was asked for
+    client = launch(
+        wait_active=False, autostart=False, semantic="horizon", restorer="negative", device="tensorrt", precision="int8"
+    )
     for turn in (1, 2):
         assert client.change_state("configure") and client.change_state("activate")
         semantic, enhanced = client.subscribe(Image, "semantic"), client.subscribe(Image, "enhanced")
         client.stream(frames(client), lambda s=semantic, e=enhanced: s.messages and e.messages, "both results")
+        wait_for(lambda: client.values("model").get("semantic_device") == "auto and auto", "the device")
         assert client.change_state("deactivate")
         wait_for(lambda n=turn: calls(client, "semantic closed") == calls(client, "restorer closed") == n, "closing")
         assert client.change_state("cleanup")

@@ -229,13 +229,15 @@ class PerceptionNode(LifecycleNode):
         self._pipeline.settings = self.settings
         self._device_text = self._pipeline.model.device
         self._log_load("model", settings.model, self._device_text, started)
+        # torch models have no TensorRT; auto takes it where a model has it
+        device = "auto" if settings.device == "tensorrt" else settings.device
         if settings.semantic != OFF:
             started = time.monotonic()
-            self._segmenter = load_semantic(settings.semantic, settings.device)
+            self._segmenter = load_semantic(settings.semantic, device)
             self._log_load("semantic", settings.semantic, self._segmenter.device, started)
         if settings.restorer != OFF:
             started = time.monotonic()
-            self._restorer = load_restorer(settings.restorer, settings.device)
+            self._restorer = load_restorer(settings.restorer, device)
             self._log_load("restorer", settings.restorer, self._restorer.device, started)
         return self._pipeline
 
