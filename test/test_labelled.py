@@ -133,8 +133,10 @@ def test_more_than_255_classes_are_16_bit(tmp_path: Path) -> None:
     assert labels.dtype == np.uint16 and labels[0].tolist() == [0, 255, 299, IGNORE_16] == [0, 255, 299, folder.ignore]
     write_label_map(tmp_path / "labels" / "a.png", labels, folder.palette)
     assert np.array_equal(folder[0].labels, labels)
-    assert len(own(tmp_path, grey(0, 0), classes=classes[:255])) == 1  # the last that 8 bits hold
-    assert own(tmp_path, grey(0, 254, 255, 255), classes=classes[:255])[0].labels[0].tolist() == [0, 254, 255, 255]
+    last = own(tmp_path, grey(0, 254, 255, 255), classes=classes[:255])[0].labels  # the most that 8 bits hold
+    assert last.dtype == np.uint8 and last[0].tolist() == [0, 254, IGNORE, IGNORE]
+    more = own(tmp_path, grey(0, 254, 255, 255), classes=classes[:256])[0].labels
+    assert more.dtype == np.uint16 and more[0].tolist() == [0, 254, 255, 255]
 
 
 def test_splits_by_folder_and_choice_of_pictures(tmp_path: Path) -> None:
