@@ -136,6 +136,13 @@ def test_merged_weights_are_w0_plus_alpha_over_r_ba(checkpoint):
         assert torch.equal(before[key], after[key]), key
 
 
+def test_a_broken_lora_is_not_merged(adapted):
+    broken = copy.deepcopy(adapted)
+    next(p for n, p in broken.named_parameters() if ".lora_B.default_others." in n).fill_(float("nan"))
+    with pytest.raises(ValueError, match="default_others seems to be broken"):
+        merge_lora(broken)
+
+
 def test_a_fresh_lora_changes_nothing_and_trains_alone():
     unet = tiny_unet()
     before = noise(unet, latent())
@@ -368,6 +375,22 @@ def test_the_mean_colour_stays(size):
     np.testing.assert_allclose(shifted, found, atol=1e-3)  # a cast of the network is taken out
     same = image.astype(np.float32)
     np.testing.assert_allclose(keep_colours(same, image), same)
+
+
+def test_the_gaussian_is_that_of_five_wavelet_levels():
+    rng = np.random.default_rng(0)
+    image, restored = rng.integers(0, 256, (120, 160, 3), np.uint8), rng.uniform(0, 255, (120, 160, 3))
+    restored[:, 80:] *= 0.3  # an edge in colour
+    blurred = image - restored
+    for level in range(5):  # the mean with weights 1 2 1 of what lies 2^level pixels apart, in both directions
+        for axis in (0, 1):
+            pad = [(0, 0)] * 3
+            pad[axis] = (2**level,) * 2
+            x = np.moveaxis(np.pad(blurred, pad, mode="symmetric"), axis, 0)
+            step = 2**level
+            blurred = np.moveaxis((x[: -2 * step] + 2 * x[step:-step] + x[2 * step :]) / 4, 0, axis)
+    found = keep_colours(restored.astype(np.float32), image)
+    assert np.abs(found - (restored + blurred))[40:-40, 40:-40].max() < 3  # of 90 at the edge
 
 
 def test_detail_is_of_the_restored_picture_and_noise_hardly_passes():

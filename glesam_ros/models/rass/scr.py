@@ -229,15 +229,19 @@ def merge_scr(unet: UNet2DConditionModel, path: Path) -> None:
         path: scr.pkl.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_scr` and `load_lora`.
+        FileNotFoundError, ValueError: as `read_scr`, `load_lora` and `merge_lora`.
     """
     load_lora(unet, read_scr(path), str(path))
     merge_lora(unet)
 
 
 def merge_lora(unet: UNet2DConditionModel) -> None:
-    """As `merge_scr`, of the LoRA that a U-Net has."""
-    unet.fuse_lora()
+    """As `merge_scr`, of the LoRA that a U-Net has.
+
+    Raises:
+        ValueError: the LoRA is not finite.
+    """
+    unet.fuse_lora(safe_fusing=True)
     unet.unload_lora()
     unet.requires_grad_(False)
 
