@@ -27,26 +27,21 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from glesam_ros.cli.main import main  # noqa: E402
-from glesam_ros.labelled import IGNORE, LabelledFolder, open_labelled  # noqa: E402
+from glesam_ros.labelled import IGNORE, open_labelled  # noqa: E402
 from glesam_ros.models.rass_nano import RassNano as Segmenter  # noqa: E402
 from glesam_ros.models.rass_nano_net import ADAPTED, RassNano, add_adapters  # noqa: E402
 from glesam_ros.training import checkpoint, rass_nano_export  # noqa: E402
+from glesam_ros.training.labelled_crops import VOID, LabelledScenes, load_labelled  # noqa: E402
 from glesam_ros.training.nano import pretrained_backbone  # noqa: E402
-from glesam_ros.training.rass_nano import (  # noqa: E402
-    Scr,
-    class_weights,
-    draw_labelled,
-    draw_streets,
-    make_stage,
-    relative_error,
-)
-from glesam_ros.training.rass_nano_config import RASS_NANO_STAGES, RassNanoConfig, StreetCropConfig  # noqa: E402
+from glesam_ros.training.rass_config import LabelledSourceConfig  # noqa: E402
+from glesam_ros.training.rass_nano import Scr, class_weights, draw_streets, make_stage, relative_error  # noqa: E402
+from glesam_ros.training.rass_nano_config import RASS_NANO_STAGES, RassNanoConfig  # noqa: E402
 from glesam_ros.training.recipes import load_any  # noqa: E402
 
 COLOURS = {"ground": (40, 90, 40), "red": (220, 40, 40), "blue": (40, 60, 230)}
 CHANGES = (
-    "folder.path=toys", "workers=0", "precision=no", "crop.height=64", "crop.width=96", "base.steps=30", "scr.steps=6",
-    "rass.steps=4", "scr.rank=2", *(f"{s}.batch=2" for s in RASS_NANO_STAGES),
+    "sources=[{path: toys}]", "workers=0", "precision=no", "crop.height=64", "crop.width=96", "base.steps=30",
+    "scr.steps=6", "rass.steps=4", "scr.rank=2", *(f"{s}.batch=2" for s in RASS_NANO_STAGES),
     *(f"{s}.checkpoint_every=3" for s in RASS_NANO_STAGES), *(f"{s}.log_every=2" for s in RASS_NANO_STAGES),
     "base.warm_up=0", "scr.warm_up=0", "rass.warm_up=0",
 )
@@ -98,8 +93,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(data: Path) -> LabelledFolder:
-    return open_labelled(data / "toys", "train")
+def scenes(data: Path) -> LabelledScenes:
+    return load_labelled([LabelledSourceConfig("toys")], data)
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
@@ -217,11 +212,11 @@ def test_a_killed_run_goes_on_and_ends_bit_equal(data: Path, whole: Path, tmp_pa
         assert not changed(checkpoint.read(whole / f"{name}.pt"), checkpoint.read(out / f"{name}.pt")), name
 
 
-def test_scr_learns_to_restore(folder: LabelledFolder, whole: Path) -> None:
+def test_scr_learns_to_restore(scenes: LabelledScenes, whole: Path) -> None:
     config = load_any("rass_nano", [*CHANGES, "scr.clear=0", "degradation.levels=[0, 0, 1]"])
     net = RassNano(3)
     net.load_state_dict(checkpoint.read(whole / "base.pt"))
-    stage = make_stage("scr", net, config, folder, class_weights(folder, 0.35))
+    stage = make_stage("scr", net, config, scenes, class_weights(scenes, 0.35))
     assert isinstance(stage, Scr)
     for p in stage.parameters():
         p.requires_grad_(False)
@@ -238,7 +233,7 @@ def test_scr_learns_to_restore(folder: LabelledFolder, whole: Path) -> None:
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
-        seen.append({name: float(value) for name, value in losses.items()})
+        seen.append({name: float(value.detach()) for name, value in losses.items()})
     assert seen[-1]["restoration"] < 0.9 * seen[0]["restoration"]
     assert seen[-1]["loss"] < seen[0]["loss"]
     assert all(torch.equal(p, dict(stage.named_parameters())[name]) for name, p in frozen.items())
@@ -255,55 +250,77 @@ def test_relative_error_has_known_answers() -> None:
     assert float(relative_error([x.mean() + 0 * x for x in alone], alone)) == pytest.approx(1 / 1.001, rel=1e-4)
 
 
-def test_class_weights_have_known_answers(data: Path, folder: LabelledFolder) -> None:
+def test_class_weights_have_known_answers(data: Path, scenes: LabelledScenes) -> None:
     pixels = np.zeros(3)
-    for picture in folder:
+    for picture in scenes.folders[0]:
         pixels += np.bincount(picture.labels[picture.labels < 3], minlength=3)
     share = pixels / pixels.sum()
-    weights = class_weights(folder, 0.5).double().numpy()
+    weights = class_weights(scenes, 0.5).double().numpy()
     assert weights @ share == pytest.approx(1, abs=1e-6)
     assert weights[1] / weights[0] == pytest.approx((share[0] / share[1]) ** 0.5, rel=1e-5)
-    assert class_weights(folder, 0.0).tolist() == pytest.approx([1, 1, 1])
+    assert class_weights(scenes, 0.0).tolist() == pytest.approx([1, 1, 1])
     # a class that no picture shows weighs as the rarest that one shows
     four = open_labelled(data / "toys", "train", [*COLOURS, "nowhere"], [*COLOURS.values(), (1, 2, 3)])
-    more = class_weights(four, 0.5).double().numpy()
+    more = class_weights(LabelledScenes((four,), np.ones(1)), 0.5).double().numpy()
     assert more[3] == more[:3].max() and np.allclose(more[:3], weights)
 
 
-def test_labels_of_a_crop_stay_with_its_pixels(folder: LabelledFolder) -> None:
-    crop = StreetCropConfig(64, 96, (1.0, 2.0), 1.0, 1.0)
+def test_labels_of_a_crop_stay_with_its_pixels(scenes: LabelledScenes) -> None:
+    config = load_any("rass_nano", [*CHANGES, "crop.gamma=1", "crop.colour=1"])
     colours = np.array(list(COLOURS.values()))
     flips = set()
     for seed in range(20):
-        image, labels = draw_labelled(folder, np.random.default_rng(seed), crop)
+        batch = draw_streets(scenes, np.random.default_rng(seed), config, 1, 1.0)
+        image, labels = batch["clear"][0].numpy(), batch["labels"][0].numpy()
         assert image.shape == (64, 96, 3) and labels.shape == (64, 96)
         nearest = ((image[..., None, :].astype(int) - colours) ** 2).sum(-1).argmin(-1)
-        known = labels != IGNORE
+        known = labels != VOID
         assert (nearest == labels)[known].mean() > 0.96  # edges are blended
-        flips.add(bool((labels[:, 0] == IGNORE).any()))
-        again, _ = draw_labelled(folder, np.random.default_rng(seed), crop)
-        assert np.array_equal(image, again)
+        flips.add(bool((labels[:, 0] == VOID).any()))
+        again = draw_streets(scenes, np.random.default_rng(seed), config, 1, 1.0)
+        assert all(torch.equal(batch[name], again[name]) for name in batch)
     assert flips == {True, False}
 
 
-def test_clear_is_the_share_of_clear_inputs(folder: LabelledFolder) -> None:
+def test_colours_change_within_their_range(scenes: LabelledScenes) -> None:
+    seen = {}
+    for name, changes in {"none": ["crop.gamma=1", "crop.colour=1"], "some": []}.items():
+        config = load_any("rass_nano", [*CHANGES, *changes])
+        drawn = [draw_streets(scenes, np.random.default_rng(k), config, 1, 1.0) for k in range(10)]
+        seen[name] = [batch["clear"][0].float().mean((0, 1)) for batch in drawn]
+    ratios = torch.stack(seen["some"]) / torch.stack(seen["none"])
+    assert ratios.min() < 0.9 and ratios.max() > 1.1
+    # a pixel v in 0..1 becomes at most 1.2 v^(1 / 1.4), and the darkest mean here is 0.15
+    assert ratios.max() < 1.2 * 0.15 ** (1 / 1.4 - 1) and ratios.min() > 0.15**0.4 / 1.2
+
+
+def test_clear_is_the_share_of_clear_inputs(scenes: LabelledScenes) -> None:
     config = load_any("rass_nano", CHANGES)
     same = []
     for clear in (1.0, 0.0, 0.5):
-        batch = draw_streets(folder, np.random.default_rng(1), config, 40, clear)
+        batch = draw_streets(scenes, np.random.default_rng(1), config, 40, clear)
         same.append(int((batch["clear"] == batch["input"]).flatten(1).all(1).sum()))
     assert same[0] == 40 and same[1] == 0 and 10 < same[2] < 30
 
 
-def test_the_export_gives_the_node_the_same_classes(whole: Path, data: Path, tmp_path: Path) -> None:
+def test_the_export_gives_the_node_the_same_classes(
+    whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights"
+    command = ["export", "--checkpoint", whole / "rass.pt", "--folder", data / "toys", "--out", weights]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--licence", "none", "--trained-on", "toys"])
+    rass_nano_export.main()
+    said = capsys.readouterr().out
+    report = json.loads(said[said.index("{") :])
+    assert report["torch"] < 5e-3  # weights are stored in two bytes
+    assert report["bytes"]["rass_nano.onnx"] == (weights / "rass_nano.onnx").stat().st_size < 8e6
+    card = json.loads((weights / "rass_nano.json").read_text())
+    assert card["trained_on"] == "toys" and card["classes"] == list(COLOURS)
+    with_onnx = Segmenter("cpu", weights=weights)
+    assert np.array_equal(with_onnx.palette, list(COLOURS.values())) and with_onnx.licence == "none"
     net = RassNano(3)
     net.load_state_dict(checkpoint.read(whole / "rass.pt"))
-    card = {
-        "classes": list(COLOURS), "palette": [list(c) for c in COLOURS.values()], "long_side": 640, "licence": "none",
-    }
-    report = rass_nano_export.export(net, card, tmp_path / "weights")
-    assert report["torch"] < 5e-3  # weights are stored in two bytes
-    with_onnx = Segmenter("cpu", weights=tmp_path / "weights")
+    net.eval()
     picture = open_labelled(data / "toys", "test")[0]
     logits = with_onnx.logits(picture.image)
     with torch.no_grad():
@@ -313,23 +330,14 @@ def test_the_export_gives_the_node_the_same_classes(whole: Path, data: Path, tmp
     assert (logits.argmax(0) == expected.argmax(0)).mean() > 0.99
 
 
-def test_the_command_exports(whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--checkpoint", whole / "rass.pt", "--folder", data / "toys", "--out", tmp_path / "weights"]
-    command = [sys.executable, "-m", "glesam_ros.training.rass_nano_export", *map(str, arguments)]
-    command += ["--licence", "none", "--trained-on", "toys"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout[done.stdout.index("{") :])
-    assert report["bytes"]["rass_nano.onnx"] == (tmp_path / "weights" / "rass_nano.onnx").stat().st_size < 8e6
-    assert json.loads((tmp_path / "weights" / "rass_nano.json").read_text())["trained_on"] == "toys"
-
-
 def test_what_does_not_fit_is_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="nothing is trained on a test split"):
-        load_any("rass_nano", ["folder.split=test"])
+        load_any("rass_nano", ["sources=[{path: toys, split: test}]"])
     with pytest.raises(ValueError, match="scr.rank: expected"):
         load_any("rass_nano", ["scr.rank=0"])
-    assert isinstance(load_any("rass_nano"), RassNanoConfig)
+    with pytest.raises(ValueError, match="sources.0.kind: unknown key, expected one of path, split, weight"):
+        load_any("rass_nano", ["sources=[{path: toys, kind: coco}]"])
+    assert load_any("rass_nano") == RassNanoConfig()
     wrong = tmp_path / "wrong.pt"
     checkpoint.write(wrong, RassNano(5).state_dict())
     assert main(arguments(data, tmp_path / "out", "--set", f"start={wrong}")) == 1

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -422,8 +422,7 @@ def _said(item: Any, kind: type[Any]) -> str:
 def _siblings(location: Sequence[str | int], kind: Any) -> list[str]:
     """Names of the keys of a configuration of `kind` where `location` looked for one."""
     for part in location[:-1]:
-        if part == "sources":
-            kind = SourceConfig
-        elif isinstance(part, str):
-            kind = next(f.default_factory for f in dataclasses.fields(kind) if f.name == part)
+        if isinstance(part, str):
+            kind = get_type_hints(kind)[part]
+            kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
     return [f.name for f in dataclasses.fields(kind)]

@@ -1,4 +1,4 @@
-"""The labelled pictures that a run draws from, and augmented square crops of them."""
+"""The labelled pictures that a run draws from, and augmented crops of them."""
 
 from __future__ import annotations
 
@@ -91,26 +91,41 @@ def load_labelled(sources: Sequence[LabelledSourceConfig], data: Path) -> Labell
     return LabelledScenes(tuple(folders), np.cumsum(weights))
 
 
-def draw_labelled_crop(
-    scenes: LabelledScenes, rng: np.random.Generator, crop: LabelledCropConfig
+def draw_labelled(
+    scenes: LabelledScenes, rng: np.random.Generator, height: int, width: int, scale: tuple[float, float],
+    flip: float = 0.5,
 ) -> tuple[Array, Array]:
-    """A random crop of a random picture, mirrored and recoloured a little now and then.
+    """A random crop of a random picture, mirrored now and then.
+
+    Args:
+        rng: all chance comes from it.
+        height, width: of the crop in pixels.
+        scale: range of its scale, 1 is that at which the picture just covers the crop.
+        flip: share of crops that are mirrored.
 
     Returns:
-        image (S, S, 3) uint8 RGB, and labels (S, S) int16 or, of many classes, int32, `VOID` where there is no class:
-        at least one pixel has one. Beyond the picture its edge is repeated, without class.
+        image (height, width, 3) uint8 RGB, and labels (height, width) int16 or, of many classes, int32, `VOID` where
+        there is no class: at least one pixel has one. Beyond the picture its edge is repeated, without class.
 
     Raises:
         ValueError: 100 crops in a row have no class.
     """
     for _ in range(TRIES):
-        image, labels = _crop(scenes.draw(rng), scenes.ignore, rng, crop)
+        image, labels = _crop(scenes.draw(rng), scenes.ignore, rng, (height, width), scale, flip)
         if (labels != VOID).any():
-            return jitter(image, rng), labels
+            return image, labels
     raise ValueError(
         f"sources: expected pictures with classes, found {TRIES} crops in a row without; take other labels or a larger "
         "crop.scale"
     )
+
+
+def draw_labelled_crop(
+    scenes: LabelledScenes, rng: np.random.Generator, crop: LabelledCropConfig
+) -> tuple[Array, Array]:
+    """As `draw_labelled`, square and recoloured a little."""
+    image, labels = draw_labelled(scenes, rng, crop.side, crop.side, crop.scale, crop.flip)
+    return jitter(image, rng), labels
 
 
 def _open(path: Path, split: str) -> LabelledFolder:
@@ -121,25 +136,27 @@ def _open(path: Path, split: str) -> LabelledFolder:
 
 
 def _crop(
-    picture: LabelledPicture, ignore: int, rng: np.random.Generator, crop: LabelledCropConfig
+    picture: LabelledPicture, ignore: int, rng: np.random.Generator, size: tuple[int, int],
+    scales: tuple[float, float], flip: float,
 ) -> tuple[Array, Array]:
-    (h, w), side = picture.labels.shape, crop.side
-    scale = side / min(h, w) * rng.uniform(*crop.scale)
-    flip = rng.random() < crop.flip
+    (h, w), (height, width) = picture.labels.shape, size
+    scale = max(height / h, width / w) * rng.uniform(*scales)
+    mirrored = rng.random() < flip
     # of a picture that is smaller than the crop the place within it is as random
-    x0, y0 = (rng.uniform(*sorted((0.0, whole - side / scale))) for whole in (w, h))
+    x0, y0 = (rng.uniform(*sorted((0.0, whole - part / scale))) for whole, part in ((w, width), (h, height)))
     first = 0.5 / scale - 0.5
     to_source = np.array([[1 / scale, 0, x0 + first], [0, 1 / scale, y0 + first]])
-    if flip:
-        to_source[0] = -1 / scale, 0, x0 + side / scale - 1 - first
+    if mirrored:
+        to_source[0] = -1 / scale, 0, x0 + width / scale - 1 - first
     source: Array = picture.image
     if scale < 0.75:
         source = cv2.GaussianBlur(source, (0, 0), 0.4 / scale)  # against aliasing
     image = cv2.warpAffine(
-        source, to_source, (side, side), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE,
+        source, to_source, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REPLICATE,
     )
     labels = cv2.warpAffine(
-        picture.labels, to_source, (side, side), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
+        picture.labels, to_source, (width, height), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_CONSTANT, borderValue=ignore,
     )
     signed = labels.astype(np.int16 if labels.dtype == np.uint8 else np.int32)

@@ -105,6 +105,22 @@ class Stage(nn.Module, ABC):
         """Pictures (H, W, 3) uint8 for TensorBoard, by name; called without gradient in evaluation mode."""
         return {}
 
+    def conclude(self) -> None:  # noqa: B027  # most need nothing
+        """After the last step: make the model what later stages expect."""
+
+    def finished(self) -> dict[str, Tensor]:
+        """What later stages need, once it is concluded."""
+        return self.weights()
+
+    def load_finished(self, weights: dict[str, Tensor]) -> None:
+        """Conclude, and take over what `finished` gave. Raises ValueError where it is of another network."""
+        self.conclude()
+        try:
+            self.load_weights(weights)
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"{self.name}: expected the weights of this stage, {said}") from error
+
 
 class Adapting(Stage):
     """A stage that trains few of many parameters: its checkpoints hold those alone, all else is as in its file."""
@@ -396,7 +412,7 @@ def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = No
     stage.model.eval()
 
 
-def complete(stage: Adapting, number: int, run: Run) -> None:
+def complete(stage: Stage, number: int, run: Run) -> None:
     """Train a stage, go on with it, or take over what it left in `run.out`/<stage>.pt.
 
     Raises: as `train`; FileNotFoundError and ValueError where a file of the run cannot be read or does not fit.
@@ -407,6 +423,7 @@ def complete(stage: Adapting, number: int, run: Run) -> None:
         return
     saved = checkpoint.read(run.checkpoint) if run.checkpoint.exists() else {"stage": None}
     train(stage, number, run, saved if saved["stage"] == stage.name else None)
+    stage.conclude()
     if run.accelerator.is_main_process:
         checkpoint.write(finished, stage.finished())
         run.checkpoint.unlink(missing_ok=True)

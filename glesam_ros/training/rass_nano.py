@@ -17,76 +17,67 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glesam_ros.labelled import LabelledFolder, open_labelled
 from glesam_ros.models.nano_net import Backbone
 from glesam_ros.models.rass_nano_net import RassNano, add_adapters
 from glesam_ros.training import checkpoint
 from glesam_ros.training.config import StageConfig
-from glesam_ros.training.loop import Batch, Group, Run, Stage, Stop, Stopped, claim, make_accelerator, train
+from glesam_ros.training.labelled_crops import VOID, LabelledScenes, draw_labelled, load_labelled
+from glesam_ros.training.loop import Batch, Group, Run, Stage, Stop, claim, complete, make_accelerator
 from glesam_ros.training.nano import draw_levels, pretrained_backbone, worsen
 from glesam_ros.training.rass_nano_config import (
     RASS_NANO_STAGES,
+    NanoScrConfig,
+    NanoSegmentConfig,
     RassNanoConfig,
-    ScrConfig,
-    SegmentConfig,
-    StreetCropConfig,
+    RectangleConfig,
 )
 
 Array = np.ndarray[Any, Any]
 COUNTED = 200
-"""Pictures whose labels are counted for the weights of the classes."""
-
-
-def draw_labelled(folder: LabelledFolder, rng: np.random.Generator, crop: StreetCropConfig) -> tuple[Array, Array]:
-    """A random crop: image (height, width, 3) uint8 RGB and labels (height, width) of `folder`, `ignore` beyond it."""
-    picture = folder[int(rng.integers(len(folder)))]
-    h, w = picture.labels.shape
-    scale = max(crop.height / h, crop.width / w) * rng.uniform(*crop.zoom)
-    part_h, part_w = min(h, round(crop.height / scale)), min(w, round(crop.width / scale))
-    y, x = int(rng.integers(h - part_h + 1)), int(rng.integers(w - part_w + 1))
-    cut = slice(y, y + part_h), slice(x, x + part_w)
-    size = (crop.width, crop.height)
-    image = cv2.resize(picture.image[cut], size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    labels = cv2.resize(picture.labels[cut], size, interpolation=cv2.INTER_NEAREST)
-    if rng.random() < 0.5:
-        image, labels = image[:, ::-1], labels[:, ::-1]
-    exponent = crop.gamma ** rng.uniform(-1, 1)
-    gain = crop.colour ** rng.uniform(-1, 1, 3)
-    table = np.clip(255 * (np.arange(256)[:, None] / 255) ** exponent * gain, 0, 255).astype(np.uint8)
-    return cv2.LUT(np.ascontiguousarray(image), table[None]), np.ascontiguousarray(labels)
+"""Pictures of a folder whose labels are counted for the weights of the classes."""
 
 
 def draw_streets(
-    folder: LabelledFolder, rng: np.random.Generator, config: RassNanoConfig, count: int, clear: float
+    scenes: LabelledScenes, rng: np.random.Generator, config: RassNanoConfig, count: int, clear: float
 ) -> Batch:
     """Crops, and what the network gets in their place: degraded, or with the probability `clear` the same.
 
     Returns:
-        "clear" and "input" (B, H, W, 3) uint8, "labels" (B, H, W) int64 with `folder.ignore`.
+        "clear" and "input" (B, H, W, 3) uint8, "labels" (B, H, W) int64 with `VOID`.
     """
-    drawn = [draw_labelled(folder, rng, config.crop) for _ in range(count)]
+    crop = config.crop
+    drawn = [draw_labelled(scenes, rng, crop.height, crop.width, crop.zoom) for _ in range(count)]
+    images = [recoloured(image, rng, crop) for image, _ in drawn]
     levels = draw_levels(config.degradation, rng, count, clear)
     inputs = [
         worsen(image, int(level), config.degradation, rng) if level else image
-        for (image, _), level in zip(drawn, levels, strict=True)
+        for image, level in zip(images, levels, strict=True)
     ]
     return {
-        "clear": torch.from_numpy(np.stack([image for image, _ in drawn])),
-        "input": torch.from_numpy(np.stack(inputs)),
-        "labels": torch.from_numpy(np.stack([labels for _, labels in drawn]).astype(np.int64)),
+        "clear": torch.from_numpy(np.stack(images)), "input": torch.from_numpy(np.stack(inputs)),
+        "labels": torch.from_numpy(np.stack([labels for _, labels in drawn])).long(),
     }
 
 
-def class_weights(folder: LabelledFolder, balance: float) -> Tensor:
+def recoloured(image: Array, rng: np.random.Generator, crop: RectangleConfig) -> Array:
+    """Other light and another camera: (H, W, 3) uint8 with brightness gamma and a gain of each colour."""
+    exponent = crop.gamma ** rng.uniform(-1, 1)
+    gain = crop.colour ** rng.uniform(-1, 1, 3)
+    table = np.clip(255 * (np.arange(256)[:, None] / 255) ** exponent * gain, 0, 255).astype(np.uint8)
+    return cv2.LUT(image, table[None])
+
+
+def class_weights(scenes: LabelledScenes, balance: float) -> Tensor:
     """(K,) weights of the classes, with the mean 1 over pixels: share of the pixels to the power -balance.
 
     Classes that no counted picture shows get the weight of the rarest that one shows.
     """
-    count = len(folder.classes)
+    count = len(scenes.classes)
     pixels = np.zeros(count)
-    for index in np.linspace(0, len(folder) - 1, min(len(folder), COUNTED)).astype(int):
-        labels = folder.labels(int(index))
-        pixels += np.bincount(labels[labels < count], minlength=count)
+    for folder in scenes.folders:
+        for index in np.linspace(0, len(folder) - 1, min(len(folder), COUNTED)).astype(int):
+            labels = folder.labels(int(index))
+            pixels += np.bincount(labels[labels < count], minlength=count)
     share = np.maximum(pixels, pixels[pixels > 0].min()) / pixels.sum()
     weights = share**-balance
     return torch.from_numpy(weights / (weights * pixels / pixels.sum()).sum()).float()
@@ -99,10 +90,10 @@ class RassNanoStage(Stage):
     class_weights: Tensor
 
     def __init__(
-        self, net: RassNano, config: RassNanoConfig, settings: StageConfig, folder: LabelledFolder, weights: Tensor
+        self, net: RassNano, config: RassNanoConfig, settings: StageConfig, scenes: LabelledScenes, weights: Tensor
     ) -> None:
         super().__init__(net, settings)
-        self.config, self.folder = config, folder
+        self.config, self.scenes = config, scenes
         self.register_buffer("class_weights", weights, persistent=False)
 
     def set_modes(self) -> None:
@@ -113,16 +104,17 @@ class RassNanoStage(Stage):
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of logits (B, K, h, w) at the size of the labels (B, H, W)."""
         logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
-        return F.cross_entropy(logits, labels, weight=self.class_weights, ignore_index=self.folder.ignore)
+        return F.cross_entropy(logits, labels, weight=self.class_weights, ignore_index=VOID)
 
-    def finish(self) -> None:
-        """After the last step: make the network what later stages and the export expect."""
+    def finished(self) -> dict[str, Tensor]:
+        """The whole network."""
+        return self.model.state_dict()
 
 
 class Segment(RassNanoStage):
     """Backbone and decoder by weighted cross-entropy: `base` on clear crops, `rass` on degraded and clear ones."""
 
-    settings: SegmentConfig
+    settings: NanoSegmentConfig
 
     def groups(self) -> list[Group]:
         rates, backbone = self.settings.rates, list(self.model.backbone.parameters())
@@ -131,7 +123,7 @@ class Segment(RassNanoStage):
         return [Group("backbone", backbone, rates.backbone), Group("decoder", decoder, rates.decoder)]
 
     def batch(self, rng: np.random.Generator) -> Batch:
-        batch = draw_streets(self.folder, rng, self.config, self.settings.batch, self.settings.clear)
+        batch = draw_streets(self.scenes, rng, self.config, self.settings.batch, self.settings.clear)
         return {"input": batch["input"], "labels": batch["labels"]}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -159,13 +151,13 @@ class Scr(RassNanoStage):
     """
 
     name = "scr"
-    settings: ScrConfig
+    settings: NanoScrConfig
 
     def __init__(
-        self, net: RassNano, config: RassNanoConfig, settings: ScrConfig, folder: LabelledFolder, weights: Tensor
+        self, net: RassNano, config: RassNanoConfig, settings: NanoScrConfig, scenes: LabelledScenes, weights: Tensor
     ) -> None:
-        super().__init__(net, config, settings, folder, weights)
-        self.clear = copy.deepcopy(net.backbone)
+        super().__init__(net, config, settings, scenes, weights)
+        self.clear = copy.deepcopy(net.backbone).requires_grad_(False)
         self.adapters = add_adapters(net.backbone, settings.rank)
 
     def groups(self) -> list[Group]:
@@ -176,7 +168,7 @@ class Scr(RassNanoStage):
         self.eval()
 
     def batch(self, rng: np.random.Generator) -> Batch:
-        return draw_streets(self.folder, rng, self.config, self.settings.batch, self.settings.clear)
+        return draw_streets(self.scenes, rng, self.config, self.settings.batch, self.settings.clear)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -193,7 +185,8 @@ class Scr(RassNanoStage):
         """As `RassNano.features`, of another backbone."""
         return backbone((images.permute(0, 3, 1, 2).float() - 127.0) / 128.0)[1:]
 
-    def finish(self) -> None:
+    def conclude(self) -> None:
+        """Merge."""
         self.model.backbone = self.adapters.merge_and_unload()
         self.model.requires_grad_(False)
 
@@ -209,12 +202,12 @@ def relative_error(features: list[Tensor], target: list[Tensor]) -> Tensor:
 
 
 def make_stage(
-    name: str, net: RassNano, config: RassNanoConfig, folder: LabelledFolder, weights: Tensor
+    name: str, net: RassNano, config: RassNanoConfig, scenes: LabelledScenes, weights: Tensor
 ) -> RassNanoStage:
     """The stage `name` of `RASS_NANO_STAGES`; what it adds to the network depends on seed and stage alone."""
     torch.manual_seed(int(np.random.SeedSequence([config.seed, RASS_NANO_STAGES.index(name)]).generate_state(1)[0]))
     kinds: dict[str, type[RassNanoStage]] = {kind.name: kind for kind in (Base, Scr, Rass)}
-    return kinds[name](net, config, getattr(config, name), folder, weights)
+    return kinds[name](net, config, getattr(config, name), scenes, weights)
 
 
 def train_rass_nano(
@@ -225,7 +218,7 @@ def train_rass_nano(
 
     Args:
         config: the recipe.
-        data: folder that `config.folder.path` is relative to.
+        data: folder that the paths of the sources are relative to.
         out: gets `config.yaml`, `<stage>.csv`, `tensorboard/`, `checkpoint.pt` while a stage is under way, and
             `<stage>.pt` of each finished one: a state dict of `RassNano`.
         device: auto takes a GPU where there is one.
@@ -242,11 +235,11 @@ def train_rass_nano(
         FloatingPointError: the loss is infinite or not a number.
     """
     accelerator = make_accelerator(device, config.precision)
-    folder = open_labelled(data / config.folder.path, config.folder.split)
+    scenes = load_labelled(config.sources, data)
     claim(out, config, accelerator)
     torch.set_flush_denormal(True)  # computing with denormal numbers is many times slower on CPUs
     torch.manual_seed(config.seed)
-    net = RassNano(len(folder.classes))
+    net = RassNano(len(scenes.classes))
     if config.start is None:
         net.backbone.load_state_dict({
             name: value for name, value in pretrained_backbone().items() if name in net.backbone.state_dict()
@@ -255,27 +248,13 @@ def train_rass_nano(
         load_weights(net, Path(config.start))
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword alone
     net = net.to(accelerator.device)
-    weights = class_weights(folder, config.balance)
+    weights = class_weights(scenes, config.balance)
     last = out / f"{until}.pt"
     with (stop := Stop()).signals():
         shared = Run(out, config.seed, config.workers, accelerator, stop)
-        saved = checkpoint.read(shared.checkpoint) if shared.checkpoint.exists() else {"stage": None}
         for number, name in enumerate(RASS_NANO_STAGES[: RASS_NANO_STAGES.index(until) + 1]):
-            finished = out / f"{name}.pt"
-            if not getattr(config, name).steps:
-                continue
-            if finished.exists():
-                load_weights(net, finished)
-                continue
-            stage = make_stage(name, net, config, folder, weights)
-            train(stage, number, shared, saved if saved["stage"] == name else None)
-            stage.finish()
-            if accelerator.is_main_process:
-                checkpoint.write(finished, net.state_dict())
-                shared.checkpoint.unlink(missing_ok=True)
-            accelerator.wait_for_everyone()
-            if shared.stopping():
-                raise Stopped
+            if getattr(config, name).steps:
+                complete(make_stage(name, net, config, scenes, weights), number, shared)
     return [last] if last.exists() else []
 
 

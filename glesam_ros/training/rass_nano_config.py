@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from glesam_ros.training.config import (
@@ -22,9 +22,9 @@ from glesam_ros.training.config import (
     StageConfig,
     Text,
     Zoom,
-    training_split,
     zoom_range,
 )
+from glesam_ros.training.rass_config import LabelledSourceConfig
 from glesam_ros.training.recipes import RECIPES
 
 RASS_NANO_STAGES = RECIPES["rass_nano"].stages
@@ -32,25 +32,12 @@ RASS_NANO_STAGES = RECIPES["rass_nano"].stages
 
 
 @dataclass(frozen=True, config=STRICT)
-class FolderConfig:
-    """A folder of labelled pictures, see `glesam_ros.labelled.open_labelled`.
-
-    Attributes:
-        path: relative to --data.
-        split: no test split.
-    """
-
-    path: Text = "camvid"
-    split: Annotated[Text, AfterValidator(training_split)] = "train"
-
-
-@dataclass(frozen=True, config=STRICT)
-class StreetCropConfig:
-    """Crops of labelled pictures.
+class RectangleConfig:
+    """Crops of labelled pictures; half of them are mirrored.
 
     Attributes:
         height, width: pixels, multiples of 32.
-        zoom: range of the scale, 1 is the largest crop that fits into the picture.
+        zoom: range of the scale, 1 is that at which the picture just covers the crop.
         gamma, colour: ranges of brightness gamma (1 / g to g) and of the gain of each colour (1 / g to g).
     """
 
@@ -62,7 +49,7 @@ class StreetCropConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class SegmentRates:
+class NanoSegmentRates:
     """Peak rates: backbone; pyramid and classes."""
 
     backbone: Rate = 2e-4
@@ -70,7 +57,7 @@ class SegmentRates:
 
 
 @dataclass(frozen=True, config=STRICT)
-class SegmentConfig(StageConfig):
+class NanoSegmentConfig(StageConfig):
     """Backbone and decoder by weighted cross-entropy. `clear`: share of crops that stay clear."""
 
     steps: CountOrNone = 1200
@@ -80,18 +67,18 @@ class SegmentConfig(StageConfig):
     ema: Decay = 0.995
     pictures_every: CountOrNone = 0
     clear: Share = 1.0
-    rates: SegmentRates = field(default_factory=SegmentRates)
+    rates: NanoSegmentRates = field(default_factory=NanoSegmentRates)
 
 
 @dataclass(frozen=True, config=STRICT)
-class ScrRates:
+class NanoScrRates:
     """Peak rate of the adapters."""
 
     adapters: Rate = 1e-3
 
 
 @dataclass(frozen=True, config=STRICT)
-class ScrConfig(StageConfig):
+class NanoScrConfig(StageConfig):
     """SCR: adapters restore the features of degraded crops; at its end they are merged.
 
     Attributes:
@@ -100,7 +87,7 @@ class ScrConfig(StageConfig):
         clear: share of inputs that are clear and must stay.
     """
 
-    steps: CountOrNone = 600
+    steps: CountOrNone = 400
     clip: Number = 1.0
     weight_decay: Number = 0.0
     ema: Decay = 0.995
@@ -108,7 +95,7 @@ class ScrConfig(StageConfig):
     rank: Count = 16
     constraint: Number = 1.0
     clear: Share = 0.15
-    rates: ScrRates = field(default_factory=ScrRates)
+    rates: NanoScrRates = field(default_factory=NanoScrRates)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -129,12 +116,12 @@ class RassNanoConfig:
     precision: Precision = "bf16"
     workers: CountOrNone = 1
     start: Text | None = None
-    folder: FolderConfig = field(default_factory=FolderConfig)
+    sources: Annotated[tuple[LabelledSourceConfig, ...], Field(min_length=1)] = (LabelledSourceConfig("camvid"),)
     balance: Share = 0.35
-    crop: StreetCropConfig = field(default_factory=StreetCropConfig)
+    crop: RectangleConfig = field(default_factory=RectangleConfig)
     degradation: DegradationConfig = field(default_factory=DegradationConfig)
-    base: SegmentConfig = field(default_factory=SegmentConfig)
-    scr: ScrConfig = field(default_factory=ScrConfig)
-    rass: SegmentConfig = field(
-        default_factory=lambda: SegmentConfig(1800, clear=0.35, rates=SegmentRates(backbone=1e-4, decoder=5e-4))
+    base: NanoSegmentConfig = field(default_factory=NanoSegmentConfig)
+    scr: NanoScrConfig = field(default_factory=NanoScrConfig)
+    rass: NanoSegmentConfig = field(
+        default_factory=lambda: NanoSegmentConfig(1800, clear=0.35, rates=NanoSegmentRates(backbone=1e-4, decoder=5e-4))
     )

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -56,14 +55,14 @@ def export(net: RassNano, card: dict[str, Any], folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     module = SemanticGraph(net.to(memory_format=torch.contiguous_format)).eval()  # type: ignore[call-overload]
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, *EXAMPLE, 3), np.uint8))
-    written = io.BytesIO()
+    files = folder / "rass_nano.onnx", folder / "rass_nano.json"
     torch.onnx.export(
-        module, (image,), written, input_names=["image"], output_names=["logits"], opset_version=OPSET, dynamo=False,
+        module, (image,), str(files[0]), input_names=["image"], output_names=["logits"], opset_version=OPSET,
+        dynamo=False,
         dynamic_axes={"image": {1: "H", 2: "W"}, "logits": {2: "h", 3: "w"}},
     )
-    graph = simplify(onnx.load_model_from_string(written.getvalue()))
+    graph = simplify(onnx.load(files[0]))
     store_half(graph)
-    files = folder / "rass_nano.onnx", folder / "rass_nano.json"
     onnx.save(graph, files[0])
     onnx.checker.check_model(str(files[0]))
     files[1].write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
@@ -76,7 +75,7 @@ def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="state dict that the training wrote")
-    parser.add_argument("--folder", type=Path, required=True, help="the labelled pictures: names and colours of classes")
+    parser.add_argument("--folder", type=Path, required=True, help="labelled pictures: names and colours of classes")
     parser.add_argument("--out", type=Path, required=True, help="folder for rass_nano.onnx and rass_nano.json")
     parser.add_argument("--licence", required=True, help="of the weights, as their data demands")
     parser.add_argument("--trained-on", required=True, help="data sets and splits")
