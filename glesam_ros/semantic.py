@@ -277,7 +277,7 @@ def labels_of_logits(logits: Any, size: tuple[int, int], count: int) -> tuple[La
     # interpolated a second time: three planes instead of K at the size of the image
     for k in range(count):
         cv2.subtract(_interpolated(planes[k], plane), best, plane)
-        cv2.add(total, cv2.exp(plane, plane), total)
+        cv2.accumulate(cv2.exp(plane, plane), total)
     return labels, np.minimum(1 / total, 1)
 
 
