@@ -114,3 +114,22 @@ def test_what_cannot_be_restored_is_said_in_one_line(inverter, photos, tmp_path,
         assert line.startswith("glesam restore: error: ")
         assert re.search(expected, line), line
     assert not (tmp_path / "out").exists()
+
+
+def test_the_restorer_that_is_the_default(photos, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torch")
+    for package in ("diffusers", "peft", "transformers"):
+        pytest.importorskip(package)
+    from tiny_sd import write_tiny_scr, write_tiny_sd
+
+    monkeypatch.setenv("GLESAM_HOME", str(tmp_path / "home"))
+    arguments = ["restore", str(photos / "b.png"), "--out", str(tmp_path / "out"), "--classes", "road", "car"]
+    assert main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("glesam restore: error: ") and "glesam models get scr-sd21" in line
+    write_tiny_sd(tmp_path / "home" / "sd21-base")
+    write_tiny_scr(tmp_path / "home" / "rass" / "scr.pkl")
+    assert main(arguments) == 0
+    before, after = cv2.imread(str(photos / "b.png")), cv2.imread(str(tmp_path / "out" / "b.png"))
+    assert after.shape == before.shape and not np.array_equal(after, before)
+    np.testing.assert_allclose(after.mean((0, 1)), before.mean((0, 1)), atol=2)

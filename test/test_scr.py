@@ -167,6 +167,9 @@ def test_groups_of_the_full_size():
     assert all(n == "conv_in" or n.startswith("down_blocks.") for n in groups["encoder"])
     assert all(n.startswith("up_blocks.") for n in groups["decoder"])
     assert "conv_out" in groups["others"] and any(n.startswith("mid_block.") for n in groups["others"])
+    assert {group: len(found) for group, found in groups.items()} == {"encoder": 94, "decoder": 147, "others": 17}
+    shapes = [unet.get_submodule(name).weight.shape for name in names]
+    assert sum(4 * (shape[0] + shape[1:].numel()) for shape in shapes) == 4_055_712  # LoRA of rank 4
     assert not set(scr.SCR_TARGETS) - set(LORA_TARGETS)
     assert sum(map(len, lora_groups(unet, ["conv_in"]).values())) == 1
 

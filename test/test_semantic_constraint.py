@@ -284,6 +284,21 @@ def test_maps_are_softmax_of_query_and_key(unet):
     torch.testing.assert_close(found.sum(1), torch.ones(2, 8, 4))
 
 
+def test_maps_are_float32_in_mixed_precision(unet):
+    latent, text = inputs()
+    found = []
+    for kind in (torch.float32, torch.bfloat16):
+        maps = AttentionMaps(unet)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+            output = run(unet, latent, text)
+        assert output.dtype == kind
+        found.append(maps.take((16, 8)))
+        maps.close()
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(found[1].sum(1), torch.ones(2, 8, 4))
+    torch.testing.assert_close(found[1], found[0], rtol=0.1, atol=1e-3)
+
+
 def test_layers_are_averaged_at_the_finest(unet):
     latent, text = inputs()
     names = ["down_blocks.2.", "up_blocks.2.attentions.0."]
