@@ -121,7 +121,7 @@ def main() -> int:
 def observe(node: subprocess.Popen[bytes], outputs: list[str], seconds: float, period_s: float) -> Watch:
     """Subscribe and sample until `seconds` have passed since the node settled, or the node ended."""
     watch = Watch()
-    rclpy.init()
+    rclpy.init(args=[])
     watcher = rclpy.create_node("latency_watcher")
     first = 0.0
     last_stamp = 0
