@@ -103,7 +103,8 @@ def requirements(wheel: Path) -> dict[str, set[str]]:
 
 
 def test_the_extra_glesam_has_every_import_of_the_full_size_models(wheel):
-    nodes = [n for f in ROOT.glob("glesam_ros/models/glesam/*.py") for n in ast.walk(ast.parse(f.read_text()))]
+    files = [file for room in ("glesam", "rass") for file in ROOT.glob(f"glesam_ros/models/{room}/*.py")]
+    nodes = [n for f in files for n in ast.walk(ast.parse(f.read_text()))]
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     tops = {name.split(".")[0] for name in modules} - sys.stdlib_module_names - {"glesam_ros"}
