@@ -31,6 +31,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -279,11 +280,13 @@ class RassNetwork(nn.Module):
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
         self.unet = unet
         self.unet.requires_grad_(False)
-        for name, targets in zip(ADAPTERS, adapted_layers(unet)):
-            own = LoraConfig(
-                r=config.rank, lora_alpha=config.alpha, init_lora_weights="gaussian", target_modules=targets
-            )
-            unet.add_adapter(own, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # three adapters are meant
+            for name, targets in zip(ADAPTERS, adapted_layers(unet)):
+                own = LoraConfig(
+                    r=config.rank, lora_alpha=config.alpha, init_lora_weights="gaussian", target_modules=targets
+                )
+                unet.add_adapter(own, adapter_name=name)
         unet.set_adapter(list(ADAPTERS))
         widths = [vae.config.block_out_channels[k] for k in VAE_BLOCKS] + list(unet.config.block_out_channels)[::-1]
         self.projections = nn.ModuleList(Projection(width, config.projection) for width in widths)
