@@ -158,9 +158,9 @@ def test_score_rises_with_every_kind_of_badness_and_stays_below_one():
 
 
 def test_score_by_hand():
-    parts = {"level": 0.5, "noise": 10.0}  # both at their half points, the rest as good as it gets
+    parts = {"level": 0.25, "noise": 10.0}  # both at their half points, the rest as good as it gets
     quality = Quality(**{**GOOD.__dict__, "sharpness": 1e9, "brightness": 1e9, **parts})
-    assert score(quality) == pytest.approx(1 - (1 - 0.9 / 2) * (1 - 0.6 / 2))
+    assert score(quality) == pytest.approx(1 - (1 - 0.9 / 2) * (1 - 0.5 / 2))
     assert worst_measure(quality) == "level"
 
 

@@ -80,13 +80,16 @@ class Term:
 
 
 TERMS = {
-    "level": Term(0.9, 0.5),
-    "sharpness": Term(0.6, 0.006, more_is_worse=False),
-    "brightness": Term(0.6, 30.0, more_is_worse=False),
-    "noise": Term(0.6, 10.0),
-    "clipped": Term(0.6, 0.5),
-    "blockiness": Term(0.6, 0.25),
+    "level": Term(0.9, 0.25),
+    "sharpness": Term(0.5, 0.006, more_is_worse=False),
+    "brightness": Term(0.5, 30.0, more_is_worse=False),
+    "noise": Term(0.5, 10.0),
+    "clipped": Term(0.5, 0.5),
+    "blockiness": Term(0.5, 0.25),
 }
+"""The model knows more kinds of badness than the simple measures, so it counts most, and half where the node begins to
+enhance. The simple ones see neither fog nor rain, the level alone hardly light JPEG and dim photographs; the
+halves lie beyond what clear photographs have. benchmarks/reallq_score.py measures how well all that tells bad from clear."""
 
 
 def measure(image: UInt8Array, level: Level) -> Quality:
