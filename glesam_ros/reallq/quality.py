@@ -88,8 +88,8 @@ TERMS = {
     "blockiness": Term(0.5, 0.25),
 }
 """The model knows more kinds of badness than the simple measures, so it counts most, and half where the node begins to
-enhance. The simple ones see neither fog nor rain, the level alone hardly light JPEG and dim photographs; the
-halves lie beyond what clear photographs have. benchmarks/reallq_score.py measures how well all that tells bad from clear."""
+enhance. The simple ones see neither fog nor rain, the level alone hardly light JPEG and dim photographs; the halves lie
+beyond what clear photographs have. How well all that tells bad from clear: benchmarks/reallq_score.py."""
 
 
 def measure(image: UInt8Array, level: Level) -> Quality:
