@@ -196,6 +196,37 @@ def test_a_folder_takes_the_place_of_the_name(weights: Path, tmp_path: Path) -> 
         load_semantic(str(tmp_path / "nowhere"), device="cpu")
 
 
+# --- what ships ---
+
+
+def test_shipped_weights_fit_the_promised_size() -> None:
+    files = sorted(rass_nano.WEIGHTS.glob("rass_nano*"))
+    assert [file.name for file in files] == ["rass_nano.json", "rass_nano.onnx"]
+    assert sum(file.stat().st_size for file in files) <= 25_000_000
+
+
+def test_shipped_weights_tell_houses_from_the_sky() -> None:
+    """A rendered street: two houses with windows, a bright sky between and above them."""
+    image = np.empty((360, 480, 3), np.uint8)
+    image[:160], image[160:] = (205, 210, 220), (95, 95, 100)
+    cv2.rectangle(image, (0, 60), (150, 170), (120, 80, 60), -1)
+    cv2.rectangle(image, (330, 40), (480, 170), (140, 110, 90), -1)
+    for x in (*range(10, 140, 30), *range(340, 470, 30)):
+        for y in (80, 120):
+            cv2.rectangle(image, (x, y), (x + 14, y + 22), (40, 40, 50), -1)
+    noise = np.random.default_rng(0).normal(0, 4, image.shape)
+    image = np.clip(cv2.GaussianBlur(image, (0, 0), 1) + noise, 0, 255).astype(np.uint8)
+    with load_semantic(device="cpu") as segmenter:
+        for size in ((480, 360), (640, 480)):
+            found = segmenter.segment(cv2.resize(image, size))
+            width, height = size
+            sky = found.labels[: int(0.3 * height), int(0.4 * width) : int(0.6 * width)]
+            house = found.labels[int(0.2 * height) : int(0.45 * height), : int(0.28 * width)]
+            assert (sky == found.classes.index("sky")).mean() > 0.9
+            assert (house == found.classes.index("building")).mean() > 0.8
+    assert "CC BY-NC" in RassNano("cpu").licence  # CamVid's
+
+
 # --- faults ---
 
 
