@@ -78,12 +78,12 @@ def _differences_table(results: dict[str, Any]) -> str:
     found = [d for d in results["differences"] if d["metric"] == "miou"]
     pairs = list(dict.fromkeys((d["method"], d["over"]) for d in found))
     cells = {(d["condition"], d["method"], d["over"]): d for d in found}
-    head = ["condition", *(f"{_title(method)} over {_title(over)}" for method, over in pairs)]
+    conditions = list(dict.fromkeys(d["condition"] for d in found))
     lines = [
-        [condition, *(_difference(cells.get((condition, *pair))) for pair in pairs)]
-        for condition in dict.fromkeys(d["condition"] for d in found)
+        [f"{_title(method)} over {_title(over)}", *(_difference(cells.get((c, method, over))) for c in conditions)]
+        for method, over in pairs
     ]
-    return "In points, in brackets relative; the pictures are paired.\n\n" + markdown(head, lines)
+    return "In points, in brackets relative; the pictures are paired.\n\n" + markdown(["", *conditions], lines)
 
 
 def _classes_table(results: dict[str, Any], conditions: Sequence[str], methods: Sequence[str]) -> str:
