@@ -37,6 +37,8 @@ OTHER = "(no class of the data set)"
 """What a pixel was taken for where the model has classes that the data set has not."""
 _SEEDS = "semantic"
 _DRAWN_AT_ONCE = 1 << 22
+_NAMED = 20
+"""At most so many classes are named in a message."""
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 Integers = np.ndarray[Any, np.dtype[np.int64]]
@@ -226,7 +228,7 @@ class ClassMatch:
         renamed = renamed or {}
         unknown = [name for name in renamed if name not in classes]
         if unknown:
-            raise ValueError(f"classes map: expected classes of the data set ({', '.join(classes)}), got {unknown}")
+            raise ValueError(f"classes map: expected classes of the data set ({_some(classes)}), got {_some(unknown)}")
         names = [renamed.get(name, name) for name in classes]
         self.classes = tuple(dict.fromkeys(name for name in names if name is not None))
         """Names that are evaluated."""
@@ -252,8 +254,8 @@ class ClassMatch:
         missing = [name for name in self.classes if name not in classes]
         if missing:
             raise ValueError(
-                f"{model}: expected all classes of the data set, {', '.join(missing)} missing; the model has "
-                f"{', '.join(classes)}. Give a classes map: JSON with {{\"class of the data set\": \"class of the "
+                f"{model}: expected all classes of the data set, {_some(missing)} missing; the model has "
+                f"{_some(classes)}. Give a classes map: JSON with {{\"class of the data set\": \"class of the "
                 "model\"}, null for one that shall not count"
             )
         return np.array([
@@ -563,6 +565,11 @@ def _interval(estimates: Doubles) -> tuple[float | None, float | None]:
         return None, None
     low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _or_none(value: Any) -> float | None:
