@@ -473,7 +473,8 @@ def test_files_that_do_not_fit(tmp_path):
             read_rass(file).load_into(network, "rass.pth")
     for odd, text in (
         ([1], "something else"), ({"a": 1}, "something else"), ({**content, "palette": [[1, 2, 3]]}, "3 colours"),
-        ({**content, "config": {"rank": 4}}, "classes"), ({**content, "config": {"new": 1}}, "new"),
+        ({**content, "state": {"a": 1}}, "dict of tensors"), ({**content, "config": {"rank": 4}}, "classes"),
+        ({**content, "config": {"new": 1}}, "new"),
     ):
         torch.save(odd, file)
         with pytest.raises(ValueError, match=text) as error:

@@ -7,19 +7,23 @@ import functools
 import importlib.util
 import math
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 if not all(map(importlib.util.find_spec, ("diffusers", "peft", "transformers"))):
     pytest.skip("expected diffusers, peft and transformers", allow_module_level=True)
 
-from tiny_sd import tiny_unet, tiny_vae  # noqa: E402
+from tiny_sd import tiny_unet, tiny_vae, write_tiny_scr, write_tiny_sd  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from glesam_ros.models.rass import ade20k  # noqa: E402
+from glesam_ros.models.glesam.enhancer import write_tensors  # noqa: E402
+from glesam_ros.models.glesam.weights import read_tensors  # noqa: E402
+from glesam_ros.models.rass import ade20k, rass  # noqa: E402
 from glesam_ros.models.rass.checkpoint import from_released, released_sizes  # noqa: E402
 from glesam_ros.models.rass.rass import RassConfig, RassNetwork, RassWeights, read_rass  # noqa: E402
+from glesam_ros.models.rass.scr import ClassPrompts  # noqa: E402
 
 CONFIG = RassConfig(
     ade20k.CLASSES, projection=128, width=32, queries=5, pixel_layers=2, layers=4, feedforward=48,
@@ -343,3 +347,27 @@ def test_other_classes_have_no_names(tmp_path, head):
     torch.save({"model": state}, tmp_path / "rass.pth")
     with pytest.raises(ValueError, match="150 classes of ADE20K, got 19"):
         read_rass(tmp_path / "rass.pth")
+
+
+def test_the_prompt_of_a_released_file_is_computed_once(tmp_path, head, monkeypatch):
+    write_tiny_sd(tmp_path / "sd21-base")
+    write_tiny_scr(tmp_path / "rass" / "scr.pkl")
+    torch.save({"model": released_state(network(1), head)}, tmp_path / "rass" / "rass.pth")
+    monkeypatch.setenv("GLESAM_HOME", str(tmp_path))
+    monkeypatch.setattr(rass, "WINDOW", 64)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    model = rass.load_rass("cpu", "fp32")
+    assert model.classes == ade20k.CLASSES and (model.palette == ade20k.PALETTE).all()
+    found = model.logits(image)
+    assert found.shape == (150, 16, 16)
+    names = read_tensors(tmp_path / "rass" / "prompt.safetensors")["prompt"]
+    torch.testing.assert_close(names, ClassPrompts(tmp_path / "sd21-base")(ade20k.CLASSES))
+
+    def refuse(*args):
+        raise AssertionError("the prompt is there")
+
+    monkeypatch.setattr(rass, "ClassPrompts", refuse)
+    assert (rass.load_rass("cpu", "fp32").logits(image) == found).all()
+    write_tensors({"odd": names}, tmp_path / "rass" / "prompt.safetensors")
+    with pytest.raises(ValueError, match="expected the key prompt, got odd; remove it"):
+        rass.load_rass("cpu", "fp32")

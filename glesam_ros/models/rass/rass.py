@@ -52,7 +52,7 @@ from glesam_ros.models.glesam.runtime import choose_device, choose_precision, de
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
 from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, read_tensors
 from glesam_ros.models.rass import ade20k
-from glesam_ros.models.rass.checkpoint import from_released, is_released, released_sizes
+from glesam_ros.models.rass.checkpoint import NOT_READ, from_released, is_released, released_sizes
 from glesam_ros.models.rass.scr import (
     GROUPS,
     SD,
@@ -549,12 +549,17 @@ def read_rass(path: Path) -> RassWeights:
     state = content.get("model", content) if isinstance(content, dict) else None
     try:
         if isinstance(state, dict) and is_released(state):
+            if odd := [key for key, x in state.items() if not isinstance(x, Tensor)]:
+                raise ValueError(f"expected a state dict of tensors, got something else under {', '.join(odd[:8])}")
             sizes = released_sizes(state)
             if (count := sizes.pop("classes")) != len(ade20k.CLASSES):
                 raise ValueError(f"expected the {len(ade20k.CLASSES)} classes of ADE20K, got {count} without names")
-            return RassWeights(RassConfig(ade20k.CLASSES, **sizes), ade20k.PALETTE, state)
+            read = {key: x for key, x in state.items() if not key.startswith(NOT_READ)}
+            return RassWeights(RassConfig(ade20k.CLASSES, **sizes), ade20k.PALETTE, read)
         if not isinstance(content, dict) or not {"config", "palette", "state", "prompt", "scr"} <= set(content):
             raise ValueError("expected the weights of RASS, released or of glesam train, got something else")
+        if not isinstance(content["state"], dict) or not all(isinstance(x, Tensor) for x in content["state"].values()):
+            raise ValueError("state: expected a dict of tensors, got something else")
         config = RassConfig(**content["config"])
         palette = np.array(content["palette"], np.uint8)
         if palette.shape != (len(config.classes), 3):
