@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glesam_ros import __version__
-from glesam_ros.cli.options import MODEL_SETTINGS, SELECTION_SETTINGS, CommandError, add_settings, positive, seed
+from glesam_ros.cli.options import (
+    MODEL_SETTINGS,
+    SELECTION_SETTINGS,
+    CommandError,
+    add_settings,
+    positive,
+    seed,
+    versions,
+)
 
 if TYPE_CHECKING:
     from glesam_ros.datasets import Photograph
@@ -432,17 +437,4 @@ def _fingerprints(args: argparse.Namespace, settings: Settings) -> dict[str, str
 
 
 def _versions(options: Options) -> dict[str, str]:
-    import cv2
-    import numpy as np
-
-    found = {
-        "glesam_ros": __version__, "python": platform.python_version(), "numpy": np.__version__,
-        "opencv": cv2.__version__,
-    }
-    for package in ("onnxruntime", "torch"):
-        if package == "onnxruntime" or {"zero_dce", "prenet"} & set(options.baselines):
-            try:
-                found[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:  # for example onnxruntime-gpu, which has another name
-                continue
-    return found
+    return versions("onnxruntime", *(["torch"] if {"zero_dce", "prenet"} & set(options.baselines) else []))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import logging
+import platform
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from glesam_ros import settings
+from glesam_ros import __version__, settings
 
 if TYPE_CHECKING:
     from glesam_ros.pipeline import Pipeline
@@ -110,6 +112,23 @@ def degradation(text: str) -> str:
     if text not in names():
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(names())}; got {text!r}")
     return text
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of this package, Python, numpy, OpenCV and those of `packages` that are installed under these names."""
+    import cv2
+    import numpy as np
+
+    found = {
+        "glesam_ros": __version__, "python": platform.python_version(), "numpy": np.__version__,
+        "opencv": cv2.__version__,
+    }
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # for example onnxruntime-gpu, which has another name
+            continue
+    return found
 
 
 def _checked(name: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:

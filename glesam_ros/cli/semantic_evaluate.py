@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glesam_ros import __version__
-from glesam_ros.cli.options import CommandError, add_settings, positive, seed
+from glesam_ros.cli.options import CommandError, add_settings, positive, seed, versions
 
 if TYPE_CHECKING:
     from glesam_ros.evaluation.protocol import Condition
@@ -120,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
         figures = summarise_semantic(tally, args.seed)
     except ValueError as error:
         raise CommandError(f"{args.data}: {error}") from error
-    results: dict[str, Any] = {"settings": _recorded(options, evaluator), "versions": _versions(options), **figures}
+    packages = ["onnxruntime"] if _is_small(options) else ["onnxruntime", "torch", "transformers"]
+    results: dict[str, Any] = {"settings": _recorded(options, evaluator), "versions": versions(*packages), **figures}
     args.out.mkdir(parents=True, exist_ok=True)
     document = json.dumps(results, indent=1, allow_nan=False)
     (args.out / "results.json").write_text(document + "\n", encoding="utf-8")
@@ -271,20 +269,4 @@ def _fingerprints(options: SemanticOptions) -> dict[str, str]:
         if source == RASS_NANO or source not in semantic_names():
             folder = WEIGHTS if source == RASS_NANO else weights_folder(source)
             found[label] = hashlib.sha256((folder / GRAPH_FILE).read_bytes()).hexdigest()
-    return found
-
-
-def _versions(options: SemanticOptions) -> dict[str, str]:
-    import cv2
-    import numpy as np
-
-    found = {
-        "glesam_ros": __version__, "python": platform.python_version(), "numpy": np.__version__,
-        "opencv": cv2.__version__,
-    }
-    for package in ("onnxruntime",) if _is_small(options) else ("onnxruntime", "torch", "transformers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # for example onnxruntime-gpu, which has another name
-            continue
     return found
