@@ -25,8 +25,10 @@ CAMVID_PALETTE = (
     (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
 )
 CAMVID_VOID = 11
-CLASS_FILES = ("classes.json", "classes.txt", "objectInfo150.txt")
-"""Where the names of the classes may stand; the last comes with ADE20K."""
+CLASS_FILES = ("classes.json", "classes.txt")
+"""Where a folder's own names of its classes may stand."""
+ADE_TABLE = "objectInfo150.txt"
+"""Table of classes that comes with ADE20K; read where neither the folder nor the caller names the classes."""
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 EVERY = "all"
 """The split that takes every picture of a folder without splits."""
@@ -226,12 +228,13 @@ def read_class_list(root: Path, classes: Sequence[str] | None = None) -> ClassLi
         FileNotFoundError: nothing says what the classes are.
         ValueError: the class file cannot be read, or names a class twice.
     """
-    file = next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
+    places = CLASS_FILES if classes is not None else (*CLASS_FILES, ADE_TABLE)
+    file = next((root / name for name in places if (root / name).is_file()), None)
     if file is None and "camvid" in root.resolve().name.lower():
         found = ClassList(CAMVID_CLASSES, np.array(CAMVID_PALETTE, np.uint8), (CAMVID_VOID,))
     elif file is None and classes is None:
         raise FileNotFoundError(
-            f"{root}: expected {' or '.join(CLASS_FILES)} with the names of the classes, found none; write "
+            f"{root}: expected {' or '.join(places)} with the names of the classes, found none; write "
             "classes.txt, a name a line in the order of the label values"
         )
     elif file is None:
@@ -367,13 +370,14 @@ def _pictures(root: Path, split: str, aliases: dict[str, str]) -> tuple[tuple[st
     """Names and files of the pictures of a split."""
     images = root / "images"
     listing = root / f"{split}.txt"
-    if listing.is_file() and listing.name not in CLASS_FILES:
+    lists = (*CLASS_FILES, ADE_TABLE)
+    if listing.is_file() and listing.name not in lists:
         files = [_picture(images, name) for name in listing.read_text(encoding="utf-8").splitlines() if name.strip()]
     else:
         folder = images / (aliases.get(split, split) if split != EVERY else "")
         if not folder.is_dir():
             there = sorted(
-                [p.stem for p in root.glob("*.txt") if p.name not in CLASS_FILES]
+                [p.stem for p in root.glob("*.txt") if p.name not in lists]
                 + [p.name for p in images.iterdir() if p.is_dir()]
             )
             raise FileNotFoundError(

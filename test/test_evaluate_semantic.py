@@ -368,6 +368,8 @@ def test_ade20k_has_its_classes_where_the_folder_names_none(tmp_path: Path) -> N
         (tmp_path / part / "validation").mkdir(parents=True)
     cv2.imwrite(str(tmp_path / "images" / "validation" / "a.jpg"), np.zeros((4, 4, 3), np.uint8))
     cv2.imwrite(str(tmp_path / "annotations" / "validation" / "a.png"), np.full((4, 4), 150, np.uint8))
+    # the table that comes with ADE20K has other first words here and there; models have those of ade20k
+    (tmp_path / "objectInfo150.txt").write_text("Idx\tName\n" + "".join(f"{k}\tname {k}\n" for k in range(1, 151)))
     found = open_set(tmp_path, "val")
     assert found.classes == ade20k.CLASSES and found.classes[found[0].labels[0, 0]] == "flag"
     (tmp_path / "classes.txt").write_text("\n".join(f"own {k}" for k in range(150)))

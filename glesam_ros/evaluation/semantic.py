@@ -22,7 +22,7 @@ import numpy as np
 from glesam_ros.degradation import degrade
 from glesam_ros.evaluation.baselines import BASELINES, GRABCUT, LEARNED, Restorer, applies, load_restorers
 from glesam_ros.evaluation.protocol import CLEAR, Condition, photograph_seed
-from glesam_ros.labelled import LabelledFolder, open_labelled
+from glesam_ros.labelled import CLASS_FILES, LabelledFolder, open_labelled
 from glesam_ros.models import restorer_names, semantic_names
 from glesam_ros.models.rass import ade20k
 from glesam_ros.semantic import SemanticSegmenter, load_restorer, load_semantic
@@ -381,7 +381,7 @@ def open_semantic_evaluator(options: SemanticOptions) -> SemanticEvaluator:
 
 def open_set(path: Path, split: str) -> LabelledFolder:
     """`open_labelled`; a folder in ADE20K's layout without a class list of its own has ADE20K's 150 classes."""
-    own = any((path / name).is_file() for name in ("classes.json", "classes.txt"))
+    own = any((path / name).is_file() for name in CLASS_FILES)
     if (path / "annotations").is_dir() and not own:
         return open_labelled(path, split, ade20k.CLASSES, ade20k.PALETTE)
     return open_labelled(path, split)
