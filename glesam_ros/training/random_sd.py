@@ -13,6 +13,12 @@ from glesam_ros.models.glesam.enhancer import TOKENS, write_tensors
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
 from glesam_ros.training.full_networks import RANDOM_UNET
 
+RANDOM_SD_UNET: dict[str, Any] = {
+    **RANDOM_UNET,
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+}
+"""Where the U-Net differs from diffusers' defaults: few attentions, some of those that the constraint of SCR reads."""
 RANDOM_VAE: dict[str, Any] = {
     "block_out_channels": (16, 32, 32, 32), "layers_per_block": 1, "norm_num_groups": 8, "latent_channels": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -36,7 +42,7 @@ def write_random_sd(folder: Path, seed: int) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
-    networks: dict[str, Any] = {"unet": UNet2DConditionModel(**RANDOM_UNET), "vae": AutoencoderKL(**RANDOM_VAE)}
+    networks: dict[str, Any] = {"unet": UNet2DConditionModel(**RANDOM_SD_UNET), "vae": AutoencoderKL(**RANDOM_VAE)}
     for name, network in networks.items():
         network.save_pretrained(folder / name)
     # a token a letter: within a word, and at its end

@@ -48,7 +48,7 @@ from glesam_ros.training.rass_config import RASS_STAGES, RassTrainingConfig, Scr
 from glesam_ros.training.semantic_constraint import AttentionMaps, restoration_loss, semantic_constraint
 
 RANDOM_HEAD: dict[str, int] = {
-    "projection": 128, "width": 32, "queries": 16, "heads": 4, "pixel_layers": 1, "layers": 3, "feedforward": 64,
+    "projection": 256, "width": 64, "queries": 8, "heads": 4, "pixel_layers": 1, "layers": 2, "feedforward": 64,
     "points": 512,
 }
 """Where the network of a `random` run differs from the published one."""
