@@ -411,11 +411,11 @@ def trained_on_one_batch(
 LEARNING = {
     # changes, losses that fall with the share of the first that is left at most
     "scr": (
-        ("scr.steps=14", "scr.warm_up=0", "scr.rates.adapters=1.0e-2", "scr.semantic=0.05"),
+        ("scr.steps=10", "scr.warm_up=0", "scr.rates.adapters=1.0e-2", "scr.semantic=0.05"),
         {"loss": 0.95, "restoration": 0.97, "place": 0.8, "choice": 0.8},
     ),
     "rass": (
-        ("rass.steps=14", "rass.clip=1.0", "rass.rates.head=3.0e-3", "rass.rates.backbone=1.0e-3"),
+        ("rass.steps=12", "rass.clip=1.0", "rass.rates.head=5.0e-3", "rass.rates.backbone=1.0e-3"),
         {"loss": 0.8, "class": 0.8, "dice": 0.9},
     ),
 }
@@ -432,7 +432,7 @@ def test_a_stage_learns_and_leaves_alone_what_it_freezes(
     trained = set(stage.weights())
     losses = trained_on_one_batch(stage, tmp_path, monkeypatch)
     for loss, left in falling.items():
-        assert np.mean([row[loss] for row in losses[-4:]]) < left * np.mean([row[loss] for row in losses[:3]]), loss
+        assert np.mean([row[loss] for row in losses[-3:]]) < left * np.mean([row[loss] for row in losses[:3]]), loss
     moved = {key for key, p in stage.named_parameters() if not torch.equal(p, before[key])}
     assert moved == trained
     assert all(torch.equal(value, buffers[key]) for key, value in stage.named_buffers())
@@ -612,9 +612,8 @@ def test_the_trained_segmenter_segments(data: Path, tmp_path: Path, monkeypatch:
         "rass.rates.head=5.0e-3", "rass.rates.backbone=1.0e-3", "rass.clip=1.0", "rass.warm_up=5", "rass.log_every=4",
     )
     assert main(arguments(data, out, *learning)) == 0
-    assert not (out / "scr.pt").exists() and not (out / "rass" / "scr.pkl").exists()
+    assert not (out / "scr.pt").exists() and (out / "rass" / "scr.pkl").read_bytes() == scr.read_bytes()
     monkeypatch.setenv("GLESAM_HOME", str(out))
-    (out / "rass" / "scr.pkl").write_bytes(scr.read_bytes())
     monkeypatch.setattr(rass_model, "WINDOW", 64)  # the crops of the run are that small
     model = load_rass("cpu", "fp32")
     assert model.classes == tuple(COLOURS)

@@ -1,4 +1,4 @@
-"""`glesam train`: train nano or a full-size model by GleSAM's recipe, or go on with a run."""
+"""`glesam train`: train nano or a full-size model by the recipe of GleSAM or RASS, or go on with a run."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ examples:
   glesam train glesam_tiny --data DATA --out runs/tiny             every stage of the full size, random weights
   glesam train glesam_sam_vit_b --data DATA --out runs/b           GleSAM on SAM ViT-B
   glesam train glesam_sam_vit_b --data DATA --out runs/plus --set enhancer.levels=true         GleSAM++
+  glesam train rass_ade20k --data DATA --out runs/rass             SCR and RASS at full size, 150 classes
+  glesam train rass_ade20k --data DATA --out runs/mine --set scr.steps=0 --set 'sources=[{path: mine, split: train}]'
   glesam train --print-config nano > mine.yaml                     every key; train it with: glesam train mine.yaml ...
   accelerate launch -m glesam_ros.cli.main train nano --data DATA --out runs/nano      on several GPUs
 
 stages: base (encoder and decoder on clear crops), level (degradation-level head), restore (stage 1, latent
 reconstruction), decode (stage 2); at full size: level (GleSAM++ only), restore, decode, distill (a small enhancer
-learns from the large one). DATA is the folder that the paths of the sources are relative to. The full size reads the
-weights of SAM and Stable Diffusion that `glesam models get` brings.
+learns from the large one); of RASS: scr (a restorer that knows the classes), rass (the segmenter on its features).
+DATA is the folder that the paths of the sources are relative to. The full size reads the weights of SAM and Stable
+Diffusion that `glesam models get` brings.
 --out holds the losses (CSV, tensorboard/), checkpoint.pt of the stage under way, STAGE.pt of each finished one, and at
-the end nano.pt, or at full size a folder BASE+ENHANCER: glesam models get BASE+ENHANCER --from FOLDER. Ctrl-C finishes
-the step, writes the checkpoint and exits with 130; after a kill the last periodic checkpoint counts. Either way the
-result is that of a run that was not stopped."""
+the end nano.pt, or at full size a folder BASE+ENHANCER: glesam models get BASE+ENHANCER --from FOLDER; of RASS a folder
+rass: glesam models get rass-sd21 --from FOLDER. Ctrl-C finishes the step, writes the checkpoint and exits with 130;
+after a kill the last periodic checkpoint counts. Either way the result is that of a run that was not stopped."""
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the sub-parsers of `glesam`."""
     parser = commands.add_parser(
         "train", help="train the model", epilog=EPILOG,
-        description="Train nano or a full-size model by GleSAM's recipe, on a GPU where there is one.",
+        description="Train nano or a full-size model by the recipe of GleSAM or RASS, on a GPU where there is one.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -10,6 +10,7 @@ Source: RASS (IJCV 2026, arXiv 2602.14042) and its released code, which has the 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -291,8 +292,8 @@ def train_rass(
         config: the recipe.
         data: folder that the paths of the sources are relative to.
         out: gets `config.yaml`, `<stage>.csv`, `tensorboard/`, `checkpoint.pt` while a stage is under way, `<stage>.pt`
-            of each finished one, and `rass/scr.pkl` and `rass/rass.pth` for `glesam models get`. A `random` run puts
-            its Stable Diffusion there, too, so that `out` may serve as GLESAM_HOME.
+            of each finished one, and `rass/` for `glesam models get`: `rass.pth` and the `scr.pkl` that it goes with. A
+            `random` run puts its Stable Diffusion there, too, so that `out` may serve as GLESAM_HOME.
         device: auto takes a GPU where there is one.
         until: last stage to run.
 
@@ -342,6 +343,9 @@ def train_rass(
                 segment = make_rass(scr, ClassPrompts(folder)(scenes.classes), config, scenes)
                 complete(segment, RASS_STAGES.index(name), run)
                 if new and merged is not None:
+                    if merged != out / catalogue.SCR_FILE:
+                        file.parent.mkdir(exist_ok=True)
+                        shutil.copyfile(merged, out / catalogue.SCR_FILE)
                     for parameters in segment.model.trainable_parameters().values():
                         for parameter in parameters:
                             parameter.requires_grad_(True)  # by which it knows what was trained
