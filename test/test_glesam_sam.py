@@ -47,12 +47,7 @@ POINTS = [[120.0, 90.0], [400.5, 310.25], [600.0, 20.0]]
 BOX = [[100.0, 80.0], [420.0, 390.0]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def upstream() -> Any:

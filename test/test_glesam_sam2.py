@@ -34,12 +34,7 @@ INSIDE = np.array([1, 1, 0])
 BOX = np.array([100.0, 80.0, 420.0, 390.0])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def narrow(*overrides, name="sam2.1_hiera_tiny"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
     pytest.skip(f"training RASS needs {', '.join(missing)}", allow_module_level=True)
 
 import yaml  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from training_runs import trained_on_one_batch  # noqa: E402
 
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.labelled import IGNORE, LabelledPicture, open_labelled  # noqa: E402
@@ -31,8 +30,9 @@ from glesam_ros.models.rass.rass import load_rass, masks_of, read_rass  # noqa: 
 from glesam_ros.models.rass.scr import ClassPrompts, Scr, load_vae, merge_lora, read_scr, tokenise  # noqa: E402
 from glesam_ros.training import checkpoint, labelled_crops, rass  # noqa: E402
 from glesam_ros.training import config as configs  # noqa: E402
+from glesam_ros.training.config import load_any  # noqa: E402
 from glesam_ros.training.labelled_crops import VOID, LabelledScenes, draw_labelled_crop, load_labelled  # noqa: E402
-from glesam_ros.training.loop import Run, Stop, make_accelerator, train  # noqa: E402
+from glesam_ros.training.loop import Run  # noqa: E402
 from glesam_ros.training.random_sd import write_random_sd  # noqa: E402
 from glesam_ros.training.rass_config import (  # noqa: E402
     RASS_STAGES,
@@ -40,7 +40,6 @@ from glesam_ros.training.rass_config import (  # noqa: E402
     LabelledSourceConfig,
     RassTrainingConfig,
 )
-from glesam_ros.training.recipes import load_any  # noqa: E402
 from glesam_ros.training.semantic_constraint import (  # noqa: E402
     AttentionMaps,
     restoration_loss,
@@ -52,20 +51,7 @@ SOURCES = "sources=[{path: shapes, split: train}]"
 Array = np.ndarray[Any, Any]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def precision_of_its_own() -> Iterator[None]:
-    """Accelerate keeps the precision that the process first asked for, that of another test file or of this one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("own_precision", "one_thread")
 
 
 def shapes(seed: int) -> tuple[Array, Array]:
@@ -386,26 +372,6 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, sd: Path, data: P
 
 
 # stages
-
-
-def trained_on_one_batch(
-    stage: rass.RassStage, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> list[dict[str, float]]:
-    """Losses of all steps on the same batch."""
-    batch = stage.batch(np.random.default_rng(4))
-    losses: list[dict[str, float]] = []
-    forward = stage.forward
-
-    def spy(given: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = forward(given)
-        losses.append({name: value.item() for name, value in found.items()})
-        return found
-
-    monkeypatch.setattr(stage, "batch", lambda rng: batch)
-    monkeypatch.setattr(stage, "forward", spy)
-    out.mkdir(exist_ok=True)
-    train(stage, 0, Run(out, 1, 0, make_accelerator("cpu", "no"), Stop()))
-    return losses
 
 
 LEARNING = {

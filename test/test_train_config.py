@@ -12,8 +12,15 @@ pytest.importorskip("pydantic", reason="training needs pydantic; scripts/test.sh
 yaml = pytest.importorskip("yaml", reason="training needs pyyaml; scripts/test.sh installs it")
 
 from glesam_ros.training import config as configs  # noqa: E402
-from glesam_ros.training.config import STAGES, Config, differences, load_config, make_config, to_dict  # noqa: E402
-from glesam_ros.training.recipes import load_any  # noqa: E402
+from glesam_ros.training.config import (  # noqa: E402
+    STAGES,
+    Config,
+    differences,
+    load_any,  # noqa: E402
+    load_config,
+    make_config,
+    to_dict,
+)
 
 
 @pytest.mark.parametrize("name", configs.shipped())

@@ -20,9 +20,9 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
     pytest.skip(f"training at full size needs {', '.join(missing)}", allow_module_level=True)
 
 import yaml  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+from training_runs import trained_on_one_batch  # noqa: E402
 
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.degradation import degrade_lqseg_mixed  # noqa: E402
@@ -31,11 +31,11 @@ from glesam_ros.models.glesam.model import build_base, load_parts  # noqa: E402
 from glesam_ros.models.glesam.weights import decoder_state, read_tensors  # noqa: E402
 from glesam_ros.training import checkpoint, full  # noqa: E402
 from glesam_ros.training import config as configs  # noqa: E402
+from glesam_ros.training.config import load_any  # noqa: E402
 from glesam_ros.training.full_config import FULL_STAGES, FullConfig  # noqa: E402
 from glesam_ros.training.full_networks import RANDOM_UNET, Networks, load_networks, write_enhancer  # noqa: E402
 from glesam_ros.training.loop import Run, Stop, make_accelerator, train  # noqa: E402
 from glesam_ros.training.matching import FIRST, LAST, Guide, carried, is_adapted, matching_gradient  # noqa: E402
-from glesam_ros.training.recipes import load_any  # noqa: E402
 from glesam_ros.training.sources import load_scenes  # noqa: E402
 
 SHIPPED = [name for name in configs.shipped() if name.startswith("glesam")]
@@ -47,20 +47,7 @@ UNET = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def precision_of_its_own() -> Iterator[None]:
-    """Accelerate keeps the precision that the process first asked for, that of another test file or of this one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("own_precision", "one_thread")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -352,26 +339,6 @@ def test_the_classifier_learns_to_tell_restored_from_clear(adapted: Networks) ->
 
 
 # stages
-
-
-def trained_on_one_batch(
-    stage: full.FullStage, out: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int = -1
-) -> list[dict[str, float]]:
-    """Losses of all steps on the same batch."""
-    batch = stage.batch(np.random.default_rng(4))
-    losses: list[dict[str, float]] = []
-    forward = stage.forward
-
-    def spy(given: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = forward(given)
-        losses.append({name: value.item() for name, value in found.items()})
-        return found
-
-    monkeypatch.setattr(stage, "batch", lambda rng: batch)
-    monkeypatch.setattr(stage, "forward", spy)
-    out.mkdir(exist_ok=True)
-    train(stage, 0, Run(out, 1, 0, make_accelerator("cpu", "no"), Stop()))
-    return losses
 
 
 STAGES = {

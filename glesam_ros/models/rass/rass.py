@@ -409,8 +409,9 @@ class RassNetwork(nn.Module):
         return self.head.loss(self(images), mask_labels, class_labels)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What is trained, by its name in the network, on the CPU; empty of LoRA once it is merged."""
-        return {name: p.detach().cpu().clone() for name, p in self.named_parameters() if p.requires_grad}
+        """`trainable_parameters` by their names in the network, on the CPU; empty of LoRA once it is merged."""
+        trained = {id(p) for parameters in self.trainable_parameters().values() for p in parameters}
+        return {name: p.detach().cpu().clone() for name, p in self.named_parameters() if id(p) in trained}
 
     def merge(self) -> None:
         """For inference: put the adapters into the weights, the same output without their cost; there is no way back.
@@ -505,7 +506,7 @@ class RassWeights:
         """
         own = network.state_dict()
         state = from_released(self.state, own) if is_released(self.state) else self.state
-        trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        trained = network.trained_state()
         # the released file has the frozen U-Net, too, with SCR merged in
         load_exactly(network, state, what, ignore=[key for key in own if key not in trained and key not in state])
 

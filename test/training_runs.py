@@ -1,0 +1,51 @@
+"""What tests of several recipes do with a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from glesam_ros.training import checkpoint
+from glesam_ros.training.loop import Run, Stage, Stop, make_accelerator, train
+
+
+def killed_at_first_checkpoint(command: list[str], out: Path) -> dict[str, Any]:
+    """Start a command that trains into `out`, kill it once it wrote a checkpoint, and give what that holds."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 600
+        while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        said = process.communicate()[1]
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, said
+    return checkpoint.read(out / "checkpoint.pt")
+
+
+def trained_on_one_batch(stage: Stage, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """Losses of all steps on the same batch."""
+    batch = stage.batch(np.random.default_rng(4))
+    losses: list[dict[str, float]] = []
+    forward = stage.forward
+
+    def spy(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = forward(given)
+        losses.append({name: value.item() for name, value in found.items()})
+        return found
+
+    monkeypatch.setattr(stage, "batch", lambda rng: batch)
+    monkeypatch.setattr(stage, "forward", spy)
+    out.mkdir(exist_ok=True)
+    train(stage, 0, Run(out, 1, 0, make_accelerator("cpu", "no"), Stop()))
+    return losses
