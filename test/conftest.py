@@ -27,6 +27,22 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
+def _registries():
+    """What is registered in a test is gone after it."""
+    from glesam_ros.models import registry
+
+    tables = [registry._REGISTRY, registry._SEMANTIC, registry._RESTORERS]
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before):
+        table.clear()
+        table.update(entries)
+
+
+_of_module = pytest.fixture(scope="module", autouse=True, name="_registries_of_module")(_registries)
+_of_test = pytest.fixture(autouse=True, name="_registries_of_test")(_registries)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Sums of torch depend on the number of threads."""

@@ -142,6 +142,21 @@ def test_poisson_tables_hold_the_exact_law(counts: int) -> None:
         np.testing.assert_allclose(law / 512, expected, atol=1e-8)
 
 
+@pytest.mark.parametrize("counts", [2, 16, 256])
+def test_poisson_tables_are_the_same_where_denormal_numbers_are_flushed(counts: int) -> None:
+    torch = pytest.importorskip("torch", reason="the switch is torch's")
+    tables = lqseg._poisson_tables.__wrapped__
+    try:
+        torch.set_flush_denormal(False)
+        kept = tables(counts)
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this CPU cannot flush them")
+        flushed = tables(counts)
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(np.array_equal(a, b) for a, b in zip(kept, flushed, strict=True))
+
+
 def test_gray_noise_is_the_same_in_all_channels() -> None:
     image = np.full((64, 64, 3), 120, np.uint8)
     assert lqseg.poisson_noise(image, True, np.random.default_rng(0)).shape == (64, 64)

@@ -324,6 +324,10 @@ _COLUMN_BITS = 9
 _COLUMNS = 1 << _COLUMN_BITS  # outcomes 0..511; with a mean of at most 256 no draw ever comes near the end
 
 
+_NEVER = 1e-300
+"""Probability of outcomes that are left out."""
+
+
 @lru_cache(maxsize=9)
 def _poisson_tables(counts: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Alias tables (Walker) of the Poisson laws with the means v * counts / 255, v = 0..255.
@@ -338,6 +342,7 @@ def _poisson_tables(counts: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, 
     mean = np.arange(256)[:, None] * (counts / 255.0)
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(outcomes[1:]))])
     p = np.exp(outcomes * np.log(np.maximum(mean, 1e-300)) - mean - log_factorial)
+    p[p < _NEVER] = 0.0  # training flushes denormal numbers to zero, and the tables must not depend on that
     p *= _COLUMNS / p.sum(1, keepdims=True)
     accept, alias = np.ones_like(p), np.tile(outcomes, (256, 1))
     row = np.arange(256)
