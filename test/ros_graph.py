@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -188,7 +189,12 @@ class Client:
         return self._services[name]
 
     def state(self) -> str:
-        return self.call(GetState, "perception/get_state", GetState.Request()).current_state.label
+        for _ in range(4):  # an answer may be lost while the node gets to know us
+            future = self.service(GetState, "perception/get_state").call_async(GetState.Request())
+            with contextlib.suppress(AssertionError):
+                wait_for(future.done, "an answer of perception/get_state", TIMEOUT_S / 4)
+                return future.result().current_state.label
+        raise AssertionError(f"perception/get_state was asked four times in vain\n{self.ros.output}")
 
     def wait_state(self, label: str) -> None:
         wait_for(lambda: self.state() == label, f"state {label}\n{self.ros.output}")
