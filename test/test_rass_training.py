@@ -18,8 +18,8 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
     pytest.skip(f"training RASS needs {', '.join(missing)}", allow_module_level=True)
 
 import yaml  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from training_runs import trained_on_one_batch  # noqa: E402
+from torch import nn  # noqa: E402
+from training_runs import same_tensors, stopped_after, trained_on_one_batch  # noqa: E402
 
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.labelled import IGNORE, LabelledPicture, open_labelled  # noqa: E402
@@ -32,7 +32,6 @@ from glesam_ros.training import checkpoint, labelled_crops, rass  # noqa: E402
 from glesam_ros.training import config as configs  # noqa: E402
 from glesam_ros.training.config import load_any  # noqa: E402
 from glesam_ros.training.labelled_crops import VOID, LabelledScenes, draw_labelled_crop, load_labelled  # noqa: E402
-from glesam_ros.training.loop import Run  # noqa: E402
 from glesam_ros.training.random_sd import write_random_sd  # noqa: E402
 from glesam_ros.training.rass_config import (  # noqa: E402
     RASS_STAGES,
@@ -545,27 +544,12 @@ def test_a_stopped_run_goes_on_and_ends_bit_equal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = arguments(data, tmp_path / "out")
-    stopping = Run.stopping
-    with monkeypatch.context() as patch:
-        kind = {"scr": rass.Restore, "rass": rass.Segment}[stage]
-        forward = kind.forward
-        asked: list[bool] = []
-
-        def spy(self: rass.RassStage, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            if self.step + 1 == step:
-                asked.append(True)
-            return forward(self, batch)
-
-        patch.setattr(kind, "forward", spy)
-        patch.setattr(Run, "stopping", lambda self: bool(asked) or stopping(self))
-        assert main(command) == 130
-        assert "go on with" in capsys.readouterr().err
+    stopped_after({"scr": rass.Restore, "rass": rass.Segment}[stage], step, command, monkeypatch, capsys)
     saved = checkpoint.read(tmp_path / "out" / "checkpoint.pt")
     assert (saved["stage"], saved["step"]) == (stage, step)
     assert main(command) == 0
     for name in RASS_STAGES:
-        before, after = (checkpoint.read(folder / f"{name}.pt") for folder in (whole, tmp_path / "out"))
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        assert same_tensors(whole / f"{name}.pt", tmp_path / "out" / f"{name}.pt"), name
 
 
 def test_the_trained_segmenter_segments(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
 import yaml  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
-from training_runs import trained_on_one_batch  # noqa: E402
+from training_runs import same_tensors, stopped_after, trained_on_one_batch  # noqa: E402
 
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.degradation import degrade_lqseg_mixed  # noqa: E402
@@ -542,26 +542,11 @@ def test_a_stopped_run_goes_on_and_ends_bit_equal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = arguments(data, unets, tmp_path / "out")
-    stopping = Run.stopping
-    with monkeypatch.context() as patch:
-        kind = {"restore": full.Restore, "distill": full.Distill}[stage]
-        forward = kind.forward
-        asked: list[bool] = []
-
-        def spy(self: full.FullStage, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            if self.step + 1 == step:
-                asked.append(True)
-            return forward(self, batch)
-
-        patch.setattr(kind, "forward", spy)
-        patch.setattr(Run, "stopping", lambda self: bool(asked) or stopping(self))
-        assert main(command) == 130
-        assert "go on with" in capsys.readouterr().err
+    stopped_after({"restore": full.Restore, "distill": full.Distill}[stage], step, command, monkeypatch, capsys)
     assert checkpoint.read(tmp_path / "out" / "checkpoint.pt")["step"] == step
     assert main(command) == 0
     for name in FULL_STAGES:
-        before, after = (checkpoint.read(folder / f"{name}.pt") for folder in (whole, tmp_path / "out"))
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        assert same_tensors(whole / f"{name}.pt", tmp_path / "out" / f"{name}.pt"), name
 
 
 def test_a_run_begins_with_the_folder_of_another(whole: Path, data: Path, unets: Path) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
+from glesam_ros.cli.main import main
 from glesam_ros.training import checkpoint
 from glesam_ros.training.loop import Run, Stage, Stop, make_accelerator, train
 
@@ -49,3 +51,29 @@ def trained_on_one_batch(stage: Stage, out: Path, monkeypatch: pytest.MonkeyPatc
     out.mkdir(exist_ok=True)
     train(stage, 0, Run(out, 1, 0, make_accelerator("cpu", "no"), Stop()))
     return losses
+
+
+def stopped_after(
+    kind: type[Stage], step: int, command: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Run a command that trains, with a signal after `step` steps of the stage `kind`; it says how to go on."""
+    stopping, forward = Run.stopping, kind.forward
+    asked: list[bool] = []
+
+    def spy(self: Stage, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.step + 1 == step:
+            asked.append(True)
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", spy)
+        patch.setattr(Run, "stopping", lambda self: bool(asked) or stopping(self))
+        assert main(command) == 130
+        assert "go on with" in capsys.readouterr().err
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same names and bits."""
+    before, after = checkpoint.read(one), checkpoint.read(other)
+    return before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from glesam_ros.cli.options import CommandError, add_settings
+from glesam_ros.cli.options import CommandError, add_settings, not_negative
 from glesam_ros.ros import shared_memory
 
 START_TIMEOUT_S = 90.0
@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
         description="Run the perception node on a camera that plays real photographs in changing weather.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seconds", type=_seconds, default=0.0, metavar="S",
+    parser.add_argument("--seconds", type=not_negative("0 or more seconds"), default=0.0, metavar="S",
                         help="end after this time, counted from the first masks; 0: at Ctrl-C; default: 0")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="FOLDER",
                         help="where pictures and logs go; default: out/demo")
@@ -335,16 +335,6 @@ def _number(text: str) -> float:
 
 def _stamp(message: Any) -> tuple[int, int]:
     return message.header.stamp.sec, message.header.stamp.nanosec
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected 0 or more seconds, got {text}")
-    return value
-
-
-_seconds.__name__ = "float"  # argparse names it in "invalid float value"
 
 
 def _write_pair(path: Path, scene: str, frame: Any, overlay: Any) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from glesam_ros.cli.options import CommandError, positive
+from glesam_ros.cli.options import CommandError, positive, progress
 
 NAMED_FAULTS = 5
 """So many faults are printed; errors.jsonl has all."""
@@ -81,7 +80,7 @@ def run_build(args: argparse.Namespace) -> int:
         args.limit, args.binary,
     )
     try:
-        summary = build(options, args.out, args.workers, _progress("picture"))
+        summary = build(options, args.out, args.workers, progress("picture"))
     except ValueError as error:
         raise CommandError(str(error)) from error
     counts = summary.counts
@@ -104,7 +103,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from glesam_ros.lqseg.verify import verify
 
     try:
-        problems = verify(args.folder, _progress("file"))
+        problems = verify(args.folder, progress("file"))
     except ValueError as error:
         raise CommandError(str(error)) from error
     for problem in problems:
@@ -126,9 +125,3 @@ def run_info(args: argparse.Namespace) -> int:
     for name, value in {**info["settings"], "categories": len(info["categories"]), **counts}.items():
         print(f"{name:21} {value if not isinstance(value, list) else ' '.join(map(str, value))}")
     return 0
-
-
-def _progress(unit: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
-    from tqdm import tqdm
-
-    return lambda items, total: tqdm(items, total=total, unit=unit, disable=None)

@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros import __version__, settings
@@ -67,6 +67,26 @@ def open_pipeline(args: argparse.Namespace, names: Sequence[str]) -> Pipeline:
         return load_pipeline(**chosen_settings(args, names))
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise CommandError(str(error)) from error
+
+
+def not_negative(expected: str) -> Callable[[str], float]:
+    """A converter for argparse of numbers of at least 0; `expected` says so in its error."""
+
+    def convert(text: str) -> float:
+        value = float(text)
+        if not 0 <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+        return value
+
+    convert.__name__ = "float"  # argparse names it in "invalid float value"
+    return convert
+
+
+def progress(unit: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    """A bar for work that takes it: (items, how many) -> the items, counted as they are taken."""
+    from tqdm import tqdm
+
+    return lambda items, total: tqdm(items, total=total, unit=unit, disable=None)
 
 
 def numbers(text: str, allowed: Sequence[int], what: str) -> tuple[float, ...]:

@@ -6,11 +6,11 @@ import argparse
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glesam_ros.cli.options import CommandError, add_settings, open_pipeline, positive
+from glesam_ros.cli.options import CommandError, add_settings, not_negative, open_pipeline, positive, progress
 
 if TYPE_CHECKING:
     from glesam_ros.cli.bagfile import BagSource, Frame
@@ -63,10 +63,11 @@ def add_parser(commands: Any) -> None:
     )
     pick.add_argument("--count", type=positive(int), default=50, metavar="N", help="how many frames; default: 50")
     pick.add_argument(
-        "--gap", type=_not_negative, default=1.0, metavar="S", help="seconds between frames of a topic; default: 1.0"
+        "--gap", type=not_negative("a number of at least 0"), default=1.0, metavar="S",
+        help="seconds between frames of a topic; default: 1.0",
     )
     pick.add_argument(
-        "--measure", type=_not_negative, default=5.0, metavar="HZ",
+        "--measure", type=not_negative("a number of at least 0"), default=5.0, metavar="HZ",
         help="look at so many frames a second of each topic, 0 at all; default: 5",
     )
     pick.add_argument(
@@ -121,7 +122,7 @@ def run_read(args: argparse.Namespace) -> int:
     from glesam_ros.reallq import read_labels
 
     try:
-        summary = read_labels(args.folder, args.labels, args.force, _progress("picture"))
+        summary = read_labels(args.folder, args.labels, args.force, progress("picture"))
     except ValueError as error:
         raise CommandError(str(error)) from error
     for fault in summary.faults[:NAMED_FAULTS]:
@@ -224,7 +225,7 @@ def _pick(args: argparse.Namespace, recording: Recording, rate: float) -> int:
     try:
         summary = pick(
             recording, args.out, options, lambda image: pipeline.encode(image).degradation, args.force,
-            _progress("frame"),
+            progress("frame"),
         )
     except ValueError as error:
         raise CommandError(str(error)) from error
@@ -268,19 +269,3 @@ def _classes(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[tuple[int
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             raise CommandError(f"--semantic {args.semantic}: {error}; or name --classes") from error
     return names, tuple((int(r), int(g), int(b)) for r, g, b in colours)
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
-    return value
-
-
-_not_negative.__name__ = "float"  # argparse names it in "invalid float value"
-
-
-def _progress(unit: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
-    from tqdm import tqdm
-
-    return lambda items, total: tqdm(items, total=total, unit=unit, disable=None)

@@ -43,14 +43,10 @@ class RassNano(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 or float RGB in 0..255, H and W multiples of 32 -> logits (B, K, H / 4, W / 4)."""
-        return self.decode(self.features(images))
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Images as above -> what the backbone makes of them at stride 4, 8, 16, 32: 24, 40, 112, 320 channels."""
-        return self.backbone((images.permute(0, 3, 1, 2).float() - 127.0) / 128.0)[1:]
+        return self.decode(features_of(self.backbone, images))
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        """`features` -> logits (B, K, H / 4, W / 4)."""
+        """What `features_of` gives -> logits (B, K, H / 4, W / 4)."""
         x = self.context(self.lateral[3](features[3]))
         # what the whole picture shows (a street, a room) weighs the channels
         x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
@@ -58,6 +54,11 @@ class RassNano(nn.Module):
             x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
             x = self.smooth[k](self.lateral[k](features[k]) + x)
         return self.classes(x)
+
+
+def features_of(backbone: Backbone, images: Tensor) -> list[Tensor]:
+    """Images as in `RassNano.forward` -> what a backbone makes of them at `STRIDES`: 24, 40, 112, 320 channels."""
+    return backbone((images.permute(0, 3, 1, 2).float() - 127.0) / 128.0)[1:]
 
 
 def add_adapters(backbone: Backbone, rank: int) -> Any:

@@ -30,7 +30,7 @@ from glesam_ros.training.full_config import (
     FullRestoreConfig,
 )
 from glesam_ros.training.full_networks import Networks, load_networks, write_enhancer
-from glesam_ros.training.loop import Adapting, Batch, Group, Run, Stop, claim, complete, make_accelerator
+from glesam_ros.training.loop import Adapting, Batch, Group, Run, Stop, claim, complete, make_accelerator, sow
 from glesam_ros.training.losses import dice_loss, focal_loss, soft_iou
 from glesam_ros.training.matching import Guide, carried, is_adapted
 from glesam_ros.training.prompts import draw_points
@@ -250,7 +250,7 @@ class Distill(FullStage):
 
 def make_stage(name: str, networks: Networks, config: FullConfig, scenes: Scenes) -> FullStage:
     """The stage `name` of `FULL_STAGES`; what it adds to the networks depends on seed and stage alone."""
-    torch.manual_seed(int(np.random.SeedSequence([config.seed, FULL_STAGES.index(name)]).generate_state(1)[0]))
+    sow(config.seed, FULL_STAGES.index(name))
     kinds: dict[str, type[FullStage]] = {kind.name: kind for kind in (Level, Restore, Decode, Distill)}
     return kinds[name](networks, config, getattr(config, name), scenes)
 

@@ -287,6 +287,11 @@ class Average:
             mean.copy_(saved)
 
 
+def sow(*numbers: int) -> None:
+    """Make torch's random numbers depend on `numbers` alone."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
 def rate_share(step: int, settings: StageConfig) -> float:
     """Share of the peak learning rate at `step`: linear warm-up, cosine to `settings.final`."""
     warm = min(1.0, (step + 1) / settings.warm_up) if settings.warm_up else 1.0
@@ -376,7 +381,7 @@ def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = No
             for micro in range(settings.accumulate):
                 batch = next(batches)
                 chance = [run.seed, number, CHANCE, step, micro, accelerator.process_index]
-                torch.manual_seed(int(np.random.SeedSequence(chance).generate_state(1)[0]))
+                sow(*chance)
                 with accelerator.accumulate(model), there:
                     losses = model(batch)
                     accelerator.backward(losses["loss"])

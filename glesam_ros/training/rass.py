@@ -43,7 +43,7 @@ from glesam_ros.models.rass.scr import (
 from glesam_ros.training.config import StageConfig
 from glesam_ros.training.full import worsen
 from glesam_ros.training.labelled_crops import VOID, LabelledScenes, draw_labelled_crop, load_labelled
-from glesam_ros.training.loop import Adapting, Batch, Group, Run, Stop, claim, complete, make_accelerator
+from glesam_ros.training.loop import Adapting, Batch, Group, Run, Stop, claim, complete, make_accelerator, sow
 from glesam_ros.training.random_sd import write_random_sd
 from glesam_ros.training.rass_config import RASS_STAGES, RassTrainingConfig, ScrConfig, SegmentConfig
 from glesam_ros.training.semantic_constraint import AttentionMaps, restoration_loss, semantic_constraint
@@ -228,21 +228,17 @@ def undecayed(module: nn.Module) -> set[int]:
 
 def make_scr(scr: Scr, text: tuple[Any, Any], config: RassTrainingConfig, scenes: LabelledScenes) -> Restore:
     """The stage scr, with a fresh LoRA on the plain U-Net of `scr`, which depends on seed and rank alone."""
-    _sow(config, "scr")
+    sow(config.seed, RASS_STAGES.index("scr"))
     add_scr(scr.unet, config.scr.rank)
     return Restore(scr, text, config, config.scr, scenes)
 
 
 def make_rass(scr: Scr, prompt: Tensor, config: RassTrainingConfig, scenes: LabelledScenes) -> Segment:
     """The stage rass, on U-Net and VAE of `scr`, whose LoRA is merged; what is new depends on the seed alone."""
-    _sow(config, "rass")
+    sow(config.seed, RASS_STAGES.index("rass"))
     sizes = RANDOM_HEAD if config.random else {}
     network = RassNetwork(RassConfig(scenes.classes, config.rass.rank, **sizes), scr.vae, scr.unet, prompt)
     return Segment(network, config, config.rass, scenes)
-
-
-def _sow(config: RassTrainingConfig, name: str) -> None:
-    torch.manual_seed(int(np.random.SeedSequence([config.seed, RASS_STAGES.index(name)]).generate_state(1)[0]))
 
 
 def stages_of(config: RassTrainingConfig) -> list[str]:

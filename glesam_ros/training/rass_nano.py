@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glesam_ros.models.nano_net import Backbone
-from glesam_ros.models.rass_nano_net import RassNano, add_adapters
+from glesam_ros.models.rass_nano_net import RassNano, add_adapters, features_of
 from glesam_ros.training import checkpoint
 from glesam_ros.training.config import StageConfig
 from glesam_ros.training.labelled_crops import VOID, LabelledScenes, draw_labelled, load_labelled
-from glesam_ros.training.loop import Batch, Group, Run, Stage, Stop, claim, complete, make_accelerator
+from glesam_ros.training.loop import Batch, Group, Run, Stage, Stop, claim, complete, make_accelerator, sow
 from glesam_ros.training.nano import draw_levels, pretrained_backbone, worsen
 from glesam_ros.training.rass_nano_config import (
     RASS_NANO_STAGES,
@@ -106,10 +105,6 @@ class RassNanoStage(Stage):
         logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
         return F.cross_entropy(logits, labels, weight=self.class_weights, ignore_index=VOID)
 
-    def finished(self) -> dict[str, Tensor]:
-        """The whole network."""
-        return self.model.state_dict()
-
 
 class Segment(RassNanoStage):
     """Backbone and decoder by weighted cross-entropy: `base` on clear crops, `rass` on degraded and clear ones."""
@@ -172,18 +167,14 @@ class Scr(RassNanoStage):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            target = self.features(self.clear, batch["clear"])
-        restored = self.features(self.model.backbone, batch["input"])
+            target = features_of(self.clear, batch["clear"])
+        restored = features_of(self.model.backbone, batch["input"])
         restoration = relative_error(restored, target)
         constraint = self.cross_entropy(self.model.decode(restored), batch["labels"])
         return {
             "loss": restoration + self.settings.constraint * constraint, "restoration": restoration,
             "constraint": constraint,
         }
-
-    def features(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        """As `RassNano.features`, of another backbone."""
-        return backbone((images.permute(0, 3, 1, 2).float() - 127.0) / 128.0)[1:]
 
     def conclude(self) -> None:
         """Merge."""
@@ -205,7 +196,7 @@ def make_stage(
     name: str, net: RassNano, config: RassNanoConfig, scenes: LabelledScenes, weights: Tensor
 ) -> RassNanoStage:
     """The stage `name` of `RASS_NANO_STAGES`; what it adds to the network depends on seed and stage alone."""
-    torch.manual_seed(int(np.random.SeedSequence([config.seed, RASS_NANO_STAGES.index(name)]).generate_state(1)[0]))
+    sow(config.seed, RASS_NANO_STAGES.index(name))
     kinds: dict[str, type[RassNanoStage]] = {kind.name: kind for kind in (Base, Scr, Rass)}
     return kinds[name](net, config, getattr(config, name), scenes, weights)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -39,7 +38,7 @@ from glesam_ros.models.glesam.catalogue import (
     SMALL_FILE,
 )
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
-from glesam_ros.models.glesam.weights import load_exactly, lora_to_diffusers, lora_to_peft, read_tensors
+from glesam_ros.models.glesam.weights import load_exactly, lora_to_diffusers, lora_to_peft, read_tensors, write_whole
 
 allow_import_without_operators()  # diffusers and peft, which are imported below, want torchvision
 
@@ -536,12 +535,8 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """
     from safetensors.torch import save
 
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(save({key: x.detach().cpu().contiguous() for key, x in tensors.items()}))
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    content = save({key: x.detach().cpu().contiguous() for key, x in tensors.items()})
+    write_whole(file, lambda partial: partial.write_bytes(content))
 
 
 def save_enhancer(

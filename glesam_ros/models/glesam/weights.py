@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ LORA_SPELLINGS = {"lora.down": "lora_A", "lora.up": "lora_B", "lora_A": "lora_A"
 """Ends of module names in diffusers' older and newer layout, and what peft calls them."""
 ADAPTER = "default"
 """Name of the adapter in peft's keys."""
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside `file`, which then takes its name: it is there whole or not at all."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        write(partial)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> Any:

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -50,7 +49,7 @@ from glesam_ros.models.glesam.enhancer import TOKENS, UNet2DConditionModel, is_l
 from glesam_ros.models.glesam.replay import Replayed, capture_cuda
 from glesam_ros.models.glesam.runtime import choose_device, choose_precision, device_in_words, memory_errors
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
-from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, read_tensors
+from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, read_tensors, write_whole
 from glesam_ros.models.rass import ade20k
 from glesam_ros.models.rass.checkpoint import NOT_READ, from_released, is_released, released_sizes
 from glesam_ros.models.rass.scr import (
@@ -531,12 +530,7 @@ def write_rass(network: RassNetwork, path: Path, palette: UInt8Array, scr: str =
         "config": fields, "palette": palette.tolist(), "state": state, "prompt": network.prompt.cpu(), "scr": scr,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        torch.save(content, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, lambda partial: torch.save(content, partial))
 
 
 def read_rass(path: Path) -> RassWeights:

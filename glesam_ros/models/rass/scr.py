@@ -27,7 +27,6 @@ Source: RASS (IJCV 2026, arXiv 2602.14042) and its released code; OSEDiff (NeurI
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +56,7 @@ from glesam_ros.models.glesam.enhancer import (
 from glesam_ros.models.glesam.replay import Replayed, capture_cuda
 from glesam_ros.models.glesam.runtime import choose_device, choose_precision, device_in_words, memory_errors
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
-from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint
+from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, write_whole
 from glesam_ros.validation import FloatArray, UInt8Array, check_image
 
 allow_import_without_operators()  # diffusers and peft, which are imported below, want torchvision
@@ -166,12 +165,7 @@ def write_scr(weights: ScrWeights, path: Path) -> None:
         STATE_KEY: {key: x.detach().cpu().contiguous() for key, x in weights.state.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        torch.save(content, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, lambda partial: torch.save(content, partial))
 
 
 def read_scr(path: Path) -> ScrWeights:
