@@ -178,29 +178,54 @@ class Trunk(nn.Module):
         return self.fuse(fine + F.interpolate(coarse, scale_factor=2.0, mode="bilinear", align_corners=False))
 
 
-STATISTICS = 2 * (16 + 24 + 40)
+LEVELS = 3
+"""Levels of degradation beside 0, clear."""
+STATISTICS = 6 * (16 + 24 + 40)
 """Numbers that the level head reads."""
 
 
 def pooled_statistics(features: list[Tensor]) -> Tensor:
-    """Mean and deviation over positions of the features of stride 2, 4 and 8: (B, STATISTICS)."""
+    """What the features of stride 2, 4 and 8 say of sharpness and noise: (B, STATISTICS).
+
+    For each channel its mean; and the logarithms of its variance, of the mean size of its differences from the next
+    position across, and down, and of that across in the flattest and in the liveliest block of about 24 x 24 pixels.
+    Blur takes more from differences than from the variance, and most where the picture is liveliest; noise is seen
+    where it is flattest. Every fourth row of stride 2 and every second of stride 4 says the same in less time.
+    """
     parts = []
-    for x in features:
-        mean = x.mean((2, 3))
-        parts += [mean, ((x * x).mean((2, 3)) - mean * mean).clamp_min(0).add(1e-5).sqrt()]
+    for x, step in zip(features, (4, 2, 1), strict=True):
+        row, below = x[:, :, :-1:step], x[:, :, 1::step]
+        mean = row.mean((2, 3))
+        spread = (row * row).mean((2, 3)) - mean * mean
+        across = (row[..., 1:] - row[..., :-1]).abs()
+        blocks = F.avg_pool2d(across, (3, 4 * step - 1))
+        sizes = (
+            spread, across.mean((2, 3)), (below - row).abs().mean((2, 3)), blocks.amin((2, 3)), blocks.amax((2, 3)),
+        )
+        # torch.maximum, not clamp: the 8-bit files have Clip in 8 bits
+        floor = mean.new_tensor(1e-4)
+        parts += [mean, *(torch.maximum(size, floor).log() for size in sizes)]
     return torch.cat(parts, 1)
 
 
 class LevelHead(nn.Module):
-    """Pooled statistics (B, S) -> degradation level (B,) in 0 (clear) .. 1 (LQ-3)."""
+    """Pooled statistics (B, S) -> degradation level (B,) in 0 (clear) .. 1 (LQ-3).
+
+    Ordinal regression: the logits of "worse than level 0, 1, 2"; the level is the expected one over LEVELS.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(STATISTICS, affine=False)
-        self.mlp = nn.Sequential(nn.Linear(STATISTICS, 128), nn.ReLU(True), nn.Dropout(0.1), nn.Linear(128, 1))
+        self.mlp = nn.Sequential(nn.Linear(STATISTICS, 128), nn.ReLU(True), nn.Dropout(0.1), nn.Linear(128, LEVELS))
+
+    def logits(self, statistics: Tensor) -> Tensor:
+        """(B, S) -> (B, LEVELS)."""
+        found: Tensor = self.mlp(self.norm(statistics))
+        return found
 
     def forward(self, statistics: Tensor) -> Tensor:
-        return torch.sigmoid(self.mlp(self.norm(statistics)).squeeze(1))
+        return torch.sigmoid(self.logits(statistics)).mean(1)
 
 
 class ResidualBlock(nn.Module):
