@@ -117,7 +117,7 @@ def test_files_and_changes_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_differences_name_what_bears_on_the_weights() -> None:
     a = to_dict(load_config("nano"))
-    b = to_dict(load_config("nano", ["base.steps=1", "decode.rates.decoder=1e-5", "crop.zoom=[1, 2]", "workers=3",
+    b = to_dict(load_config("nano", ["base.steps=1", "decode.rates.decoder=1e-5", "crop.zoom=[1, 3]", "workers=3",
                                      "base.log_every=7", "level.checkpoint_every=1", "restore.pictures_every=2"]))
     assert differences(a, b) == ["crop.zoom", "base.steps", "decode.rates.decoder"]
     assert differences(a, a) == []

@@ -23,8 +23,9 @@ from torch.nn import functional as F  # noqa: E402
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.labelled import IGNORE, open_labelled  # noqa: E402
 from glesam_ros.models.rass_nano import RassNano as Segmenter  # noqa: E402
-from glesam_ros.models.rass_nano_net import ADAPTED, RassNano, add_adapters, features_of  # noqa: E402
+from glesam_ros.models.rass_nano_net import ADAPTED, RassNano, features_of  # noqa: E402
 from glesam_ros.training import checkpoint, rass_nano_export  # noqa: E402
+from glesam_ros.training.adapters import add_adapters  # noqa: E402
 from glesam_ros.training.config import load_any  # noqa: E402
 from glesam_ros.training.labelled_crops import VOID, LabelledScenes, load_labelled  # noqa: E402
 from glesam_ros.training.nano import pretrained_backbone  # noqa: E402
@@ -127,7 +128,7 @@ def test_merged_equals_adapters() -> None:
     images = torch.randint(0, 256, (1, 64, 96, 3))
     with torch.no_grad():
         before = features_of(net.backbone, images)
-    tuner = add_adapters(net.backbone, 4)
+    tuner = add_adapters(net.backbone, ADAPTED, 4)
     for name, p in net.backbone.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(p, std=0.05)
@@ -152,7 +153,7 @@ def test_fresh_adapters_change_nothing() -> None:
     images = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
     with torch.no_grad():
         before = net(images)
-        add_adapters(net.backbone, 4)
+        add_adapters(net.backbone, ADAPTED, 4)
         assert torch.equal(net(images), before)
 
 

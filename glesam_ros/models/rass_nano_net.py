@@ -8,8 +8,6 @@ pyramid takes the place of Mask2Former, so that all of it runs on two CPU cores.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,18 +57,3 @@ class RassNano(nn.Module):
 def features_of(backbone: Backbone, images: Tensor) -> list[Tensor]:
     """Images as in `RassNano.forward` -> what a backbone makes of them at `STRIDES`: 24, 40, 112, 320 channels."""
     return backbone((images.permute(0, 3, 1, 2).float() - 127.0) / 128.0)[1:]
-
-
-def add_adapters(backbone: Backbone, rank: int) -> Any:
-    """LoRA of a rank on the layers `ADAPTED`, in place; alpha is the rank, and the output is the same until it learns.
-
-    Returns:
-        peft's `LoraModel`; its `merge_and_unload()` makes each adapted layer W0 + B A again.
-    """
-    from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
-
-    allow_import_without_operators()
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraModel
-
-    return LoraModel(backbone, LoraConfig(r=rank, lora_alpha=rank, target_modules=ADAPTED), "scr")

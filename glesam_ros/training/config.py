@@ -72,6 +72,7 @@ Rate = Annotated[float, BeforeValidator(no_bool), Field(gt=0, le=1)]
 Scale = Annotated[float, BeforeValidator(no_bool), Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, BeforeValidator(no_bool), Field(ge=0, lt=1)]
 Zoom = Annotated[float, BeforeValidator(no_bool), Field(ge=1, le=8)]
+Detail = Annotated[float, BeforeValidator(no_bool), Field(ge=0.25, le=4)]
 Side = Annotated[int, Field(strict=True, ge=32, le=4096), AfterValidator(_crop_side)]
 Text = Annotated[str, Field(min_length=1)]
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(no_as_text)]
@@ -107,12 +108,19 @@ class CropConfig:
         height, width: pixels, multiples of 32.
         zoom: range of the scale, 1 is the largest crop that fits into the photograph.
         paste: share of crops that get objects of another photograph (composed scenes).
+        detail: range of the scale at which a crop is degraded before it takes its size, as a camera's frame does.
+        gamma, colour: ranges of brightness gamma (1 / g to g) and of the gain of each colour (1 / g to g).
+        grey: share of crops without colour.
     """
 
     height: Side = 320
     width: Side = 416
-    zoom: Annotated[tuple[Zoom, Zoom], AfterValidator(zoom_range)] = (1.0, 1.8)
-    paste: Share = 0.4
+    zoom: Annotated[tuple[Zoom, Zoom], AfterValidator(zoom_range)] = (1.0, 2.0)
+    paste: Share = 0.6
+    detail: Annotated[tuple[Detail, Detail], AfterValidator(zoom_range)] = (0.8, 1.4)
+    gamma: Zoom = 1.5
+    colour: Zoom = 1.2
+    grey: Share = 0.05
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -219,28 +227,37 @@ class LevelConfig(StageConfig):
 
 @dataclass(frozen=True, config=STRICT)
 class RestoreRates:
-    """Peak rate of the enhancer."""
+    """Peak rates: adapters of the enhancer's trunk; its U-Net."""
 
-    enhancer: Rate = 1e-3
+    adapters: Rate = 1e-3
+    unet: Rate = 1e-3
 
 
 @dataclass(frozen=True, config=STRICT)
 class RestoreConfig(StageConfig):
-    """Stage 1 of GleSAM: the enhancer, latent MSE. `clear`: share of inputs that are clear and must stay."""
+    """Stage 1 of GleSAM: the enhancer, latent MSE and a constraint.
 
-    steps: CountOrNone = 4000
-    clip: Number = 1.0
-    pictures_every: CountOrNone = 0
+    Attributes:
+        clear: share of inputs that are clear and must stay.
+        rank: of the adapters.
+        constraint: weight of the frozen decoder's mask loss on the restored latent.
+    """
+
+    steps: CountOrNone = 1000
+    clip: Number = 5.0
     clear: Share = 0.125
+    rank: Count = 16
+    constraint: Number = 0.2
     rates: RestoreRates = field(default_factory=RestoreRates)
 
 
 @dataclass(frozen=True, config=STRICT)
 class DecodeRates:
-    """Peak rates; that of what is not trained is not used."""
+    """Peak rates: decoder; the enhancer's trunk; its U-Net. That of what is not trained is not used."""
 
     decoder: Rate = 3e-4
-    enhancer: Rate = 6e-4
+    trunk: Rate = 2e-4
+    unet: Rate = 6e-4
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -253,7 +270,7 @@ class DecodeConfig(StageConfig):
         clear: share of crops that are clear; half of those skip the enhancer, as automatic mode will have it.
     """
 
-    steps: CountOrNone = 3900
+    steps: CountOrNone = 2000
     train: Annotated[tuple[Literal["decoder", "enhancer"], ...], Field(min_length=1)] = ("decoder", "enhancer")
     loss: Literal["windowed", "focal"] = "windowed"
     clear: Share = 0.333
@@ -278,11 +295,12 @@ class Config:
     workers: CountOrNone = 0
     start: Text | None = None
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (
-        SourceConfig("coco", "coco_small", weight=2.0), SourceConfig("bsds", "bsds500"),
+        SourceConfig("coco", "coco_small", weight=2.5), SourceConfig("bsds", "bsds500"),
+        SourceConfig("camvid", "camvid", weight=0.3),
     )
     crop: CropConfig = field(default_factory=CropConfig)
-    objects: Count = 8
-    cells: Count = 2
+    objects: Count = 12
+    cells: Count = 3
     degradation: DegradationConfig = field(default_factory=DegradationConfig)
     enhancer: EnhancerConfig = field(default_factory=EnhancerConfig)
     base: BaseConfig = field(default_factory=BaseConfig)

@@ -18,7 +18,8 @@ MIN_AREA = 192
 
 def draw_crop(
     draw: Callable[[np.random.Generator], Photograph], rng: np.random.Generator, height: int, width: int,
-    zoom: tuple[float, float] = (1.0, 1.8), paste: float = 0.4, stride: int = STRIDE,
+    zoom: tuple[float, float] = (1.0, 2.0), paste: float = 0.6, stride: int = STRIDE,
+    detail: float = 1.0,
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """A random crop of a random photograph, with regions of another pasted in now and then.
 
@@ -29,22 +30,25 @@ def draw_crop(
         zoom: range of the scale, 1 is the largest crop that fits into the photograph.
         paste: share of the crops that get regions of another one.
         stride: pixels of the crop a cell of the regions.
+        detail: pixels of the returned image a pixel of the crop: what a camera of more pixels takes of the same scene.
 
     Returns:
-        image (height, width, 3) uint8 RGB and regions (R, height / stride, width / stride) bool, R >= 1.
+        image (height * detail, width * detail, 3) uint8 RGB, sides rounded, and regions (R, height / stride, width /
+        stride) bool, R >= 1.
     """
     while True:
-        image, regions = _crop(draw(rng), rng, height, width, zoom, stride)
+        image, regions = _crop(draw(rng), rng, height, width, zoom, stride, detail)
         if rng.random() < paste:
-            other, objects = _crop(draw(rng), rng, height, width, zoom, stride)
+            other, objects = _crop(draw(rng), rng, height, width, zoom, stride, detail)
             image, regions = _paste(image, regions, other, objects, rng)
         regions = regions[regions.sum((1, 2)) * stride**2 >= MIN_AREA]
         if len(regions):
-            return jitter(image, rng), regions
+            return image, regions
 
 
 def _crop(
-    photograph: Photograph, rng: np.random.Generator, height: int, width: int, zoom: tuple[float, float], stride: int
+    photograph: Photograph, rng: np.random.Generator, height: int, width: int, zoom: tuple[float, float], stride: int,
+    detail: float,
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     h, w = photograph.image.shape[:2]
     scale = max(height / h, width / w) * rng.uniform(*zoom)
@@ -52,32 +56,32 @@ def _crop(
     # rounding may take a side that fits exactly below zero
     x0, y0 = (rng.uniform(0, max(0.0, whole - part / scale)) for whole, part in ((w, width), (h, height)))
 
-    def matrix(step: float) -> np.ndarray[Any, Any]:
-        """Crop cell of `step` pixels -> source pixel."""
-        s = step / scale
-        first = 0.5 * s - 0.5
+    def matrix(across: int, down: int) -> np.ndarray[Any, Any]:
+        """Cell of a grid of so many over the crop -> source pixel."""
+        sx, sy = width / across / scale, height / down / scale
+        top = y0 + 0.5 * sy - 0.5
         if flip:
-            return np.array([[-s, 0, x0 + width / scale - 0.5 - 0.5 * s], [0, s, y0 + first]])
-        return np.array([[s, 0, x0 + first], [0, s, y0 + first]])
+            return np.array([[-sx, 0, x0 + width / scale - 0.5 - 0.5 * sx], [0, sy, top]])
+        return np.array([[sx, 0, x0 + 0.5 * sx - 0.5], [0, sy, top]])
 
-    source = photograph.image
-    if scale < 0.75:
-        source = cv2.GaussianBlur(source, (0, 0), 0.4 / scale)  # against aliasing
+    source, size = photograph.image, (round(width * detail), round(height * detail))
+    if scale * detail < 0.75:
+        source = cv2.GaussianBlur(source, (0, 0), 0.4 / (scale * detail))  # against aliasing
     image = cv2.warpAffine(
-        source, matrix(1), (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        source, matrix(*size), size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REPLICATE,
     )
-    layers = photograph.layers
+    layers, cells = photograph.layers, (width // stride, height // stride)
     if photograph.alternatives:
         layers = [layers[rng.integers(len(layers))]]
     regions = []
     for layer in layers:
         small = cv2.warpAffine(
-            layer, matrix(stride), (width // stride, height // stride),
+            layer, matrix(*cells), cells,
             flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_CONSTANT,
         )
         regions += [small == number for number in np.unique(small) if number > 0]
-    empty = np.zeros((0, height // stride, width // stride), bool)
+    empty = np.zeros((0, *cells[::-1]), bool)
     return image, np.stack(regions) if regions else empty
 
 
@@ -96,6 +100,25 @@ def _paste(
         image = (image * (1 - soft) + other * soft).astype(np.uint8)
         regions = np.concatenate([regions & ~small, small[None]])
     return image, regions
+
+
+def recoloured(
+    image: np.ndarray[Any, Any], rng: np.random.Generator, gamma: float, colour: float
+) -> np.ndarray[Any, Any]:
+    """Other light and another camera.
+
+    Args:
+        image: (H, W, 3) uint8.
+        gamma: largest exponent of the brightness, at least 1; the smallest is its inverse.
+        colour: largest gain of each colour, at least 1; the smallest is its inverse.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    exponent = gamma ** rng.uniform(-1, 1)
+    gain = colour ** rng.uniform(-1, 1, 3)
+    table = np.clip(255 * (np.arange(256)[:, None] / 255) ** exponent * gain, 0, 255).astype(np.uint8)
+    return cv2.LUT(image, table[None])
 
 
 def jitter(image: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from glesam_ros.degradation import degrade, degrade_lqseg, degrade_lqseg_mixed
 from glesam_ros.models.glesam.base import Features
 from glesam_ros.training.config import StageConfig
-from glesam_ros.training.crops import draw_crop
+from glesam_ros.training.crops import draw_crop, jitter
 from glesam_ros.training.full_config import (
     FULL_STAGES,
     DistillConfig,
@@ -74,7 +74,7 @@ def draw_crops(
     """
     crop = config.crop
     drawn = [draw_crop(scenes.draw, rng, crop.side, crop.side, crop.zoom, crop.paste, 1) for _ in range(count)]
-    images = [image for image, _ in drawn]
+    images = [jitter(image, rng) for image, _ in drawn]
     inputs = [
         (image, 0.0) if rng.random() < clear else worsen(image, config.degradation, rng) for image in images
     ]

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from glesam_ros.degradation import degrade, degrade_lqseg
-from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, pooled_statistics, with_positions
+from glesam_ros.models.nano import resized
+from glesam_ros.models.nano_net import HYPOTHESES, Enhancer, NanoNet, kernel_weights, pooled_statistics, with_positions
 from glesam_ros.training import checkpoint
+from glesam_ros.training.adapters import add_adapters
 from glesam_ros.training.config import (
     STAGES,
     BaseConfig,
@@ -24,19 +27,8 @@ from glesam_ros.training.config import (
     RestoreConfig,
     StageConfig,
 )
-from glesam_ros.training.crops import STRIDE, draw_crop
-from glesam_ros.training.loop import (
-    Batch,
-    Draw,
-    Group,
-    Run,
-    Stage,
-    Stop,
-    Stopped,
-    claim,
-    make_accelerator,
-    train,
-)
+from glesam_ros.training.crops import STRIDE, draw_crop, recoloured
+from glesam_ros.training.loop import Batch, Draw, Group, Run, Stage, Stop, claim, complete, make_accelerator, sow
 from glesam_ros.training.losses import dice_focal_loss, soft_iou, windowed_loss, windows
 from glesam_ros.training.prompts import draw_cells, draw_prompt
 from glesam_ros.training.sources import Scenes, load_scenes
@@ -46,26 +38,56 @@ MaskLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 MASK_LOSSES: dict[str, MaskLoss] = {"windowed": windowed_loss, "focal": dice_focal_loss}
 CONSTANT_LEVEL = 0.5
 """What the enhancer gets for a level where its condition is switched off."""
+ADAPTED = r"_blocks\.\d+\.(_expand_conv|_project_conv)|from\d+|context\.0|fuse\.0\.0|fuse\.1"
+"""What gets adapters, of `Trunk`: all convolutions but the depthwise ones and the overview."""
 PAIRS = 8
 """Crops that are embedded at once for the level head."""
 COLOURS = ((230, 60, 60), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240))
 
 
-def draw_scenes(scenes: Scenes, rng: np.random.Generator, config: Config, count: int) -> Batch:
-    """Clear crops with regions, prompts and grid points; R regions and O prompted objects a crop, padded.
+def draw_scenes(
+    scenes: Scenes, rng: np.random.Generator, config: Config, count: int, clear: float | None = None
+) -> Batch:
+    """Crops with regions, prompts and grid points; R regions and O prompted objects a crop, padded.
+
+    Args:
+        clear: share of the crops that stay clear, the others are degraded; None: all stay clear.
 
     Returns:
         images (B, H, W, 3) uint8, regions (B, R, H / 4 * W / 4) float (zero rows are padding), target (B, O) index of
         the region of each object, xy (B, O, N, 2) in -1..1, labels (B, O, N), single (B, O) bool (one ambiguous point),
-        cells (B, O * C) grid indices, -1 none.
+        cells (B, O * C) grid indices, -1 none; unless `clear` is None also levels (B,) in 0..3 and clear, the images as
+        they were before they were degraded.
     """
-    crops = [_crop(scenes, rng, config) for _ in range(count)]
-    most = max(len(regions) for _, regions in crops)
-    h, w = crops[0][1].shape[1:]
+    crop = config.crop
+    levels = None if clear is None else draw_levels(config.degradation, rng, count, clear)
+    pictures: dict[str, list[Array]] = {"images": [], "clear": []}
+    found = []
+    for k in range(count):
+        detail = 1.0 if levels is None else float(np.exp(rng.uniform(*np.log(crop.detail))))
+        drawn, regions = draw_crop(scenes.draw, rng, crop.height, crop.width, crop.zoom, crop.paste, detail=detail)
+        image: Array = recoloured(drawn, rng, crop.gamma, crop.colour)
+        if rng.random() < crop.grey:
+            image = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None], 3, 2)
+        level = 0 if levels is None else int(levels[k])
+        seen: Array = worsen(image, level, config.degradation, rng) if level else image
+        for name, picture in (("images", seen), ("clear", image)):
+            pictures[name].append(resized(picture, (crop.height, crop.width)))
+        found.append(regions)
+    batch = {**_targets(found, rng, config), "images": torch.from_numpy(np.stack(pictures["images"]))}
+    if levels is not None:
+        batch |= {"levels": torch.from_numpy(levels), "clear": torch.from_numpy(np.stack(pictures["clear"]))}
+    return batch
+
+
+def _targets(found: list[Array], rng: np.random.Generator, config: Config) -> Batch:
+    """What `draw_scenes` says of regions (R, h, w) bool of each crop."""
+    count, most = len(found), max(len(regions) for regions in found)
+    h, w = found[0].shape[1:]
     padded = np.zeros((count, most, h * w), np.float32)
     target = np.zeros((count, config.objects), np.int64)
     rows: list[list[Any]] = [[], [], [], []]
-    for b, (_, regions) in enumerate(crops):
+    for b, regions in enumerate(found):
         padded[b, : len(regions)] = regions.reshape(len(regions), -1)
         target[b] = rng.permutation(np.resize(rng.permutation(len(regions)), config.objects))
         drawn = [draw_prompt(regions[k], rng) for k in target[b]]
@@ -74,14 +96,9 @@ def draw_scenes(scenes: Scenes, rng: np.random.Generator, config: Config, count:
         rows[3].append(np.concatenate([draw_cells(regions[k], config.cells, rng) for k in target[b]]))
     xy, labels, single, cells = (torch.from_numpy(np.stack(row)) for row in rows)
     return {
-        "images": torch.from_numpy(np.stack([image for image, _ in crops])), "regions": torch.from_numpy(padded),
-        "target": torch.from_numpy(target), "xy": xy, "labels": labels, "single": single, "cells": cells,
+        "regions": torch.from_numpy(padded), "target": torch.from_numpy(target), "xy": xy, "labels": labels,
+        "single": single, "cells": cells,
     }
-
-
-def _crop(scenes: Scenes, rng: np.random.Generator, config: Config) -> tuple[Array, Array]:
-    crop = config.crop
-    return draw_crop(scenes.draw, rng, crop.height, crop.width, crop.zoom, crop.paste)
 
 
 def draw_levels(mix: DegradationConfig, rng: np.random.Generator, count: int, clear: float = 0.0) -> Array:
@@ -99,25 +116,20 @@ def worsen(image: Array, level: int, mix: DegradationConfig, rng: np.random.Gene
 
 def draw_pairs(scenes: Scenes, rng: np.random.Generator, config: Config, count: int) -> Batch:
     """Clear crops, the same degraded (B, H, W, 3) uint8, and the levels (B,) in 1..3."""
-    levels = draw_levels(config.degradation, rng, count)
-    clear = [_crop(scenes, rng, config)[0] for _ in range(count)]
-    worse = [worsen(image, int(k), config.degradation, rng) for image, k in zip(clear, levels, strict=True)]
-    return {
-        "clear": torch.from_numpy(np.stack(clear)), "degraded": torch.from_numpy(np.stack(worse)),
-        "levels": torch.from_numpy(levels),
-    }
+    drawn = draw_scenes(scenes, rng, config, count, clear=0.0)
+    return {"clear": drawn["clear"], "degraded": drawn["images"], "levels": drawn["levels"]}
 
 
 def to_network(images: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float as the backbone wants it, channels last in memory."""
-    return (images.permute(0, 3, 1, 2).float() - 127.0) / 128.0
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float as the stem wants it, channels last in memory."""
+    return images.permute(0, 3, 1, 2).float()
 
 
-def embed(net: NanoNet, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (B, H, W, 3) uint8 -> latent (B, C, h, w) and pooled statistics (B, S), without gradient."""
+def see(net: NanoNet, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (B, H, W, 3) uint8 -> features of stride 4 and 8, pooled statistics (B, S), without gradient."""
     with torch.no_grad():
-        pyramid = net.encoder.backbone(to_network(images))
-        return net.encoder.neck(pyramid).float(), pooled_statistics([x.float() for x in pyramid])
+        s2, s4, s8 = net.stem.features(to_network(images))
+        return s4, s8, pooled_statistics([s2.float(), s4.float(), s8.float()])
 
 
 def decoder_loss(net: NanoNet, latent: Tensor, batch: Batch, loss: MaskLoss = windowed_loss) -> dict[str, Tensor]:
@@ -199,36 +211,43 @@ class NanoStage(Stage):
         if self.config.enhancer.condition == "none":
             return torch.full_like(statistics[:, 0], CONSTANT_LEVEL)
         with torch.no_grad():
-            return self.model.encoder.level(statistics).float()
+            return self.model.stem.level(statistics).float()
+
+    def off_and_on(self, batch: Batch) -> dict[str, Tensor]:
+        """The first crop, and its masks without and with enhancement."""
+        s4, s8, statistics = see(self.model, batch["images"][:1])
+        restored = self.model.enhancer(s4, s8, self.condition(statistics))
+        return {
+            "crop": batch["images"][0], "masks_off": painted(self.model, self.model.trunk(s4, s8), batch),
+            "masks_on": painted(self.model, restored, batch),
+        }
 
 
 class Base(NanoStage):
-    """Encoder and decoder on clear crops; the early backbone and all its normalisation stay as pretrained."""
+    """Trunk and decoder on clear crops; the stem and all normalisation of the backbone stay as pretrained."""
 
     name = "base"
     settings: BaseConfig
 
     def groups(self) -> list[Group]:
-        net, rates = self.model, self.settings.rates
-        backbone = net.encoder.backbone
-        tuned = [p for block in backbone._blocks[5:] for p in block.parameters()]
-        other = (backbone, net.encoder.level, net.enhancer)
-        skip = {p for module in other for p in module.parameters()}
-        fresh = [p for p in net.parameters() if p not in skip]
+        trunk, rates = self.model.trunk, self.settings.rates
+        tuned = list(trunk._blocks.parameters())
+        inside = {id(p) for p in tuned}
+        fresh = [p for part in (trunk, self.model.decoder) for p in part.parameters() if id(p) not in inside]
         return [Group("backbone", tuned, rates.backbone), Group("fresh", fresh, rates.fresh)]
 
     def set_modes(self) -> None:
         self.train()
-        self.model.encoder.backbone.eval()
+        for part in (self.model.stem, self.model.trunk._blocks, self.model.enhancer):
+            part.eval()
 
     def batch(self, rng: np.random.Generator) -> Batch:
         return draw_scenes(self.scenes, rng, self.config, self.settings.batch)
 
     def latent(self, images: Tensor) -> Tensor:
-        encoder = self.model.encoder
-        with torch.no_grad():
-            early = encoder.backbone.early(to_network(images))
-        return encoder.neck(encoder.backbone.late(*early))
+        s4, s8, _ = see(self.model, images)
+        latent: Tensor = self.model.trunk(s4, s8)
+        return latent
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return decoder_loss(self.model, self.latent(batch["images"]), batch, MASK_LOSSES[self.settings.loss])
@@ -238,17 +257,17 @@ class Base(NanoStage):
 
 
 class Level(NanoStage):
-    """The degradation-level head on pooled statistics of the frozen encoder; clear crops are level 0."""
+    """The degradation-level head on pooled statistics of the frozen stem; clear crops are level 0."""
 
     name = "level"
     settings: LevelConfig
 
     def groups(self) -> list[Group]:
-        return [Group("head", list(self.model.encoder.level.parameters()), self.settings.rates.head)]
+        return [Group("head", list(self.model.stem.level.parameters()), self.settings.rates.head)]
 
     def set_modes(self) -> None:
         self.eval()
-        self.model.encoder.level.train()
+        self.model.stem.level.train()
 
     def prepare(self, drawn: Callable[[Draw, int], Iterator[Batch]]) -> None:
         """Statistics of `pairs` clear and degraded crops, once."""
@@ -258,7 +277,7 @@ class Level(NanoStage):
         levels = []
         for pair in drawn(self._pairs, -(-pairs // PAIRS)):
             for column, images in zip(statistics, (pair["clear"], pair["degraded"]), strict=True):
-                column.append(embed(self.model, images)[1])
+                column.append(see(self.model, images)[2])
             levels.append(pair["levels"])
         clear, degraded = (torch.cat(column)[:pairs] for column in statistics)
         worse = torch.cat(levels)[:pairs].float() / 3
@@ -273,36 +292,63 @@ class Level(NanoStage):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         rows = batch["rows"]
         with torch.autocast(rows.device.type, enabled=False):
-            return {"loss": ((self.model.encoder.level(self.statistics[rows]) - self.truth[rows]) ** 2).mean()}
+            return {"loss": ((self.model.stem.level(self.statistics[rows]) - self.truth[rows]) ** 2).mean()}
+
+
+def parts_of(enhancer: Enhancer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters of its trunk, and of its U-Net."""
+    trunk = list(enhancer.trunk.parameters())
+    inside = {id(p) for p in trunk}
+    return trunk, [p for p in enhancer.parameters() if id(p) not in inside]
 
 
 class Restore(NanoStage):
-    """Stage 1 (GleSAM, sec. 3.4): latent MSE to the clear latent; some inputs are clear and must stay."""
+    """Stage 1 (GleSAM, sec. 3.4): latent MSE to the clear latent; some inputs are clear and must stay.
+
+    The enhancer's trunk begins as the encoder's, with adapters that are merged at the end. As in SCR (RASS, IJCV 2026),
+    a constraint goes with the restoration: the frozen decoder must find its masks in the restored latent.
+    """
 
     name = "restore"
     settings: RestoreConfig
 
+    def __init__(self, net: NanoNet, config: Config, settings: RestoreConfig, scenes: Scenes) -> None:
+        super().__init__(net, config, settings, scenes)
+        net.enhancer.trunk.load_state_dict(net.trunk.state_dict())
+        self.adapters = add_adapters(net.enhancer.trunk, ADAPTED, settings.rank)
+
     def groups(self) -> list[Group]:
-        return [Group("enhancer", list(self.model.enhancer.parameters()), self.settings.rates.enhancer)]
+        rates, (_, unet) = self.settings.rates, parts_of(self.model.enhancer)
+        adapters = [p for name, p in self.model.enhancer.trunk.named_parameters() if "lora_" in name]
+        return [Group("adapters", adapters, rates.adapters), Group("unet", unet, rates.unet)]
 
     def set_modes(self) -> None:
         self.eval()
         self.model.enhancer.train()
+        self.model.enhancer.trunk.eval()
 
     def batch(self, rng: np.random.Generator) -> Batch:
-        pairs = draw_pairs(self.scenes, rng, self.config, self.settings.batch)
-        return {**pairs, "keep": torch.from_numpy(rng.random(self.settings.batch) < self.settings.clear)}
+        return draw_scenes(self.scenes, rng, self.config, self.settings.batch, self.settings.clear)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        keep = batch["keep"]
-        target, clear = embed(self.model, batch["clear"])
-        latent, statistics = embed(self.model, batch["degraded"])
-        latent = torch.where(keep[:, None, None, None], target, latent)
-        level = self.condition(torch.where(keep[:, None], clear, statistics))
-        restored = self.model.enhancer(latent, level)
+        with torch.no_grad():
+            target = self.model.trunk(*see(self.model, batch["clear"])[:2]).float()
+        s4, s8, statistics = see(self.model, batch["images"])
+        restored = self.model.enhancer(s4, s8, self.condition(statistics)).float()
+        error = ((restored - target) ** 2).mean()
+        found = decoder_loss(self.model, restored, batch)
         return {
-            "loss": ((restored.float() - target) ** 2).mean(), "unrestored": ((latent - target) ** 2).mean(),
+            "loss": error + self.settings.constraint * found["loss"], "restoration": error, "constraint": found["loss"],
+            "iou": found["iou"],
         }
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return self.off_and_on(batch)
+
+    def conclude(self) -> None:
+        """Merge."""
+        self.model.enhancer.trunk = self.adapters.merge_and_unload()
+        self.model.requires_grad_(False)
 
 
 class Decode(NanoStage):
@@ -316,12 +362,13 @@ class Decode(NanoStage):
     settings: DecodeConfig
 
     def groups(self) -> list[Group]:
-        rates = self.settings.rates
-        groups = [
-            Group("decoder", list(self.model.decoder.parameters()), rates.decoder),
-            Group("enhancer", list(self.model.enhancer.parameters()), rates.enhancer),
-        ]
-        return [group for group in groups if group.name in self.settings.train]
+        rates, groups = self.settings.rates, []
+        if "decoder" in self.settings.train:
+            groups.append(Group("decoder", list(self.model.decoder.parameters()), rates.decoder))
+        if "enhancer" in self.settings.train:
+            trunk, unet = parts_of(self.model.enhancer)
+            groups += [Group("trunk", trunk, rates.trunk), Group("unet", unet, rates.unet)]
+        return groups
 
     def set_modes(self) -> None:
         self.eval()
@@ -330,30 +377,25 @@ class Decode(NanoStage):
 
     def batch(self, rng: np.random.Generator) -> Batch:
         count = self.settings.batch
-        batch = draw_scenes(self.scenes, rng, self.config, count)
-        levels = draw_levels(self.config.degradation, rng, count, self.settings.clear)
-        images = batch["images"].numpy()
-        for k in np.flatnonzero(levels):
-            images[k] = worsen(images[k], int(levels[k]), self.config.degradation, rng)
-        return {**batch, "skip": torch.from_numpy((levels == 0) & (rng.random(count) < 0.5))}
+        batch = draw_scenes(self.scenes, rng, self.config, count, self.settings.clear)
+        skip = (batch["levels"] == 0) & torch.from_numpy(rng.random(count) < 0.5)
+        return {**{name: value for name, value in batch.items() if name != "clear"}, "skip": skip}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        latent, statistics = embed(self.model, batch["images"])
-        restored = self.model.enhancer(latent, self.condition(statistics)).float()
-        latent = torch.where(batch["skip"][:, None, None, None], latent, restored)
+        s4, s8, statistics = see(self.model, batch["images"])
+        restored = self.model.enhancer(s4, s8, self.condition(statistics)).float()
+        with torch.no_grad():
+            plain = self.model.trunk(s4, s8).float()
+        latent = torch.where(batch["skip"][:, None, None, None], plain, restored)
         return decoder_loss(self.model, latent, batch, MASK_LOSSES[self.settings.loss])
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        latent, statistics = embed(self.model, batch["images"][:1])
-        restored = self.model.enhancer(latent, self.condition(statistics))
-        return {
-            "crop": batch["images"][0], "masks_off": painted(self.model, latent, batch),
-            "masks_on": painted(self.model, restored, batch),
-        }
+        return self.off_and_on(batch)
 
 
 def make_stage(name: str, net: NanoNet, config: Config, scenes: Scenes) -> NanoStage:
-    """The stage `name` of `STAGES`."""
+    """The stage `name` of `STAGES`; what it adds to the network depends on seed and stage alone."""
+    sow(config.seed, STAGES.index(name))
     kinds: dict[str, type[NanoStage]] = {kind.name: kind for kind in (Base, Level, Restore, Decode)}
     return kinds[name](net, config, getattr(config, name), scenes)
 
@@ -411,25 +453,14 @@ def train_nano(
     net.enhancer.gamma = config.enhancer.gamma
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword alone
     net = net.to(accelerator.device)
-    scenes: Scenes | None = None
+    stages = [name for name in STAGES[: STAGES.index(until) + 1] if getattr(config, name).steps]
+    left = [name for name in stages if not (out / f"{name}.pt").exists()]
+    # a run that is finished needs no data
+    scenes = load_scenes(config.sources, data) if left else Scenes([], np.zeros(0))
     with (stop := Stop()).signals():
         shared = Run(out, config.seed, config.workers, accelerator, stop)
-        saved = checkpoint.read(shared.checkpoint) if shared.checkpoint.exists() else {"stage": None}
-        for number, name in enumerate(STAGES[: STAGES.index(until) + 1]):
-            finished = out / f"{name}.pt"
-            if not getattr(config, name).steps:
-                continue
-            if finished.exists():
-                _load_weights(net, finished)
-                continue
-            scenes = scenes or load_scenes(config.sources, data)
-            train(make_stage(name, net, config, scenes), number, shared, saved if saved["stage"] == name else None)
-            if accelerator.is_main_process:
-                checkpoint.write(finished, net.state_dict())
-                shared.checkpoint.unlink(missing_ok=True)
-            accelerator.wait_for_everyone()
-            if shared.stopping():
-                raise Stopped
+        for name in stages:
+            complete(make_stage(name, net, config, scenes), STAGES.index(name), shared)
     if until != STAGES[-1]:
         return []
     if accelerator.is_main_process:

@@ -11,15 +11,16 @@ import copy
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glesam_ros.models.rass_nano_net import RassNano, add_adapters, features_of
+from glesam_ros.models.rass_nano_net import ADAPTED, RassNano, features_of
 from glesam_ros.training import checkpoint
+from glesam_ros.training.adapters import add_adapters
 from glesam_ros.training.config import StageConfig
+from glesam_ros.training.crops import recoloured
 from glesam_ros.training.labelled_crops import VOID, LabelledScenes, draw_labelled, load_labelled
 from glesam_ros.training.loop import Batch, Group, Run, Stage, Stop, claim, complete, make_accelerator, sow
 from glesam_ros.training.nano import draw_levels, pretrained_backbone, worsen
@@ -28,7 +29,6 @@ from glesam_ros.training.rass_nano_config import (
     NanoScrConfig,
     NanoSegmentConfig,
     RassNanoConfig,
-    RectangleConfig,
 )
 
 Array = np.ndarray[Any, Any]
@@ -46,7 +46,7 @@ def draw_streets(
     """
     crop = config.crop
     drawn = [draw_labelled(scenes, rng, crop.height, crop.width, crop.zoom) for _ in range(count)]
-    images = [recoloured(image, rng, crop) for image, _ in drawn]
+    images = [recoloured(image, rng, crop.gamma, crop.colour) for image, _ in drawn]
     levels = draw_levels(config.degradation, rng, count, clear)
     inputs = [
         worsen(image, int(level), config.degradation, rng) if level else image
@@ -56,14 +56,6 @@ def draw_streets(
         "clear": torch.from_numpy(np.stack(images)), "input": torch.from_numpy(np.stack(inputs)),
         "labels": torch.from_numpy(np.stack([labels for _, labels in drawn])).long(),
     }
-
-
-def recoloured(image: Array, rng: np.random.Generator, crop: RectangleConfig) -> Array:
-    """Other light and another camera: (H, W, 3) uint8 with brightness gamma and a gain of each colour."""
-    exponent = crop.gamma ** rng.uniform(-1, 1)
-    gain = crop.colour ** rng.uniform(-1, 1, 3)
-    table = np.clip(255 * (np.arange(256)[:, None] / 255) ** exponent * gain, 0, 255).astype(np.uint8)
-    return cv2.LUT(image, table[None])
 
 
 def class_weights(scenes: LabelledScenes, balance: float) -> Tensor:
@@ -153,7 +145,7 @@ class Scr(RassNanoStage):
     ) -> None:
         super().__init__(net, config, settings, scenes, weights)
         self.clear = copy.deepcopy(net.backbone).requires_grad_(False)
-        self.adapters = add_adapters(net.backbone, settings.rank)
+        self.adapters = add_adapters(net.backbone, ADAPTED, settings.rank)
 
     def groups(self) -> list[Group]:
         adapters = [p for name, p in self.model.backbone.named_parameters() if "lora_" in name]
