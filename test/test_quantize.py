@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +175,43 @@ def test_half_stored_weights_leave_the_scales_of_8_bits_alone() -> None:
     storage.store_half(model)
     values = constants(model)
     assert values["w_half"].dtype == np.float16 and "w" not in values and values["s"].dtype == np.float32
+
+
+def test_features_handed_on_in_8_bits_are_rounded_once() -> None:
+    whole = small_network()
+    first, second = copy.deepcopy(whole), copy.deepcopy(whole)
+    cut = "y0"
+    for model in (whole, first, second):
+        # what is handed on is signed, as the bottlenecks of nano's stem
+        model.graph.node.remove(next(node for node in model.graph.node if node.name == "clip0"))
+        next(node for node in model.graph.node if node.name == "depthwise").input[0] = cut
+    del first.graph.node[5:], second.graph.node[:5]
+    first.graph.output[0].CopyFrom(helper.make_tensor_value_info(cut, TensorProto.FLOAT, [1, 8, "h2", "w2"]))
+    second.graph.input[0].CopyFrom(helper.make_tensor_value_info(cut, TensorProto.FLOAT, [1, 8, "h2", "w2"]))
+    feeds = [{"image": picture} for picture in PICTURES]
+    passed = [{cut: run(first, picture)} for picture in PICTURES]
+    small_first = quantize.quantize(first, feeds)
+    grids = quantize.hand_out_bytes(small_first, [cut])
+    small_second = quantize.quantize(second, passed, given=grids)
+    assert small_first.graph.node[-1].op_type == "QuantizeLinear"
+    middle = run(small_first, PICTURES[0])
+    scale, zero = grids[cut]
+    assert middle.dtype == np.uint8 and zero > 0
+    exact = run(first, PICTURES[0])
+    assert np.abs((middle - float(zero)) * scale - exact).max() < 0.05 * np.abs(exact).max()
+    session = ort.InferenceSession(small_second.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {cut: middle})
+    expected = run(whole, PICTURES[0])
+    assert np.sqrt(np.square(found - expected).mean()) < 0.03 * np.sqrt(np.square(expected).mean())
+    # on the border nothing is rounded again
+    assert [n.op_type for n in small_second.graph.node if cut in n.input] == ["DequantizeLinear"]
+
+
+def test_what_is_handed_out_in_8_bits_may_be_read_inside_too(network) -> None:
+    model = small_network()
+    model.graph.output.append(helper.make_tensor_value_info("y0", TensorProto.FLOAT, [1, 8, "h2", "w2"]))
+    small = quantize.quantize(model, [{"image": picture} for picture in PICTURES])
+    before = run(small, PICTURES[0])
+    quantize.hand_out_bytes(small, ["y0"])
+    assert small.graph.output[1].type.tensor_type.elem_type == TensorProto.UINT8
+    np.testing.assert_allclose(run(small, PICTURES[0]), before, atol=1e-6)

@@ -19,9 +19,9 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from glesam_ros.models.nano_net import HYPOTHESES, LATENT, NanoNet, kernel_weights, with_positions
+from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, with_positions
 from glesam_ros.training.graphs import simplify
-from glesam_ros.training.quantize import quantize
+from glesam_ros.training.quantize import Grids, hand_out_bytes, quantize
 from glesam_ros.training.storage import save, split_convolutions, store_half
 
 OPSET = 17
@@ -35,16 +35,16 @@ PAIRS = 16
 """Crops for calibration, each clear and degraded."""
 
 
-class EncoderGraph(nn.Module):
-    """image (1, H, W, 3) uint8 -> latent (1, C, H/8, W/8), level (1,)."""
+class StemGraph(nn.Module):
+    """image (1, H, W, 3) uint8 -> s4 (1, 24, H/4, W/4), s8 (1, 40, H/8, W/8), level (1,)."""
 
     def __init__(self, net: NanoNet) -> None:
         super().__init__()
         self.net = net
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        latent, level = self.net.encoder(image.permute(0, 3, 1, 2).float())
-        return latent, level
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s4, s8, level = self.net.stem(image.permute(0, 3, 1, 2).float())
+        return s4, s8, level
 
 
 class DecoderGraph(nn.Module):
@@ -81,12 +81,13 @@ class PromptGraph(nn.Module):
 
 
 def export(net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] = ()) -> dict[str, dict[str, float]]:
-    """Write the files: fp32 graphs, with `pictures` also 8-bit graphs of the first three, and all their weights.
+    """Write the files: fp32 graphs, with `pictures` also 8-bit graphs of all but the prompt, and all their weights.
 
     Args:
         net: trained.
         folder: gets `nano_<part>.onnx`, `nano_<part>_int8.onnx` and `nano_weights.bin`; older ones there are replaced.
-        pictures: (H, W, 3) uint8 RGB each, sides multiples of 32; the ranges of the 8-bit graphs come from them.
+        pictures: (H, W, 3) uint8 RGB each, sides multiples of 32, the first half clear, the others degraded; the ranges
+            of the 8-bit graphs come from them.
 
     Returns:
         "torch": largest difference of each fp32 file to torch, relative to the largest output; with pictures "int8":
@@ -98,15 +99,18 @@ def export(net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] 
     net = copy.deepcopy(net).eval()
     torch.manual_seed(0)
     image = torch.randint(0, 256, (1, 384, 512, 3), dtype=torch.uint8)
-    latent = torch.randn(1, LATENT, 48, 64)
-    decoder = DecoderGraph(net)
+    stem, decoder = StemGraph(net), DecoderGraph(net)
     with torch.no_grad():
+        s4, s8, level = stem(image)
+        latent = net.trunk(s4, s8)
         features, trunk, grid = decoder(latent)[:3]
     xy, labels = torch.rand(1, 3, 4, 2) * 2 - 1, torch.tensor([[[1, 0, 1, -1], [1, -1, -1, -1], [2, 3, 4, -1.0]]])
     latent_axes = {2: "h", 3: "w"}
+    stem_axes = {"s4": {2: "h4", 3: "w4"}, "s8": {2: "h8", 3: "w8"}}
     parts: dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any], list[str]]] = {
-        "encoder": (EncoderGraph(net), (image,), {"image": {1: "H", 2: "W"}}, ["latent", "level"]),
-        "enhancer": (net.enhancer, (latent, torch.tensor([0.5])), {"latent": latent_axes, "level": {}}, ["restored"]),
+        "stem": (stem, (image,), {"image": {1: "H", 2: "W"}}, ["s4", "s8", "level"]),
+        "trunk": (net.trunk, (s4, s8), stem_axes, ["latent"]),
+        "enhancer": (net.enhancer, (s4, s8, level), {**stem_axes, "level": {}}, ["restored"]),
         "decoder": (decoder, (latent,), {"latent": latent_axes}, ["features", "trunk", "grid", "weights", "scores"]),
         "prompt": (
             PromptGraph(net), (features, trunk, grid, xy, labels),
@@ -126,7 +130,13 @@ def export(net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] 
         )
         graphs[name] = simplify(onnx.load(path))
     feeds = calibration(graphs, pictures) if len(pictures) else {}
-    files = {f"nano_{name}_int8.onnx": quantize(graphs[name], feed, KEPT.get(name, ())) for name, feed in feeds.items()}
+    files: dict[str, onnx.ModelProto] = {}
+    grids: Grids = {}
+    for name, feed in feeds.items():
+        given = {key: grid for key, grid in grids.items() if key in feed[0]}
+        files[f"nano_{name}_int8.onnx"] = small = quantize(graphs[name], feed, KEPT.get(name, ()), given)
+        if name == "stem":
+            grids = hand_out_bytes(small, list(stem_axes))
     for name, graph in graphs.items():
         split_convolutions(graph, files.get(f"nano_{name}_int8.onnx"))
         files[f"nano_{name}.onnx"] = graph
@@ -138,33 +148,55 @@ def export(net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] 
         for name, (module, inputs, axes, _) in parts.items()
     }}
     if feeds:
-        report["int8"] = {name: drift(folder, name, feed) for name, feed in feeds.items()}
+        report["int8"] = {name: drift(folder, name, feed, grids) for name, feed in feeds.items()}
     return report
 
 
 def calibration(
     graphs: dict[str, onnx.ModelProto], pictures: Sequence[np.ndarray[Any, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Inputs of encoder, enhancer and decoder for each picture; the decoder gets latents restored and as they were."""
-    encoder, enhancer = (open_graph(graphs[name].SerializeToString()) for name in ("encoder", "enhancer"))
-    feeds: dict[str, list[dict[str, Any]]] = {"encoder": [], "enhancer": [], "decoder": []}
+    """Inputs of stem, trunk, enhancer and decoder: what they get of `pictures` where the runtime has them."""
+    stem, trunk, enhancer = (open_graph(graphs[name].SerializeToString()) for name in ("stem", "trunk", "enhancer"))
+    feeds: dict[str, list[dict[str, Any]]] = {"stem": [], "trunk": [], "enhancer": [], "decoder": []}
+    clear = len(pictures) - len(pictures) // 2
     for number, picture in enumerate(pictures):
-        feeds["encoder"].append({"image": np.ascontiguousarray(picture)[None]})
-        latent, level = encoder.run(None, feeds["encoder"][-1])
-        feeds["enhancer"].append({"latent": latent, "level": level})
-        (restored,) = enhancer.run(None, feeds["enhancer"][-1])
-        feeds["decoder"].append({"latent": (latent, restored)[number % 2]})
+        feeds["stem"].append({"image": np.ascontiguousarray(picture)[None]})
+        s4, s8, level = stem.run(None, feeds["stem"][-1])
+        feeds["enhancer"].append({"s4": s4, "s8": s8, "level": level})
+        # the trunk runs for clear pictures, seldom for others: of those it gets each fourth
+        if number < clear or number % 4 == 3:
+            feeds["trunk"].append({"s4": s4, "s8": s8})
+        if number < clear:
+            (latent,) = trunk.run(None, feeds["trunk"][-1])
+        else:
+            (latent,) = enhancer.run(None, feeds["enhancer"][-1])
+        feeds["decoder"].append({"latent": latent})
     return feeds
 
 
-def drift(folder: Path, name: str, feeds: list[dict[str, Any]]) -> float:
-    """Root mean square of int8 minus fp32, relative to fp32's, of the first output over all feeds."""
+def drift(folder: Path, name: str, feeds: list[dict[str, Any]], grids: Grids) -> float:
+    """Root mean square of int8 minus fp32, relative to fp32's, of the first output over all feeds.
+
+    Args:
+        grids: of what the 8-bit files hand to each other in 8 bits.
+    """
     plain, small = (open_graph(str(folder / f"nano_{name}{kind}.onnx")) for kind in ("", "_int8"))
+    first = small.get_outputs()[0].name
     squares = np.zeros(2)
     for feed in feeds:
-        a, b = (session.run(None, feed)[0].astype(np.float64) for session in (plain, small))
+        a = plain.run([first], feed)[0].astype(np.float64)
+        rounded = {key: in_bytes(x, *grids[key]) if key in grids else x for key, x in feed.items()}
+        b = small.run([first], rounded)[0].astype(np.float64)
+        if first in grids:
+            scale, zero = grids[first]
+            b = (b - float(zero)) * float(scale)
         squares += np.square(a - b).sum(), np.square(a).sum()
     return float(np.sqrt(squares[0] / max(squares[1], 1e-12)))
+
+
+def in_bytes(x: np.ndarray[Any, Any], scale: np.float32, zero: np.uint8) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """What an 8-bit graph takes for the numbers x."""
+    return np.clip(np.rint(x / scale) + float(zero), 0, 255).astype(np.uint8)
 
 
 def open_graph(source: str | bytes) -> ort.InferenceSession:
@@ -186,7 +218,7 @@ def compare(path: Path, module: nn.Module, inputs: tuple[Tensor, ...], names: li
 
 
 def calibration_pictures(data: Path, pairs: int = PAIRS, seed: int = 0) -> list[np.ndarray[Any, Any]]:
-    """Crops of training photographs as the default recipe draws them, each clear and degraded.
+    """Crops of training photographs as the default recipe draws them: all of them clear, then the same degraded.
 
     Raises:
         FileNotFoundError: `data` lacks a training set of the recipe.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from glesam_ros.training.graphs import attribute, constants, replace_constant
@@ -26,15 +26,18 @@ QUANTIZED = ("Conv", "Clip", "Relu", "Add")
 LARGEST = 127
 """Largest weight, and largest sum of two neighbours: 2 * 127 rounded up by half each is 128, times 255 below 2^15."""
 Feeds = Sequence[dict[str, Any]]
+Grids = dict[str, tuple[np.float32, np.uint8]]
+"""Scale and zero point of activations by name."""
 
 
-def quantize(model: ModelProto, feeds: Feeds, keep: Sequence[str] = ()) -> ModelProto:
+def quantize(model: ModelProto, feeds: Feeds, keep: Sequence[str] = (), given: Grids | None = None) -> ModelProto:
     """The 8-bit version of a simplified graph.
 
     Args:
         model: in fp32, see `glesam_ros.training.graphs.simplify`.
         feeds: calibration inputs, by input name; their largest and smallest activations become the ranges.
         keep: nodes with one of these in their name stay fp32.
+        given: inputs that come in 8 bits, as `hand_out_bytes` of the graph before made them.
 
     Returns:
         A graph whose weight W is the initialiser `W_quantized`, int8, times `W_scale`, one for each output channel.
@@ -55,6 +58,8 @@ def quantize(model: ModelProto, feeds: Feeds, keep: Sequence[str] = ()) -> Model
     normalised = _normalised_bytes(model)
     if normalised:
         overrides[normalised] = [{"scale": np.array(1 / 128, np.float32), "zero_point": np.array(127, np.uint8)}]
+    for name, (scale, zero) in (given or {}).items():
+        overrides[name] = [{"scale": np.array(scale), "zero_point": np.array(zero)}]
     left = [n.name for n in model.graph.node if any(part in n.name for part in keep)]
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
@@ -67,6 +72,8 @@ def quantize(model: ModelProto, feeds: Feeds, keep: Sequence[str] = ()) -> Model
         model = onnx.load(target)
     if normalised:
         take_bytes(model, normalised)
+    for name in given or {}:
+        _take_input(model, name)
     onnx.checker.check_model(model)
     return model
 
@@ -120,6 +127,53 @@ def take_bytes(model: ModelProto, normalised: str) -> None:
                 node.input[k] = source
     for node in gone:
         model.graph.node.remove(node)
+
+
+def hand_out_bytes(model: ModelProto, names: Sequence[str]) -> Grids:
+    """Make outputs of an 8-bit graph uint8, as they are before they become fp32 again, in place.
+
+    What another 8-bit graph reads is then rounded once, and a quarter as large.
+
+    Args:
+        names: outputs that a node in 8 bits makes.
+
+    Returns:
+        What an output's numbers are: (number - zero point) * scale.
+    """
+    values, makers = constants(model), {output: node for node in model.graph.node for output in node.output}
+    grids: Grids = {}
+    for name in names:
+        last = makers[name]
+        quantizer = makers[last.input[0]]
+        grids[name] = np.float32(values[last.input[1]]), np.uint8(values[last.input[2]])
+        quantized = quantizer.output[0]
+        for node in model.graph.node:
+            for k, source in enumerate(node.input):
+                if source in (name, quantized):
+                    node.input[k] = name + "_float" if source == name else name
+        quantizer.output[0], last.output[0] = name, name + "_float"
+        _make_bytes(model.graph.output, name)
+        if not any(name + "_float" in node.input for node in model.graph.node):
+            model.graph.node.remove(last)
+    onnx.checker.check_model(model)
+    return grids
+
+
+def _take_input(model: ModelProto, name: str) -> None:
+    """Make the input `name` uint8: the nodes that quantised it go."""
+    for quantizer in [n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == name]:
+        for node in model.graph.node:
+            for k, source in enumerate(node.input):
+                if source == quantizer.output[0]:
+                    node.input[k] = name
+        model.graph.node.remove(quantizer)
+    _make_bytes(model.graph.input, name)
+
+
+def _make_bytes(values: Any, name: str) -> None:
+    for value in values:
+        if value.name == name:
+            value.type.tensor_type.elem_type = TensorProto.UINT8
 
 
 def _normalised_bytes(model: ModelProto) -> str:
