@@ -113,3 +113,22 @@ def test_what_does_not_depend_on_the_input_is_computed_once() -> None:
     simple = graphs.simplify(model)
     assert kinds(simple) == ["Conv"] and [o.domain for o in simple.opset_import] == [""]
     assert np.allclose(run(simple, x), run(model, x), atol=1e-6)
+
+
+def test_short_names_leave_inputs_outputs_and_what_is_computed() -> None:
+    nodes = [
+        helper.make_node("Mul", ["x", "/a/very/long/weight"], ["/a/very/long/product"], "/a/very/long/Mul"),
+        # an empty name is an input that is left out, "v0" an output that must stay itself
+        helper.make_node("Clip", ["/a/very/long/product", "", "v2"], ["v0"], "/a/very/long/Clip"),
+        helper.make_node("Add", ["v0", "x"], ["y"], "/a/very/long/Add"),
+    ]
+    model = model_of(nodes, (1, 3), **{"/a/very/long/weight": np.float32([2, -1, 3]), "v2": np.float32(4)})
+    model.graph.output.append(helper.make_tensor_value_info("v0", TensorProto.FLOAT, None))
+    model.graph.value_info.append(helper.make_tensor_value_info("/a/very/long/product", TensorProto.FLOAT, [1, 3]))
+    x = np.float32([[1, 2, 3]])
+    before, size = run(model, x), model.ByteSize()
+    graphs.shorten_names(model)
+    np.testing.assert_array_equal(run(model, x), before)
+    assert [v.name for v in (*model.graph.input, *model.graph.output)] == ["x", "y", "v0"]
+    assert model.graph.node[1].input[1] == "" and b"/a/very/long" not in model.SerializeToString()
+    assert model.ByteSize() < size

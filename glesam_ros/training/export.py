@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, with_positions
-from glesam_ros.training.graphs import simplify
+from glesam_ros.training.graphs import shorten_names, simplify
 from glesam_ros.training.quantize import Grids, hand_out_bytes, quantize
 from glesam_ros.training.storage import save, split_convolutions, store_half
 
@@ -142,6 +142,7 @@ def export(net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] 
         files[f"nano_{name}.onnx"] = graph
     for graph in files.values():
         store_half(graph)
+        shorten_names(graph)
     save(files, folder, WEIGHTS)
     report = {"torch": {
         name: compare(folder / f"nano_{name}.onnx", module, inputs, list(axes))

@@ -6,6 +6,7 @@ comes back to it. So what can be part of a convolution becomes part of it.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,26 @@ def pool_over_positions(model: ModelProto) -> int:
         model.graph.node.insert(index + count + 1, flat)
         count += 1
     return count
+
+
+def shorten_names(model: ModelProto) -> None:
+    """Number everything but inputs and outputs, in place: torch's names are half of a file whose weights lie elsewhere.
+
+    The graph must have no sub-graphs. What is known of shapes inside goes, too; the runtime finds it again.
+    """
+    graph = model.graph
+    names = {"": "", **{value.name: value.name for value in (*graph.input, *graph.output)}}
+    free = (name for name in (f"v{k:x}" for k in itertools.count()) if name not in names)
+    del graph.value_info[:]
+    for tensor in graph.initializer:
+        names.setdefault(tensor.name, next(free))
+        tensor.name = names[tensor.name]
+    for node in graph.node:
+        node.name = ""
+        for values in (node.input, node.output):
+            for k, name in enumerate(values):
+                names.setdefault(name, next(free))
+                values[k] = names[name]
 
 
 def constants(model: ModelProto) -> dict[str, Any]:
