@@ -97,11 +97,17 @@ class Instances:
 
     def label_map(self) -> np.ndarray[Any, np.dtype[np.uint16]]:
         """(H, W) uint16 of instance ids, 0 background; where masks overlap the higher score wins, then the lower id."""
-        labels = np.zeros(self.size, np.uint16)
-        for k in self._back_to_front():
+        order = self._back_to_front()
+        kind = np.uint8 if len(order) < 256 else np.uint16
+        ranks = np.zeros(self.size, kind)
+        for rank, k in enumerate(order, 1):
             rows, cols = self.window(k)
-            labels[rows, cols][self.masks[k, rows, cols]] = self.ids[k]
-        return labels
+            window = ranks[rows, cols]
+            # a maximum takes half the time of writing through the mask
+            np.maximum(window, self.masks[k, rows, cols].view(np.uint8) * kind(rank), out=window)
+        table = np.zeros(max(256, len(order) + 1), np.uint16)
+        table[1 : len(order) + 1] = self.ids[order]
+        return np.asarray(cv2.LUT(ranks, table) if kind is np.uint8 else np.take(table, ranks), np.uint16)
 
     def confidence_map(self, labels: np.ndarray[Any, np.dtype[np.uint16]] | None = None) -> FloatArray:
         """(H, W) float32 in 0..1: score times stability of the instance that owns the pixel, 0 where none does.
