@@ -28,6 +28,7 @@ from glesam_ros.training.config import (
     StageConfig,
 )
 from glesam_ros.training.crops import STRIDE, draw_crop, recoloured
+from glesam_ros.training.level import draw_frames, level_loss
 from glesam_ros.training.loop import Batch, Draw, Group, Run, Stage, Stop, claim, complete, make_accelerator, sow
 from glesam_ros.training.losses import dice_focal_loss, soft_iou, windowed_loss, windows
 from glesam_ros.training.prompts import draw_cells, draw_prompt
@@ -41,7 +42,7 @@ CONSTANT_LEVEL = 0.5
 ADAPTED = r"_blocks\.\d+\.(_expand_conv|_project_conv)|from\d+|context\.0|fuse\.0\.0|fuse\.1"
 """What gets adapters, of `Trunk`: all convolutions but the depthwise ones and the overview."""
 PAIRS = 8
-"""Crops that are embedded at once for the level head."""
+"""Frames that are seen at once for the level head."""
 COLOURS = ((230, 60, 60), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240))
 
 
@@ -257,7 +258,7 @@ class Base(NanoStage):
 
 
 class Level(NanoStage):
-    """The degradation-level head on pooled statistics of the frozen stem; clear crops are level 0."""
+    """The degradation-level head on pooled statistics of the frozen stem; clear frames are level 0."""
 
     name = "level"
     settings: LevelConfig
@@ -270,7 +271,7 @@ class Level(NanoStage):
         self.model.stem.level.train()
 
     def prepare(self, drawn: Callable[[Draw, int], Iterator[Batch]]) -> None:
-        """Statistics of `pairs` clear and degraded crops, once."""
+        """Statistics of `pairs` clear and degraded frames, once."""
         self.eval()
         pairs = self.settings.pairs
         statistics: list[list[Tensor]] = [[], []]
@@ -280,11 +281,11 @@ class Level(NanoStage):
                 column.append(see(self.model, images)[2])
             levels.append(pair["levels"])
         clear, degraded = (torch.cat(column)[:pairs] for column in statistics)
-        worse = torch.cat(levels)[:pairs].float() / 3
+        worse = torch.cat(levels)[:pairs]
         self.statistics, self.truth = torch.cat([clear, degraded]), torch.cat([torch.zeros_like(worse), worse])
 
     def _pairs(self, rng: np.random.Generator) -> Batch:
-        return draw_pairs(self.scenes, rng, self.config, PAIRS)
+        return draw_frames(self.scenes, rng, self.config, PAIRS)
 
     def batch(self, rng: np.random.Generator) -> Batch:
         return {"rows": torch.from_numpy(rng.integers(2 * self.settings.pairs, size=self.settings.batch))}
@@ -292,7 +293,7 @@ class Level(NanoStage):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         rows = batch["rows"]
         with torch.autocast(rows.device.type, enabled=False):
-            return {"loss": ((self.model.stem.level(self.statistics[rows]) - self.truth[rows]) ** 2).mean()}
+            return {"loss": level_loss(self.model.stem.level.logits(self.statistics[rows]), self.truth[rows])}
 
 
 def parts_of(enhancer: Enhancer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
