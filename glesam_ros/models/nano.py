@@ -16,6 +16,7 @@ import numpy as np
 
 from glesam_ros.models.base import Budget, Candidates, Embedding
 from glesam_ros.models.onnx_session import choose_device, open_session
+from glesam_ros.models.proposals import choose
 from glesam_ros.validation import FloatArray, UInt8Array
 
 _LOG = logging.getLogger(__name__)
@@ -90,11 +91,11 @@ class Nano:
 
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
         features, _, _, weights, scores = self._shared(embedding)
-        peaks = scores * (scores == _grid_maximum(scores))
-        flat = peaks.ravel()
-        order = np.argsort(-flat, kind="stable")[:limit]
-        order = order[flat[order] >= max(score_threshold, np.finfo(np.float32).tiny)]
-        return Candidates(_masks(weights.reshape(-1, weights.shape[-1])[order], features), flat[order])
+        chosen, found = choose(
+            weights.reshape(-1, weights.shape[-1]), scores.ravel(), features[0],
+            score_threshold, budget.stability_threshold, budget.nms_iou, limit,
+        )
+        return Candidates(_masks(chosen, features), found)
 
     def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:
         features, trunk, grid, _, _ = self._shared(embedding)
@@ -140,11 +141,6 @@ def resized(image: UInt8Array, inside: tuple[int, int]) -> UInt8Array:
         mode = cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
         image = cv2.resize(image, (inside[1], inside[0]), interpolation=mode)  # type: ignore[assignment]
     return np.ascontiguousarray(image)
-
-
-def _grid_maximum(scores: FloatArray) -> FloatArray:
-    """Largest score among the 3x3 neighbours on the grid, (gh, gw, M) for each hypothesis apart."""
-    return np.asarray(cv2.dilate(scores, np.ones((3, 3), np.uint8)), np.float32).reshape(scores.shape)
 
 
 def _masks(weights: FloatArray, features: FloatArray) -> FloatArray:

@@ -1,0 +1,160 @@
+"""The choice of everything mode among dense candidates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glesam_ros.models.proposals import MERGE, POOL, STABLE, VOTE_IOU, choose, pooled, suppress
+
+SIZE = 16
+"""Cells of a coarse mask a side."""
+
+
+def random_masks(seed: int, count: int) -> np.ndarray[Any, Any]:
+    """(count, SIZE * SIZE) float32 rectangles, many of them nearly the same."""
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((count, SIZE, SIZE), np.float32)
+    for mask in masks:
+        y, x = rng.integers(0, 10, 2) // 3 * 3 + rng.integers(0, 2, 2)
+        h, w = rng.integers(2, 7, 2)
+        mask[y : y + h, x : x + w] = 1
+    return masks.reshape(count, -1)
+
+
+def overlap(a: Any, b: Any) -> float:
+    return float(np.logical_and(a, b).sum() / max(1, np.logical_or(a, b).sum()))
+
+
+def plain(masks: Any, iou: float, vote_iou: float, limit: int) -> tuple[list[int], list[int]]:
+    """Greedy suppression as in the textbook: one mask after the other."""
+    kept: list[int] = []
+    voted = [-1] * len(masks)
+    for k, mask in enumerate(masks):
+        by = next((place for place, j in enumerate(kept) if overlap(mask, masks[j]) > iou), None)
+        if by is None:
+            if len(kept) == limit:
+                continue
+            voted[k] = len(kept)
+            kept.append(k)
+        elif overlap(mask, masks[kept[by]]) >= vote_iou:
+            voted[k] = by
+    return kept, voted
+
+
+@pytest.mark.parametrize("iou", [0.0, 0.4, 0.6, 1.0])
+@pytest.mark.parametrize("count", [1, 63, 200, 500])
+def test_suppression_equals_the_plain_algorithm(iou: float, count: int) -> None:
+    masks = random_masks(count, count)
+    kept, voted = suppress(masks, iou, 0.7, count)
+    expected, votes = plain(masks, iou, 0.7, count)
+    assert kept.tolist() == expected and voted.tolist() == votes
+
+
+def test_the_limit_keeps_the_best() -> None:
+    masks = random_masks(0, 300)
+    whole, _ = suppress(masks, 0.5, 0.7, 300)
+    assert len(whole) > 70
+    for limit in (0, 1, 5, 63, 64, 65, len(whole)):
+        kept, voted = suppress(masks, 0.5, 0.7, limit)
+        assert kept.tolist() == whole[:limit].tolist()
+        assert voted[kept].tolist() == list(range(limit)) and voted.max() == limit - 1
+
+
+def test_what_nothing_overlaps_is_kept() -> None:
+    masks = np.eye(200, SIZE * SIZE, dtype=np.float32)
+    kept, voted = suppress(masks, 0.0, 0.7, 200)
+    assert kept.tolist() == voted.tolist() == list(range(200))
+
+
+def test_coarse_features_are_means() -> None:
+    features = np.random.default_rng(0).random((3, 2 * POOL, 3 * POOL), dtype=np.float32)
+    cells = pooled(features).reshape(3, 2, 3)
+    assert cells[1, 1, 2] == pytest.approx(features[1, POOL:, 2 * POOL :].mean(), rel=1e-5)
+    assert cells[2, 0, 1] == pytest.approx(features[2, :POOL, POOL : 2 * POOL].mean(), rel=1e-5)
+
+
+def candidates(
+    rows: list[tuple[slice, slice]], edge: float = 0.0
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Weights that make just these rectangles of coarse cells, and the features: one a rectangle.
+
+    Logits are 8 inside, `edge` on the first row of cells of the rectangle where that is not 0, -8 outside.
+    """
+    features = np.full((len(rows), SIZE, SIZE), -8.0, np.float32)
+    for feature, (y, x) in zip(features, rows):
+        feature[y, x] = 8
+        if edge:
+            feature[y.start, x] = edge
+    return np.eye(len(rows), dtype=np.float32), features.repeat(POOL, 1).repeat(POOL, 2)
+
+
+APART = [(slice(0, 6), slice(0, 6)), (slice(8, 14), slice(0, 6)), (slice(8, 14), slice(8, 14))]
+
+
+def test_different_masks_come_back_as_they_were_best_first() -> None:
+    weights, features = candidates(APART)
+    scores = np.array([0.5, 0.9, 0.7], np.float32)
+    chosen, got = choose(weights, scores, features, 0.2, 0.5, 0.7, 10)
+    assert got.tolist() == pytest.approx([0.9, 0.7, 0.5]) and got.dtype == chosen.dtype == np.float32
+    assert chosen.tolist() == weights[[1, 2, 0]].tolist()
+
+
+def test_like_masks_become_their_mean() -> None:
+    # 36 and 30 cells of which 30 are shared: 0.83
+    weights, features = candidates([APART[0], (slice(0, 5), slice(0, 6)), APART[2]])
+    assert 30 / 36 > max(VOTE_IOU, MERGE * 0.7)
+    chosen, scores = choose(weights, np.array([0.8, 0.4, 0.6], np.float32), features, 0.2, 0.5, 0.7, 10)
+    assert chosen == pytest.approx(np.array([[2 / 3, 1 / 3, 0], [0, 0, 1]], np.float32), abs=1e-6)
+    assert scores.tolist() == pytest.approx([0.8, 0.6])
+
+
+def test_neighbours_that_are_not_like_it_are_dropped_without_a_vote() -> None:
+    # 36 and 18 cells of which 18 are shared
+    weights, features = candidates([APART[0], (slice(0, 3), slice(0, 6))])
+    assert VOTE_IOU > 0.5
+    scores = np.array([0.8, 0.4], np.float32)
+    chosen, got = choose(weights, scores, features, 0.2, 0.5, 0.51 / MERGE, 10)
+    assert chosen.tolist() == [[1, 0], [0, 1]] and got.tolist() == pytest.approx([0.8, 0.4])
+    chosen, got = choose(weights, scores, features, 0.2, 0.5, 0.49 / MERGE, 10)
+    assert chosen.tolist() == [[1, 0]] and got.tolist() == pytest.approx([0.8])
+
+
+def test_unstable_masks_come_later_or_not_at_all() -> None:
+    # the first of three rows is inside of the wider threshold only: two thirds of the cells are stable
+    _, features = candidates([(slice(0, 3), slice(0, 6))], edge=0.5)
+    steady, other = candidates(APART)
+    features = np.concatenate([features, other[1:2]])
+    scores = np.array([0.8, 0.7], np.float32)
+    chosen, got = choose(steady[:2, :2], scores, features, 0.2, 0.5, 0.7, 10)
+    assert got.tolist() == pytest.approx([0.7, 0.8 * 2 / 3]) and chosen.argmax(1).tolist() == [1, 0]
+    _, got = choose(steady[:2, :2], scores, features, 0.2, 2 / 3 / STABLE + 0.01, 0.7, 10)
+    assert got.tolist() == pytest.approx([0.7])
+    _, got = choose(steady[:2, :2], scores, features, 0.6, 0.5, 0.7, 10)
+    assert got.tolist() == pytest.approx([0.7])
+
+
+def test_the_same_input_gives_the_same_and_is_left_as_it_was() -> None:
+    rng = np.random.default_rng(3)
+    weights = rng.normal(size=(600, 12)).astype(np.float32)
+    features, scores = rng.normal(size=(12, 32, 48)).astype(np.float32), rng.random(600, dtype=np.float32)
+    before = weights.copy(), scores.copy(), features.copy()
+    first, second = (choose(weights, scores, features, 0.1, 0.0, 0.3, 50) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, second))
+    assert all(np.array_equal(a, b) for a, b in zip(before, (weights, scores, features)))
+    assert 1 < len(first[1]) <= 50 and (np.diff(first[1]) <= 0).all() and first[1].min() >= 0.1 and first[1].max() <= 1
+
+
+@pytest.mark.parametrize("scores, limit", [([], 5), ([0.1, 0.1], 5), ([0.9, 0.9], 0)])
+def test_nothing_comes_of_nothing(scores: list[float], limit: int) -> None:
+    weights, features = candidates(APART[:2])
+    chosen, got = choose(weights[: len(scores)], np.array(scores, np.float32), features, 0.2, 0.5, 0.7, limit)
+    assert chosen.shape == (0, 2) and got.shape == (0,)
+
+
+def test_candidates_without_a_mask_are_left_out() -> None:
+    weights, features = candidates(APART[:2])
+    chosen, got = choose(-weights * [[0], [1]], np.ones(2, np.float32), -np.abs(features), 0.0, 0.0, 0.7, 5)
+    assert len(got) == 1 and chosen.argmin() == 1
