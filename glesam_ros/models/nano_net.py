@@ -217,7 +217,7 @@ class LevelHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(STATISTICS, affine=False)
-        self.mlp = nn.Sequential(nn.Linear(STATISTICS, 128), nn.ReLU(True), nn.Dropout(0.1), nn.Linear(128, LEVELS))
+        self.mlp = nn.Sequential(nn.Linear(STATISTICS, 128), nn.ReLU(True), nn.Dropout(0.5), nn.Linear(128, LEVELS))
 
     def logits(self, statistics: Tensor) -> Tensor:
         """(B, S) -> (B, LEVELS)."""
