@@ -57,7 +57,7 @@ def main() -> int:
     steps: dict[str, tuple[Callable[[], Any], int]] = {
         "SAM 2.1 tiny, image encoder alone, 1024x1024": (sam2, 1),
         "nano, encoder alone, 640x480": (
-            lambda: pipeline.model.encode(frame, budget(pipeline.settings)), NANO_FRAMES
+            lambda: pipeline.model.encode(frame, budget(pipeline.settings)).finished(), NANO_FRAMES
         ),
         "nano, whole frame (encode, enhance, everything masks)": (
             lambda: pipeline.segment(frame), NANO_FRAMES

@@ -239,7 +239,8 @@ def test_bench_measures_every_stage(tmp_path, capsys):
     assert main([*arguments, "--frames", "4", "--json", str(tmp_path / "b.json")]) == 0
     table = capsys.readouterr().out
     report = json.loads((tmp_path / "b.json").read_text())
-    assert list(report["stages_ms"]) == ["encode", "enhance", "decode", "label map", "whole frame"]
+    stages = ["encode", "finish", "enhance", "decode", "label map"]
+    assert list(report["stages_ms"]) == [*stages, "whole frame", "not enhanced"]
     whole = report["stages_ms"]["whole frame"]
     assert 0 < whole["median"] <= whole["p95"]
     assert report["stages_ms"]["decode"]["median"] < whole["median"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import cv2
 import numpy as np
 import pytest
 
 from glesam_ros import load_pipeline
+from glesam_ros.cli.bench import load_frame
 from glesam_ros.models.base import Budget
 from glesam_ros.models.nano import WEIGHTS, Nano, model_size
 from glesam_ros.models.onnx_session import choose_device
@@ -33,7 +37,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_weights_fit_the_promised_size() -> None:
     files = list(WEIGHTS.glob("nano_*"))
-    parts = {"decoder", "encoder", "enhancer", "prompt"}
+    parts = {"stem", "trunk", "enhancer", "decoder", "prompt"}
     allowed = {f"nano_{p}{kind}.onnx" for p in parts for kind in ("", "_int8")} | {"nano_weights.bin"}
     assert {f"nano_{p}.onnx" for p in parts} <= {p.name for p in files} <= allowed
     assert sum(p.stat().st_size for p in files) <= 20_000_000
@@ -58,8 +62,8 @@ def test_points_and_boxes_find_their_object(scene) -> None:
     assert iou(inst.masks[1], masks[0]) > 0.85 and iou(inst.masks[2], masks[1]) > 0.85
 
 
-def test_degradation_level_rises_with_the_degradation_and_drives_auto(scene) -> None:
-    image, _ = scene
+def test_degradation_level_rises_with_the_degradation_and_drives_auto() -> None:
+    image = load_frame(None, (640, 480))
     pipe = load_pipeline("nano", enhancement="auto")
     worse = cv2.GaussianBlur(image, (0, 0), 4)
     worse = np.clip(worse + np.random.default_rng(0).normal(0, 25, image.shape), 0, 255).astype(np.uint8)
@@ -91,8 +95,62 @@ def test_size_inside_the_model(size, long, expected) -> None:
 def test_any_processing_size_is_the_nearest_that_the_model_has(asked: int, long: int) -> None:
     nano = Nano()
     image = np.zeros((240, 320, 3), np.uint8)
-    width, own_width = (nano.encode(image, Budget(processing_size=s)).latent.shape[3] for s in (asked, 512))
+    width, own_width = (nano.encode(image, Budget(processing_size=s)).finished().latent.shape[3] for s in (asked, 512))
     assert width * 512 == own_width * long
+
+
+class Counted:
+    """A session that counts its runs."""
+
+    def __init__(self, session: Any) -> None:
+        self.session, self.runs = session, 0
+
+    def run(self, *args: Any) -> Any:
+        self.runs += 1
+        return self.session.run(*args)
+
+
+@pytest.mark.parametrize(
+    ("enhancement", "runs"),
+    [("off", {"stem": 1, "trunk": 1, "enhancer": 0}), ("always", {"stem": 1, "trunk": 0, "enhancer": 1})],
+)
+def test_a_frame_runs_one_trunk_the_encoders_or_the_enhancers(scene, enhancement: str, runs: dict[str, int]) -> None:
+    pipe = load_pipeline("nano", enhancement=enhancement)
+    counted = {part: Counted(getattr(pipe.model, f"_{part}")) for part in ("stem", "trunk", "enhancer", "decoder")}
+    for part, session in counted.items():
+        setattr(pipe.model, f"_{part}", session)
+    embedding = pipe.encode(scene[0])
+    assert {part: counted[part].runs for part in runs} == runs and counted["decoder"].runs == 0
+    for _ in range(2):
+        pipe.decode(embedding)
+    pipe.decode(embedding, points=[[170, 160]])
+    assert {part: counted[part].runs for part in counted} == {**runs, "decoder": 1}
+
+
+def test_what_encode_left_out_is_computed_where_it_is_decoded_and_stays_what_it_was(scene) -> None:
+    pipe = load_pipeline("nano")
+    raw = pipe.model.encode(scene[0], Budget())
+    assert raw.latent is None and raw.finished().latent is not None
+    enhanced = pipe.model.enhance(raw)
+    assert enhanced.finished() is enhanced and enhanced.enhanced and not raw.finished().enhanced
+    assert np.abs(enhanced.latent - raw.finished().latent).max() > 0.01
+    # enhanced before or after it was finished, or once more: the same latent
+    for other in (pipe.model.enhance(raw.finished()), pipe.model.enhance(enhanced)):
+        np.testing.assert_array_equal(other.latent, enhanced.latent)
+    plain, late = pipe.decode(raw.finished()), pipe.decode(raw)
+    np.testing.assert_array_equal(plain.masks, late.masks)
+    assert len(plain) and not np.array_equal(plain.scores, pipe.decode(enhanced).scores)
+
+
+def test_two_threads_may_decode_an_embedding(scene) -> None:
+    pipe = load_pipeline("nano")
+    raw = pipe.model.encode(scene[0], Budget())
+    with ThreadPoolExecutor(2) as pool:
+        # past the pipeline's lock, so that both may find nothing computed yet
+        found = list(pool.map(lambda _: pipe.model.propose(raw, 0.1, 50, Budget()), range(2)))
+    assert len(found[0].scores)
+    np.testing.assert_array_equal(found[0].logits, found[1].logits)
+    np.testing.assert_array_equal(found[0].scores, found[1].scores)
 
 
 def test_an_embedding_can_be_decoded_again_with_the_same_result(scene) -> None:
@@ -125,15 +183,15 @@ class Opened:
 @pytest.mark.parametrize(
     ("device", "precision", "files", "expected"),
     [
-        ("cpu", "auto", True, ["encoder_int8", "enhancer_int8", "decoder_int8", "prompt"]),
-        ("cpu", "int8", True, ["encoder_int8", "enhancer_int8", "decoder_int8", "prompt"]),
-        ("cpu", "auto", False, ["encoder", "enhancer", "decoder", "prompt"]),
-        ("cpu", "fp32", True, ["encoder", "enhancer", "decoder", "prompt"]),
-        ("cuda", "auto", True, ["encoder", "enhancer", "decoder", "prompt"]),
+        ("cpu", "auto", True, ["stem_int8", "trunk_int8", "enhancer_int8", "decoder_int8", "prompt"]),
+        ("cpu", "int8", True, ["stem_int8", "trunk_int8", "enhancer_int8", "decoder_int8", "prompt"]),
+        ("cpu", "auto", False, ["stem", "trunk", "enhancer", "decoder", "prompt"]),
+        ("cpu", "fp32", True, ["stem", "trunk", "enhancer", "decoder", "prompt"]),
+        ("cuda", "auto", True, ["stem", "trunk", "enhancer", "decoder", "prompt"]),
     ],
 )
 def test_8_bits_are_for_the_cpu(monkeypatch, tmp_path, device, precision, files, expected) -> None:
-    for part in ("encoder", "enhancer", "decoder") if files else ():
+    for part in ("stem", "trunk", "enhancer", "decoder") if files else ():
         (tmp_path / f"nano_{part}_int8.onnx").touch()
     opened = []
     monkeypatch.setattr("glesam_ros.models.nano.choose_device", lambda name: name)
@@ -156,7 +214,7 @@ def test_refusals_say_what_was_expected(monkeypatch) -> None:
 
 
 def test_missing_weights_are_named(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="nano_encoder.onnx"):
+    with pytest.raises(FileNotFoundError, match="nano_stem.onnx"):
         Nano("cpu", weights=tmp_path)
-    with pytest.raises(FileNotFoundError, match="nano_encoder_int8.onnx"):
+    with pytest.raises(FileNotFoundError, match="nano_stem_int8.onnx"):
         Nano("cpu", "int8", weights=tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,11 +44,13 @@ class Embedding:
 
     Attributes:
         latent: (1, C, h, w), the image embedding, enhanced where `enhanced` says so; a numpy array or a torch tensor,
-            on the device and in the precision of its model.
+            on the device and in the precision of its model. None where `encode` left it out, because an enhanced image
+            needs another one; then `finished` has it.
         size: (height, width) of the image in pixels.
         degradation: measured level, 0 (clear) .. 1 (LQ-3 or worse).
         enhanced: whether `latent` went through the enhancer.
         extra: further arrays of the model by name.
+        finish: gives the embedding with its latent; None where it is there.
     """
 
     latent: Any
@@ -56,6 +58,11 @@ class Embedding:
     degradation: float
     enhanced: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    finish: Callable[[], Embedding] | None = None
+
+    def finished(self) -> Embedding:
+        """The embedding with its latent: what `encode` left out is computed now."""
+        return self if self.finish is None else self.finish()
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +98,7 @@ class SegmentationModel(Protocol):
     """Whether decoding one embedding gains time beside encoding the next image, from another thread."""
 
     def encode(self, image: UInt8Array, budget: Budget) -> Embedding:
-        """Embed an (H, W, 3) uint8 RGB image.
+        """Embed an (H, W, 3) uint8 RGB image; its latent may be left to `Embedding.finished`.
 
         Raises:
             OutOfMemory: here and in all other calls; smaller numbers in the budget need less.

@@ -6,6 +6,7 @@ Training and network: `glesam_ros.models.nano_net`; what it was trained on and i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from pathlib import Path
@@ -27,7 +28,7 @@ LEAST_SIZE = 256
 """Smaller long sides inside the model are taken as this."""
 MULTIPLE = 32
 """Height and width inside the model are multiples of this, the encoder's coarsest stride."""
-IN_8_BITS = ("encoder", "enhancer", "decoder")
+IN_8_BITS = ("stem", "trunk", "enhancer", "decoder")
 """Parts that have an 8-bit file; the prompt part is small."""
 BOX_CENTRE = 4
 """Label of the point that is added in the middle of each box."""
@@ -73,21 +74,24 @@ class Nano:
             kind = "_int8" if precision == "int8" and part in IN_8_BITS else ""
             return open_session(folder / f"nano_{part}{kind}.onnx", device, precision == "fp16", cache, threads)
 
-        self._encoder, self._enhancer = open_part("encoder"), open_part("enhancer")
+        self._stem, self._trunk, self._enhancer = open_part("stem"), open_part("trunk"), open_part("enhancer")
         self._decoder, self._prompt = open_part("decoder"), open_part("prompt")
-        self.device = f"{device} ({precision}, onnxruntime, {self._encoder.get_providers()[0]})"
+        self.device = f"{device} ({precision}, onnxruntime, {self._stem.get_providers()[0]})"
         _LOG.info("nano runs on %s", self.device)
 
     def encode(self, image: UInt8Array, budget: Budget) -> Embedding:
+        """Features of the stem and the level; the trunk runs in `Embedding.finished`, so not for an enhanced image."""
         size = (int(image.shape[0]), int(image.shape[1]))
         inside = model_size(size, max(LEAST_SIZE, budget.processing_size or OWN_SIZE))
-        latent, level = self._encoder.run(None, {"image": resized(image, inside)[None]})
-        return Embedding(latent, size, float(level[0]))
+        s4, s8, level = self._stem.run(None, {"image": resized(image, inside)[None]})
+        seen = Embedding(None, size, float(level[0]), extra={"s4": s4, "s8": s8})
+        return dataclasses.replace(seen, finish=functools.partial(self._finish, seen))
 
     def enhance(self, embedding: Embedding) -> Embedding:
+        features = {name: embedding.extra[name] for name in ("s4", "s8")}
         level = np.array([embedding.degradation], np.float32)
-        (latent,) = self._enhancer.run(None, {"latent": embedding.latent, "level": level})
-        return dataclasses.replace(embedding, latent=latent, enhanced=True, extra={})
+        (latent,) = self._enhancer.run(None, {**features, "level": level})
+        return dataclasses.replace(embedding, latent=latent, enhanced=True, extra=features, finish=None)
 
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
         features, _, _, weights, scores = self._shared(embedding)
@@ -115,12 +119,17 @@ class Nano:
         """onnxruntime keeps its arena; there is nothing to give back."""
 
     def close(self) -> None:
-        del self._encoder, self._enhancer, self._decoder, self._prompt
+        del self._stem, self._trunk, self._enhancer, self._decoder, self._prompt
+
+    def _finish(self, seen: Embedding) -> Embedding:
+        features = {name: seen.extra[name] for name in ("s4", "s8")}
+        (latent,) = self._trunk.run(None, features)
+        return dataclasses.replace(seen, latent=latent, extra=features)
 
     def _shared(self, embedding: Embedding) -> tuple[Any, ...]:
         """What all masks of an embedding need, computed once and kept with it."""
         if "shared" not in embedding.extra:
-            embedding.extra["shared"] = self._decoder.run(None, {"latent": embedding.latent})
+            embedding.extra["shared"] = self._decoder.run(None, {"latent": embedding.finished().latent})
         shared: tuple[Any, ...] = tuple(embedding.extra["shared"])
         return shared
 
