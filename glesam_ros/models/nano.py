@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ MULTIPLE = 32
 """Height and width inside the model are multiples of this, the encoder's coarsest stride."""
 IN_8_BITS = ("stem", "trunk", "enhancer", "decoder")
 """Parts that have an 8-bit file; the prompt part is small."""
+DISTINCT = 0.3
+"""Share of the candidates asked for in everything mode that become masks: they differ already, so few are dropped."""
 BOX_CENTRE = 4
 """Label of the point that is added in the middle of each box."""
 
@@ -97,7 +100,7 @@ class Nano:
         features, _, _, weights, scores = self._shared(embedding)
         chosen, found = choose(
             weights.reshape(-1, weights.shape[-1]), scores.ravel(), features[0],
-            score_threshold, budget.stability_threshold, budget.nms_iou, limit,
+            score_threshold, budget.stability_threshold, budget.nms_iou, math.ceil(DISTINCT * limit),
         )
         return Candidates(_masks(chosen, features), found)
 

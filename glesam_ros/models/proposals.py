@@ -88,38 +88,31 @@ def suppress(masks: FloatArray, iou: float, vote_iou: float, limit: int) -> tupl
     """
     voted = np.full(len(masks), -1, np.intp)
     kept: list[int] = []
+    # an IoU above t is an intersection above t / (1 + t) of the sum of both areas
+    share, vote_share = (np.float32(t / (1 + t)) for t in (iou, vote_iou))
     # rows of `masks` are candidates `left`, those of them that are not `alive` were decided
     left, area, alive = np.arange(len(masks)), masks.sum(1), np.ones(len(masks), np.bool_)
     while alive.any() and len(kept) < limit:
         head = np.flatnonzero(alive)[:BLOCK]
-        overlap = _overlap(masks[head], area[head], masks[head], area[head])
+        over = masks[head] @ masks[head].T > share * (area[head, None] + area[head])
+        free = np.ones(len(head), np.bool_)
         heads: list[int] = []
         for k in range(len(head)):
-            by = next((j for j in heads if overlap[k, j] > iou), None)
-            if by is None:
-                if len(kept) + len(heads) == limit:
-                    break
+            if free[k] and len(kept) + len(heads) < limit:
                 heads.append(k)
+                free &= ~over[k]
         new = head[heads]
-        overlap = _overlap(masks, area, masks[new], area[new])
-        # who is kept is decided against all that are kept before, the vote goes to the first
-        over = (overlap > iou) & alive[:, None]
+        both, areas = masks @ masks[new].T, area[:, None] + area[new]
+        over = both > share * areas
+        # an empty mask does not overlap itself
         over[new] = np.eye(len(new), dtype=np.bool_)
-        dead = np.flatnonzero(over.any(1))
+        dead = np.flatnonzero(over.any(1) & alive)
         first = over[dead].argmax(1)
-        vote = overlap[dead, first] >= vote_iou
-        voted[left[dead[vote]]] = len(kept) + first[vote]
+        votes = both[dead, first] >= vote_share * areas[dead, first]
+        voted[left[dead[votes]]] = len(kept) + first[votes]
         voted[left[new]] = len(kept) + np.arange(len(new))
         kept += left[new].tolist()
         alive[dead] = False
-        if 2 * np.count_nonzero(alive) < len(left):
+        if 4 * np.count_nonzero(alive) < 3 * len(left):
             masks, left, area, alive = masks[alive], left[alive], area[alive], alive[alive]
     return np.array(kept, np.intp), voted
-
-
-def _overlap(first: FloatArray, first_area: FloatArray, second: FloatArray, second_area: FloatArray) -> FloatArray:
-    """(N, K): IoU of masks (N, P) and (K, P); 0 where both are empty."""
-    both = first @ second.T
-    union: FloatArray = first_area[:, None] + second_area[None] - both
-    overlap: FloatArray = both / np.maximum(union, 1)
-    return overlap
