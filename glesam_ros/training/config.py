@@ -205,23 +205,23 @@ class BaseConfig(StageConfig):
 class LevelRates:
     """Peak rate of the level head."""
 
-    head: Rate = 1e-3
+    head: Rate = 2e-3
 
 
 @dataclass(frozen=True, config=STRICT)
 class LevelConfig(StageConfig):
-    """The degradation-level head, on the statistics of `pairs` clear and degraded crops, `batch` rows a step."""
+    """The degradation-level head, on the statistics of `pairs` clear and degraded frames, `batch` rows a step."""
 
-    steps: CountOrNone = 4000
+    steps: CountOrNone = 3000
     batch: Count = 256
     warm_up: CountOrNone = 0
-    final: Share = 1.0
+    weight_decay: Number = 0.3
     clip: Number = 0.0
     ema: Decay = 0.0
-    checkpoint_every: Count = 4000
+    checkpoint_every: Count = 3000
     log_every: Count = 500
     pictures_every: CountOrNone = 0
-    pairs: Count = 4000
+    pairs: Count = 4500
     rates: LevelRates = field(default_factory=LevelRates)
 
 

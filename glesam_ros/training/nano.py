@@ -278,7 +278,9 @@ class Level(NanoStage):
         levels = []
         for pair in drawn(self._pairs, -(-pairs // PAIRS)):
             for column, images in zip(statistics, (pair["clear"], pair["degraded"]), strict=True):
-                column.append(see(self.model, images)[2])
+                # 16 bits would round small differences of neighbours away
+                with torch.autocast(images.device.type, enabled=False):
+                    column.append(see(self.model, images)[2])
             levels.append(pair["levels"])
         clear, degraded = (torch.cat(column)[:pairs] for column in statistics)
         worse = torch.cat(levels)[:pairs]
