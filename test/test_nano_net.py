@@ -194,8 +194,7 @@ def test_8_bit_files_are_near_fp32_and_keep_the_scores_of_the_grid_smooth(export
     assert len(np.unique(scores)) > 0.9 * scores.size
 
 
-def test_8_bit_parts_hand_features_on_without_loss(exported) -> None:
-    """What is rounded once is not rounded again: the 8-bit trunk is as near on the stem's bytes as on its own."""
+def test_the_8_bit_trunk_reads_the_bytes_of_the_8_bit_stem_as_they_were_meant(exported) -> None:
     folder, _ = exported
     image = np.random.default_rng(3).integers(0, 256, (1, 64, 96, 3), np.uint8)
     plain = outputs(folder / "nano_stem.onnx", image=image)
