@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  # after the choice of the backend
 
-STAGES = {"base": ("prompt", "dense", "iou"), "level": ("loss",), "restore": ("loss", "unrestored"),
+STAGES = {"base": ("prompt", "dense", "iou"), "level": ("loss",), "restore": ("restoration", "iou"),
           "decode": ("prompt", "dense", "iou")}
 """CSV file stem to the columns that are drawn."""
 

@@ -133,7 +133,7 @@ def test_merged_equals_adapters() -> None:
         if "lora_" in name:
             torch.nn.init.normal_(p, std=0.05)
     layer = net.backbone._blocks[3]._expand_conv
-    down, up = (getattr(layer, f"lora_{x}")["scr"].weight[:, :, 0, 0] for x in "AB")
+    down, up = (getattr(layer, f"lora_{x}")["adapters"].weight[:, :, 0, 0] for x in "AB")
     expected = layer.base_layer.weight[:, :, 0, 0] + up @ down  # W0 + alpha / r B A, alpha = r
     with torch.no_grad():
         adapted = features_of(net.backbone, images)

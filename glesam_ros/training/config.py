@@ -195,7 +195,7 @@ class BaseRates:
 class BaseConfig(StageConfig):
     """Encoder and decoder on clear crops. `loss`: see `DecodeConfig`."""
 
-    steps: CountOrNone = 4300
+    steps: CountOrNone = 7300
     warm_up: CountOrNone = 200
     rates: BaseRates = field(default_factory=BaseRates)
     loss: Literal["windowed", "focal"] = "windowed"
@@ -243,7 +243,7 @@ class RestoreConfig(StageConfig):
         constraint: weight of the frozen decoder's mask loss on the restored latent.
     """
 
-    steps: CountOrNone = 1000
+    steps: CountOrNone = 700
     clip: Number = 5.0
     clear: Share = 0.125
     rank: Count = 16
@@ -270,7 +270,7 @@ class DecodeConfig(StageConfig):
         clear: share of crops that are clear; half of those skip the enhancer, as automatic mode will have it.
     """
 
-    steps: CountOrNone = 2000
+    steps: CountOrNone = 1300
     train: Annotated[tuple[Literal["decoder", "enhancer"], ...], Field(min_length=1)] = ("decoder", "enhancer")
     loss: Literal["windowed", "focal"] = "windowed"
     clear: Share = 0.333
