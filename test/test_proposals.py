@@ -7,20 +7,32 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glesam_ros.models.proposals import MERGE, POOL, STABLE, VOTE_IOU, choose, pooled, suppress
+from glesam_ros.models.proposals import (
+    BLOCK,
+    MERGE,
+    POOL,
+    STABLE,
+    VOTE_IOU,
+    choose,
+    packed,
+    pooled,
+    row_sums,
+    set_bits,
+    suppress,
+)
 
 SIZE = 16
 """Cells of a coarse mask a side."""
 
 
 def random_masks(seed: int, count: int) -> np.ndarray[Any, Any]:
-    """(count, SIZE * SIZE) float32 rectangles, many of them nearly the same."""
+    """(count, SIZE * SIZE) bool rectangles, many of them nearly the same."""
     rng = np.random.default_rng(seed)
-    masks = np.zeros((count, SIZE, SIZE), np.float32)
+    masks = np.zeros((count, SIZE, SIZE), np.bool_)
     for mask in masks:
         y, x = rng.integers(0, 10, 2) // 3 * 3 + rng.integers(0, 2, 2)
         h, w = rng.integers(2, 7, 2)
-        mask[y : y + h, x : x + w] = 1
+        mask[y : y + h, x : x + w] = True
     return masks.reshape(count, -1)
 
 
@@ -48,13 +60,13 @@ def plain(masks: Any, iou: float, vote_iou: float, limit: int) -> tuple[list[int
 @pytest.mark.parametrize("count", [1, 63, 200, 300])
 def test_suppression_equals_the_plain_algorithm(iou: float, count: int) -> None:
     masks = random_masks(count, count)
-    kept, voted = suppress(masks, iou, 0.7, count)
+    kept, voted = suppress(packed(masks), iou, 0.7, count)
     expected, votes = plain(masks, iou, 0.7, count)
     assert kept.tolist() == expected and voted.tolist() == votes
 
 
 def test_the_limit_keeps_the_best() -> None:
-    masks = random_masks(0, 300)
+    masks = packed(random_masks(0, 300))
     whole, _ = suppress(masks, 0.5, 0.7, 300)
     assert len(whole) > 70
     for limit in (0, 1, 5, 63, 64, 65, len(whole)):
@@ -64,9 +76,59 @@ def test_the_limit_keeps_the_best() -> None:
 
 
 def test_what_nothing_overlaps_is_kept() -> None:
-    masks = np.eye(200, SIZE * SIZE, dtype=np.float32)
+    masks = packed(np.eye(200, SIZE * SIZE, dtype=np.bool_))
     kept, voted = suppress(masks, 0.0, 0.7, 200)
     assert kept.tolist() == voted.tolist() == list(range(200))
+
+
+def test_empty_masks_are_kept_and_overlap_nothing() -> None:
+    masks = np.zeros((4, SIZE * SIZE), np.bool_)
+    masks[1, :9] = True
+    kept, voted = suppress(packed(masks), 0.0, 0.0, 4)
+    assert kept.tolist() == voted.tolist() == list(range(4))
+
+
+@pytest.mark.parametrize("cells", [1, 7, 64, 65, 704, 1000])
+@pytest.mark.parametrize("numpy_counts", [True, False])
+def test_bits_of_masks(cells: int, numpy_counts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not numpy_counts:
+        monkeypatch.delattr(np, "bitwise_count", raising=False)  # as in numpy 1
+    masks = np.random.default_rng(cells).random((9, cells)) < np.linspace(0, 1, 9)[:, None]
+    words = packed(masks)
+    assert words.shape == (9, -(-cells // 64)) and words.dtype == np.uint64
+    assert set_bits(words).tolist() == row_sums(masks).tolist() == masks.sum(1).tolist()
+    assert set_bits(words & words[4]).tolist() == (masks & masks[4]).sum(1).tolist()
+    assert set_bits(packed(masks[:0])).shape == row_sums(masks[:0]).shape == (0,)
+
+
+def plain_choice(weights: Any, scores: Any, features: Any, limits: tuple[float, float, float, int]) -> Any:
+    """Weights and scores by the description: whole arrays, one mask after the other."""
+    score_threshold, stability_threshold, iou, limit = limits
+    c, h, w = features.shape
+    coarse = weights @ features.reshape(c, h // POOL, POOL, w // POOL, POOL).mean((2, 4)).reshape(c, -1)
+    stability = (coarse > 1).sum(1) / np.maximum((coarse > -1).sum(1), 1)
+    rank = scores * stability
+    order = [k for k in np.argsort(-rank, kind="stable") if stability[k] >= STABLE * stability_threshold]
+    order = [k for k in order if rank[k] >= score_threshold and rank[k] > 0]
+    kept, voted = plain(coarse[order] > 0, MERGE * iou, VOTE_IOU, limit)
+    voters = [[order[j] for j in np.flatnonzero(np.array(voted) == place)] for place in range(len(kept))]
+    return [np.average(weights[v], 0, rank[v]) for v in voters], [rank[order[k]] for k in kept]
+
+
+@pytest.mark.parametrize("seed, size, limit", [(0, (32, 48), 400), (1, (32, 48), 20), (2, (36, 44), 400)])
+def test_the_choice_equals_its_description(seed: int, size: tuple[int, int], limit: int) -> None:
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(size=(40, 6)).repeat(10, 0) + 0.2 * rng.normal(size=(400, 6))
+    # one candidate more than full blocks have, and coarse features that are not all alike
+    weights = np.concatenate([weights, weights])[: BLOCK + 1].astype(np.float32)
+    features = rng.normal(size=(6, size[0] // POOL, size[1] // POOL)).astype(np.float32)
+    features = 3 * features.repeat(POOL, 1).repeat(POOL, 2) + rng.normal(size=(6, *size)).astype(np.float32)
+    scores = rng.random(len(weights), dtype=np.float32)
+    chosen, got = choose(weights, scores, features, 0.1, 0.3, 0.7, limit)
+    expected, ranks = plain_choice(weights, scores, features, (0.1, 0.3, 0.7, limit))
+    assert len(ranks) > 15
+    np.testing.assert_allclose(got, ranks, rtol=1e-5)
+    np.testing.assert_allclose(chosen, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_coarse_features_are_means() -> None:
