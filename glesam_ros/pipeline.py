@@ -16,6 +16,7 @@ import numpy as np
 from glesam_ros.instances import Instances
 from glesam_ros.models import Budget, Candidates, Embedding, OutOfMemory, SegmentationModel, load_model
 from glesam_ros.models.base import STABILITY_OFFSET
+from glesam_ros.models.proposals import row_sums
 from glesam_ros.settings import Settings
 from glesam_ros.validation import BoolArray, FloatArray, UInt8Array, check_boxes, check_image, check_points
 
@@ -404,8 +405,7 @@ def _may_overlap(masks: BoolArray, area: np.ndarray[Any, np.dtype[np.int64]], io
 
 
 def _areas(masks: BoolArray) -> np.ndarray[Any, np.dtype[np.int64]]:
-    # count_nonzero of one mask is vectorised, a sum over axes of all of them is not
-    return np.array([np.count_nonzero(mask) for mask in masks], np.int64)
+    return row_sums(masks.reshape(len(masks), math.prod(masks.shape[1:]))).astype(np.int64)
 
 
 def _stability(logits: FloatArray) -> FloatArray:
