@@ -255,9 +255,9 @@ class RestoreConfig(StageConfig):
 class DecodeRates:
     """Peak rates: decoder; the enhancer's trunk; its U-Net. That of what is not trained is not used."""
 
-    decoder: Rate = 3e-4
-    trunk: Rate = 2e-4
-    unet: Rate = 6e-4
+    decoder: Rate = 2e-4
+    trunk: Rate = 5e-5
+    unet: Rate = 1e-4
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -270,7 +270,7 @@ class DecodeConfig(StageConfig):
         clear: share of crops that are clear; half of those skip the enhancer, as automatic mode will have it.
     """
 
-    steps: CountOrNone = 1300
+    steps: CountOrNone = 1000
     train: Annotated[tuple[Literal["decoder", "enhancer"], ...], Field(min_length=1)] = ("decoder", "enhancer")
     loss: Literal["windowed", "focal"] = "windowed"
     clear: Share = 0.333
