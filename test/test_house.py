@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -125,3 +126,16 @@ def test_import_is_light() -> None:
     loaded = set(done.stdout.split())
     assert "glesam_ros" in loaded
     assert not loaded & (ROS_PACKAGES | {"torch", "onnxruntime", "rosbags", "pycocotools"})
+
+
+@pytest.mark.parametrize("module", ["glesam_ros.ros", "glesam_ros.cli"])
+@pytest.mark.parametrize("given, expected", [(None, "1"), ("4", "4")])
+def test_programs_keep_openblas_on_one_thread_before_numpy_is_there(
+    module: str, given: str | None, expected: str
+) -> None:
+    said = f"import os, sys, {module}; print(os.environ['OPENBLAS_NUM_THREADS'], 'numpy' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    if given:
+        environment["OPENBLAS_NUM_THREADS"] = given
+    done = subprocess.run([sys.executable, "-c", said], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == [expected, "False"], done.stderr

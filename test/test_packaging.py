@@ -83,8 +83,8 @@ def test_wheel_has_weights_photographs_launch_and_config(wheel):
 
 
 def test_wheel_is_small(wheel):
-    # 20 MB of weights at most, some photographs, text
-    assert wheel.stat().st_size < 25e6
+    # 20 MB of weights of nano at most, 7 of rass-nano, some photographs, text; they compress a little
+    assert wheel.stat().st_size < 27e6
 
 
 def test_every_module_ships(wheel):
