@@ -50,6 +50,12 @@ class Group:
     rate: float
 
 
+def beside(part: nn.Module, *wholes: nn.Module) -> list[nn.Parameter]:
+    """Parameters of `wholes` that are not in `part`."""
+    inside = {id(p) for p in part.parameters()}
+    return [p for whole in wholes for p in whole.parameters() if id(p) not in inside]
+
+
 class Stage(nn.Module, ABC):
     """What is trained, on which batches and by which loss.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from glesam_ros.degradation import degrade, degrade_lqseg
 from glesam_ros.models.nano import resized
-from glesam_ros.models.nano_net import HYPOTHESES, Enhancer, NanoNet, kernel_weights, pooled_statistics, with_positions
+from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, pooled_statistics, with_positions
 from glesam_ros.training import checkpoint
 from glesam_ros.training.adapters import add_adapters
 from glesam_ros.training.config import (
@@ -29,7 +29,19 @@ from glesam_ros.training.config import (
 )
 from glesam_ros.training.crops import STRIDE, draw_crop, recoloured
 from glesam_ros.training.level import draw_frames, level_loss
-from glesam_ros.training.loop import Batch, Draw, Group, Run, Stage, Stop, claim, complete, make_accelerator, sow
+from glesam_ros.training.loop import (
+    Batch,
+    Draw,
+    Group,
+    Run,
+    Stage,
+    Stop,
+    beside,
+    claim,
+    complete,
+    make_accelerator,
+    sow,
+)
 from glesam_ros.training.losses import dice_focal_loss, soft_iou, windowed_loss, windows
 from glesam_ros.training.prompts import draw_cells, draw_prompt
 from glesam_ros.training.sources import Scenes, load_scenes
@@ -60,9 +72,10 @@ def draw_scenes(
         cells (B, O * C) grid indices, -1 none; unless `clear` is None also levels (B,) in 0..3 and clear, the images as
         they were before they were degraded.
     """
-    crop = config.crop
+    crop, size = config.crop, (config.crop.height, config.crop.width)
     levels = None if clear is None else draw_levels(config.degradation, rng, count, clear)
-    pictures: dict[str, list[Array]] = {"images": [], "clear": []}
+    images: list[Array] = []
+    clears: list[Array] = []
     found = []
     for k in range(count):
         detail = 1.0 if levels is None else float(np.exp(rng.uniform(*np.log(crop.detail))))
@@ -71,13 +84,12 @@ def draw_scenes(
         if rng.random() < crop.grey:
             image = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None], 3, 2)
         level = 0 if levels is None else int(levels[k])
-        seen: Array = worsen(image, level, config.degradation, rng) if level else image
-        for name, picture in (("images", seen), ("clear", image)):
-            pictures[name].append(resized(picture, (crop.height, crop.width)))
+        clears.append(resized(image, size))
+        images.append(resized(worsen(image, level, config.degradation, rng), size) if level else clears[-1])
         found.append(regions)
-    batch = {**_targets(found, rng, config), "images": torch.from_numpy(np.stack(pictures["images"]))}
+    batch = {**_targets(found, rng, config), "images": torch.from_numpy(np.stack(images))}
     if levels is not None:
-        batch |= {"levels": torch.from_numpy(levels), "clear": torch.from_numpy(np.stack(pictures["clear"]))}
+        batch |= {"levels": torch.from_numpy(levels), "clear": torch.from_numpy(np.stack(clears))}
     return batch
 
 
@@ -124,6 +136,14 @@ def draw_pairs(scenes: Scenes, rng: np.random.Generator, config: Config, count: 
 def to_network(images: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float as the stem wants it, channels last in memory."""
     return images.permute(0, 3, 1, 2).float()
+
+
+def plain_latent(net: NanoNet, images: Tensor) -> Tensor:
+    """Images (B, H, W, 3) uint8 -> latent (B, C, h, w) of the encoder, without gradient to its stem."""
+    with torch.no_grad():
+        _, s4, s8 = net.stem.features(to_network(images))
+    latent: Tensor = net.trunk(s4, s8)
+    return latent
 
 
 def see(net: NanoNet, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,9 +252,7 @@ class Base(NanoStage):
 
     def groups(self) -> list[Group]:
         trunk, rates = self.model.trunk, self.settings.rates
-        tuned = list(trunk._blocks.parameters())
-        inside = {id(p) for p in tuned}
-        fresh = [p for part in (trunk, self.model.decoder) for p in part.parameters() if id(p) not in inside]
+        tuned, fresh = list(trunk._blocks.parameters()), beside(trunk._blocks, trunk, self.model.decoder)
         return [Group("backbone", tuned, rates.backbone), Group("fresh", fresh, rates.fresh)]
 
     def set_modes(self) -> None:
@@ -245,16 +263,13 @@ class Base(NanoStage):
     def batch(self, rng: np.random.Generator) -> Batch:
         return draw_scenes(self.scenes, rng, self.config, self.settings.batch)
 
-    def latent(self, images: Tensor) -> Tensor:
-        s4, s8, _ = see(self.model, images)
-        latent: Tensor = self.model.trunk(s4, s8)
-        return latent
-
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return decoder_loss(self.model, self.latent(batch["images"]), batch, MASK_LOSSES[self.settings.loss])
+        latent = plain_latent(self.model, batch["images"])
+        return decoder_loss(self.model, latent, batch, MASK_LOSSES[self.settings.loss])
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        return {"crop": batch["images"][0], "masks": painted(self.model, self.latent(batch["images"][:1]), batch)}
+        latent = plain_latent(self.model, batch["images"][:1])
+        return {"crop": batch["images"][0], "masks": painted(self.model, latent, batch)}
 
 
 class Level(NanoStage):
@@ -298,13 +313,6 @@ class Level(NanoStage):
             return {"loss": level_loss(self.model.stem.level.logits(self.statistics[rows]), self.truth[rows])}
 
 
-def parts_of(enhancer: Enhancer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters of its trunk, and of its U-Net."""
-    trunk = list(enhancer.trunk.parameters())
-    inside = {id(p) for p in trunk}
-    return trunk, [p for p in enhancer.parameters() if id(p) not in inside]
-
-
 class Restore(NanoStage):
     """Stage 1 (GleSAM, sec. 3.4): latent MSE to the clear latent; some inputs are clear and must stay.
 
@@ -321,9 +329,11 @@ class Restore(NanoStage):
         self.adapters = add_adapters(net.enhancer.trunk, ADAPTED, settings.rank)
 
     def groups(self) -> list[Group]:
-        rates, (_, unet) = self.settings.rates, parts_of(self.model.enhancer)
-        adapters = [p for name, p in self.model.enhancer.trunk.named_parameters() if "lora_" in name]
-        return [Group("adapters", adapters, rates.adapters), Group("unet", unet, rates.unet)]
+        enhancer, rates = self.model.enhancer, self.settings.rates
+        adapters = [p for name, p in enhancer.trunk.named_parameters() if "lora_" in name]
+        return [
+            Group("adapters", adapters, rates.adapters), Group("unet", beside(enhancer.trunk, enhancer), rates.unet),
+        ]
 
     def set_modes(self) -> None:
         self.eval()
@@ -335,7 +345,7 @@ class Restore(NanoStage):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            target = self.model.trunk(*see(self.model, batch["clear"])[:2]).float()
+            target = plain_latent(self.model, batch["clear"]).float()
         s4, s8, statistics = see(self.model, batch["images"])
         restored = self.model.enhancer(s4, s8, self.condition(statistics)).float()
         error = ((restored - target) ** 2).mean()
@@ -369,8 +379,11 @@ class Decode(NanoStage):
         if "decoder" in self.settings.train:
             groups.append(Group("decoder", list(self.model.decoder.parameters()), rates.decoder))
         if "enhancer" in self.settings.train:
-            trunk, unet = parts_of(self.model.enhancer)
-            groups += [Group("trunk", trunk, rates.trunk), Group("unet", unet, rates.unet)]
+            enhancer = self.model.enhancer
+            groups += [
+                Group("trunk", list(enhancer.trunk.parameters()), rates.trunk),
+                Group("unet", beside(enhancer.trunk, enhancer), rates.unet),
+            ]
         return groups
 
     def set_modes(self) -> None:

@@ -22,7 +22,7 @@ from glesam_ros.training.adapters import add_adapters
 from glesam_ros.training.config import StageConfig
 from glesam_ros.training.crops import recoloured
 from glesam_ros.training.labelled_crops import VOID, LabelledScenes, draw_labelled, load_labelled
-from glesam_ros.training.loop import Batch, Group, Run, Stage, Stop, claim, complete, make_accelerator, sow
+from glesam_ros.training.loop import Batch, Group, Run, Stage, Stop, beside, claim, complete, make_accelerator, sow
 from glesam_ros.training.nano import draw_levels, pretrained_backbone, worsen
 from glesam_ros.training.rass_nano_config import (
     RASS_NANO_STAGES,
@@ -104,10 +104,11 @@ class Segment(RassNanoStage):
     settings: NanoSegmentConfig
 
     def groups(self) -> list[Group]:
-        rates, backbone = self.settings.rates, list(self.model.backbone.parameters())
-        inside = {id(p) for p in backbone}
-        decoder = [p for p in self.model.parameters() if id(p) not in inside]
-        return [Group("backbone", backbone, rates.backbone), Group("decoder", decoder, rates.decoder)]
+        rates, backbone = self.settings.rates, self.model.backbone
+        return [
+            Group("backbone", list(backbone.parameters()), rates.backbone),
+            Group("decoder", beside(backbone, self.model), rates.decoder),
+        ]
 
     def batch(self, rng: np.random.Generator) -> Batch:
         batch = draw_streets(self.scenes, rng, self.config, self.settings.batch, self.settings.clear)
