@@ -99,7 +99,8 @@ class Settings:
         0.15, "Auto mode switches enhancement off when the degradation level falls below this.", low=0.0, high=1.0
     )
     score_threshold: float = _param(
-        0.15, "Instances with a lower score (predicted IoU) are dropped in everything mode.", low=0.0, high=1.0
+        0.15, "Instances with a lower score (predicted IoU; nano: times stability) are dropped in everything mode.",
+        low=0.0, high=1.0,
     )
     stability_threshold: float = _param(
         0.5, "Instances with a lower stability (mask IoU under a shifted threshold) are dropped in everything mode.",

@@ -71,7 +71,7 @@ class Candidates:
 
     Attributes:
         logits: (K, h, w) float32 mask logits at the model's own resolution, covering the whole image; 0 is the edge.
-        scores: (K,) float32 in 0..1, predicted IoU.
+        scores: (K,) float32 in 0..1, predicted IoU, which a model may have multiplied by stability.
     """
 
     logits: FloatArray
