@@ -22,10 +22,10 @@ pytest.importorskip("accelerate", reason="training needs accelerate; scripts/tes
 from accelerate import Accelerator  # noqa: E402
 from torch import nn  # noqa: E402
 
-from glesam_ros.training import checkpoint  # noqa: E402
+from glesam_ros.training import checkpoint, loop  # noqa: E402
 from glesam_ros.training.config import StageConfig  # noqa: E402
 from glesam_ros.training.log import Log  # noqa: E402
-from glesam_ros.training.loop import Group, Run, Stage, Stop, Stopped, rate_share, train  # noqa: E402
+from glesam_ros.training.loop import Group, Run, Stage, Stop, Stopped, make_accelerator, rate_share, train  # noqa: E402
 
 SEED = 5
 
@@ -262,6 +262,19 @@ def test_rows_after_the_checkpoint_and_torn_rows_go(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "x.csv").open()))
     assert [(r["step"], r["loss"]) for r in rows] == [("10", "0.5"), ("20", "0.4")]
     assert float(rows[1]["seconds"]) >= 9.0
+
+
+@pytest.mark.parametrize("capability, precision, said", [
+    ("AVX2", "bf16", True), ("AVX512", "bf16", False), ("AVX2", "no", False),
+])
+def test_emulated_bf16_is_said(
+    capability: str, precision: str, said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    # a second one of another precision is refused in one process
+    monkeypatch.setattr(loop, "Accelerator", dict)
+    make_accelerator("cpu", precision)
+    assert ("this CPU emulates bf16" in caplog.text) == said
 
 
 def test_another_number_of_processes_is_refused(tmp_path: Path, accelerator: Accelerator) -> None:

@@ -226,17 +226,51 @@ def test_clear_inputs_of_stage_1_are_their_own_target(data: Path) -> None:
     assert float(stage(batch)["restoration"].detach()) > 0
 
 
-def test_clear_crops_of_stage_2_skip_the_enhancer_half_of_the_time(data: Path) -> None:
-    stage = stage_of("decode", data, decode={"clear": 1.0, "batch": 40}, crop={"height": 32, "width": 32})
-    batch = stage.batch(np.random.default_rng(0))
-    assert 10 < int(batch["skip"].sum()) < 30
+def test_some_clear_crops_of_stage_2_skip_the_enhancer(data: Path) -> None:
+    for skip, (least, most) in ((0.5, (10, 30)), (0.0, (0, 0)), (1.0, (40, 40))):
+        decode = {"clear": 1.0, "batch": 40, "skip": skip}
+        stage = stage_of("decode", data, decode=decode, crop={"height": 32, "width": 32})
+        batch = stage.batch(np.random.default_rng(0))
+        assert least <= len(batch["plain"]) <= most
+        assert sorted([*batch["plain"].tolist(), *batch["enhanced"].tolist()]) == list(range(40))
     stage = stage_of("decode", data, decode={"clear": 0.0, "batch": 4})
-    assert not stage.batch(np.random.default_rng(0))["skip"].any()
+    assert not len(stage.batch(np.random.default_rng(0))["plain"])
+
+
+def test_each_crop_of_stage_2_goes_one_way(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = stage_of("decode", data, decode={"batch": 4, "train": ["decoder", "enhancer", "trunk"]})
+    batch = stage.batch(np.random.default_rng(0))
+    seen: list[Any] = []
+    monkeypatch.setattr(nano, "decoder_loss", lambda net, latent, *_: seen.append(latent) or {})
+    with torch.no_grad():
+        s4, s8, statistics = nano.see(stage.model, batch["images"])
+        plain = stage.model.trunk(s4, s8)
+        restored = stage.model.enhancer(s4, s8, stage.condition(statistics))
+        for enhanced in ([0, 1, 2, 3], [], [2, 0]):
+            rows = {"enhanced": enhanced, "plain": [k for k in (3, 1, 0, 2) if k not in enhanced]}
+            stage({**batch, **{name: torch.tensor(some, dtype=torch.long) for name, some in rows.items()}})
+            latent = seen.pop()
+            for k in range(4):
+                assert torch.allclose(latent[k], (restored if k in enhanced else plain)[k], atol=1e-5), (enhanced, k)
+
+
+def test_the_trunk_of_the_encoder_learns_from_crops_that_skip_the_enhancer(data: Path) -> None:
+    stage = stage_of("decode", data, decode={"batch": 2, "train": ["decoder", "trunk"]})
+    batch = stage.batch(np.random.default_rng(0))
+    for rows, learns in (([0], True), ([], False)):
+        left = [k for k in (0, 1) if k not in rows]
+        ways = {"plain": torch.tensor(rows, dtype=torch.long), "enhanced": torch.tensor(left)}
+        stage.zero_grad()
+        stage({**batch, **ways})["loss"].backward()
+        gradient = stage.model.trunk.fuse[1].weight.grad
+        assert (gradient is not None and bool(gradient.any())) == learns
 
 
 def test_the_paper_trains_the_decoder_alone(data: Path) -> None:
     assert [g.name for g in stage_of("decode", data, decode={"train": ["decoder"]}).groups()] == ["decoder"]
     assert [g.name for g in stage_of("decode", data).groups()] == ["decoder", "trunk", "unet"]
+    every = stage_of("decode", data, decode={"train": ["trunk", "decoder", "enhancer"]})
+    assert [g.name for g in every.groups()] == ["decoder", "trunk", "unet", "encoder"]
 
 
 def test_without_its_condition_the_enhancer_gets_a_constant(data: Path) -> None:
@@ -300,6 +334,16 @@ def test_steps_run_on_another_device(data: Path, monkeypatch: pytest.MonkeyPatch
             losses = stage(batch)
             losses["loss"].backward()
         assert losses["loss"].device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["base", "restore", "decode"])
+def test_steps_run_in_16_bits(name: str, data: Path) -> None:
+    stage = stage_of(name, data, **{name: {"batch": 2}}, crop={"height": 32, "width": 32})
+    batch = stage.batch(np.random.default_rng(0))
+    with torch.no_grad():
+        exact = float(stage(batch)["loss"])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert float(stage(batch)["loss"]) == pytest.approx(exact, rel=0.05)
 
 
 def test_sources_are_put_together_by_weight(data: Path, tmp_path: Path) -> None:

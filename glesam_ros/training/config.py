@@ -253,7 +253,7 @@ class RestoreConfig(StageConfig):
 
 @dataclass(frozen=True, config=STRICT)
 class DecodeRates:
-    """Peak rates: decoder; the enhancer's trunk; its U-Net. That of what is not trained is not used."""
+    """Peak rates: decoder; trunk, of enhancer and encoder; U-Net. That of what is not trained is not used."""
 
     decoder: Rate = 2e-4
     trunk: Rate = 5e-5
@@ -265,15 +265,18 @@ class DecodeConfig(StageConfig):
     """Stage 2 of GleSAM: the decoder on restored latents.
 
     Attributes:
-        train: the decoder alone (the paper), or the enhancer with it.
+        train: the decoder alone (the paper), the enhancer with it, or also the encoder's trunk, which clear crops go
+            through that skip the enhancer.
         loss: windowed (Dice, cross-entropy mostly around the region) or focal (the paper's Dice and focal).
-        clear: share of crops that are clear; half of those skip the enhancer, as automatic mode will have it.
+        clear: share of crops that are clear.
+        skip: share of those that skip the enhancer, as automatic mode will have it.
     """
 
     steps: CountOrNone = 1000
-    train: Annotated[tuple[Literal["decoder", "enhancer"], ...], Field(min_length=1)] = ("decoder", "enhancer")
+    train: Annotated[tuple[Literal["decoder", "enhancer", "trunk"], ...], Field(min_length=1)] = ("decoder", "enhancer")
     loss: Literal["windowed", "focal"] = "windowed"
     clear: Share = 0.333
+    skip: Share = 0.5
     rates: DecodeRates = field(default_factory=DecodeRates)
 
 
@@ -285,7 +288,8 @@ class Config:
         seed: of the first weights and of every batch.
         precision: no (fp32), bf16, or fp16 (on a GPU).
         workers: processes that draw batches ahead, 0 for none; the batches are the same.
-        start: weights to begin with (a `<stage>.pt` of another run), or none for the pretrained backbone alone.
+        start: weights to begin with: a `<stage>.pt` of another run, "shipped" for those of the package, or none for the
+            pretrained backbone alone.
         objects: prompted objects of a crop.
         cells: grid points of an object, for everything mode.
     """

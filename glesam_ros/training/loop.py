@@ -6,6 +6,7 @@ stopped and goes on ends as one that was not: bit-equal on the same CPU with the
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import threading
@@ -31,6 +32,9 @@ from glesam_ros.training import checkpoint
 from glesam_ros.training.config import StageConfig, differences, to_dict, to_yaml
 from glesam_ros.training.log import Log
 
+_LOG = logging.getLogger(__name__)
+WITHOUT_BF16 = ("NO AVX", "AVX2")
+"""CPUs, as torch names them, on which 16-bit arithmetic is emulated."""
 Batch = dict[str, Tensor]
 Draw = Callable[[np.random.Generator], Batch]
 TRAINING, PREPARATION, CHANCE = range(3)
@@ -235,6 +239,8 @@ def make_accelerator(device: str, precision: str, unused: bool = False) -> Accel
     cpu = device == "cpu" or not gpu
     if cpu and precision == "fp16":
         raise ValueError("precision: expected no or bf16 on a CPU, got fp16")
+    if cpu and precision == "bf16" and torch.backends.cpu.get_cpu_capability() in WITHOUT_BF16:
+        _LOG.warning("precision: this CPU emulates bf16, which takes many times as long; take precision=no")
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused else []
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
 

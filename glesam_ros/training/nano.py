@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glesam_ros.degradation import degrade, degrade_lqseg
-from glesam_ros.models.nano import resized
+from glesam_ros.models.nano import WEIGHTS, resized
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, pooled_statistics, with_positions
 from glesam_ros.training import checkpoint
 from glesam_ros.training.adapters import add_adapters
@@ -44,6 +44,7 @@ from glesam_ros.training.loop import (
 )
 from glesam_ros.training.losses import dice_focal_loss, soft_iou, windowed_loss, windows
 from glesam_ros.training.prompts import draw_cells, draw_prompt
+from glesam_ros.training.shipped import read_shipped, renormalise
 from glesam_ros.training.sources import Scenes, load_scenes
 
 Array = np.ndarray[Any, Any]
@@ -55,6 +56,10 @@ ADAPTED = r"_blocks\.\d+\.(_expand_conv|_project_conv)|from\d+|context\.0|fuse\.
 """What gets adapters, of `Trunk`: all convolutions but the depthwise ones and the overview."""
 PAIRS = 8
 """Frames that are seen at once for the level head."""
+SHIPPED = "shipped"
+"""Value of `start` for the weights of the package."""
+LOOKS = 8
+"""Batches, and crops of each, that normalisation of those is made of."""
 COLOURS = ((230, 60, 60), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240))
 
 
@@ -151,6 +156,11 @@ def see(net: NanoNet, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         s2, s4, s8 = net.stem.features(to_network(images))
         return s4, s8, pooled_statistics([s2.float(), s4.float(), s8.float()])
+
+
+def picked(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of (B, C, h, w), channels last in memory, which indexing alone would undo."""
+    return x[rows].contiguous(memory_format=torch.channels_last)
 
 
 def decoder_loss(net: NanoNet, latent: Tensor, batch: Batch, loss: MaskLoss = windowed_loss) -> dict[str, Tensor]:
@@ -368,7 +378,8 @@ class Decode(NanoStage):
     """Stage 2: the decoder on restored latents; the encoder is frozen.
 
     The paper freezes the enhancer and takes Dice and focal loss: `train: [decoder]`, `loss: focal`. By default the
-    enhancer trains on, so that it restores what masks need, and the loss stays that of the base.
+    enhancer trains on, so that it restores what masks need, and the loss stays that of the base. With "trunk" the
+    encoder's trunk learns, too, from clear crops alone, so that it keeps up with the enhancer's.
     """
 
     name = "decode"
@@ -384,6 +395,8 @@ class Decode(NanoStage):
                 Group("trunk", list(enhancer.trunk.parameters()), rates.trunk),
                 Group("unet", beside(enhancer.trunk, enhancer), rates.unet),
             ]
+        if "trunk" in self.settings.train:
+            groups.append(Group("encoder", list(self.model.trunk.parameters()), rates.trunk))
         return groups
 
     def set_modes(self) -> None:
@@ -394,15 +407,23 @@ class Decode(NanoStage):
     def batch(self, rng: np.random.Generator) -> Batch:
         count = self.settings.batch
         batch = draw_scenes(self.scenes, rng, self.config, count, self.settings.clear)
-        skip = (batch["levels"] == 0) & torch.from_numpy(rng.random(count) < 0.5)
-        return {**{name: value for name, value in batch.items() if name != "clear"}, "skip": skip}
+        skip = (batch.pop("levels").numpy() == 0) & (rng.random(count) < self.settings.skip)
+        del batch["clear"]
+        rows = {"enhanced": np.flatnonzero(~skip), "plain": np.flatnonzero(skip)}
+        return {**batch, **{name: torch.from_numpy(some) for name, some in rows.items()}}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         s4, s8, statistics = see(self.model, batch["images"])
-        restored = self.model.enhancer(s4, s8, self.condition(statistics)).float()
-        with torch.no_grad():
-            plain = self.model.trunk(s4, s8).float()
-        latent = torch.where(batch["skip"][:, None, None, None], plain, restored)
+        condition = self.condition(statistics)
+        # each crop through one of the two, and neither runs without one
+        latents, order = [], []
+        if len(rows := batch["enhanced"]):
+            latents.append(self.model.enhancer(picked(s4, rows), picked(s8, rows), condition[rows]).float())
+            order.append(rows)
+        if len(rows := batch["plain"]):
+            latents.append(self.model.trunk(picked(s4, rows), picked(s8, rows)).float())
+            order.append(rows)
+        latent = picked(torch.cat(latents), torch.cat(order).argsort())
         return decoder_loss(self.model, latent, batch, MASK_LOSSES[self.settings.loss])
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
@@ -456,23 +477,26 @@ def train_nano(
         FileNotFoundError: data or weights are missing.
         FloatingPointError: the loss is infinite or not a number.
     """
-    accelerator = make_accelerator(device, config.precision)
+    # a batch of the decode stage may have no crop for a part
+    accelerator = make_accelerator(device, config.precision, unused=True)
     claim(out, config, accelerator)
     # gradients of pixels far from a region are denormal, which CPUs compute many times slower
     torch.set_flush_denormal(True)
     torch.manual_seed(config.seed)
+    stages = [name for name in STAGES[: STAGES.index(until) + 1] if getattr(config, name).steps]
+    left = [name for name in stages if not (out / f"{name}.pt").exists()]
+    # a run that is finished needs no data
+    scenes = load_scenes(config.sources, data) if left else Scenes([], np.zeros(0))
     net = NanoNet()
     if config.start is None:
         net.load_backbone(pretrained_backbone())
+    elif config.start == SHIPPED:
+        net = shipped_net(scenes, config)
     else:
         _load_weights(net, Path(config.start))
     net.enhancer.gamma = config.enhancer.gamma
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword alone
     net = net.to(accelerator.device)
-    stages = [name for name in STAGES[: STAGES.index(until) + 1] if getattr(config, name).steps]
-    left = [name for name in stages if not (out / f"{name}.pt").exists()]
-    # a run that is finished needs no data
-    scenes = load_scenes(config.sources, data) if left else Scenes([], np.zeros(0))
     with (stop := Stop()).signals():
         shared = Run(out, config.seed, config.workers, accelerator, stop)
         for name in stages:
@@ -483,6 +507,23 @@ def train_nano(
         checkpoint.write(out / "nano.pt", folded(net, config).state_dict())
     accelerator.wait_for_everyone()
     return [out / "nano.pt"]
+
+
+def shipped_net(scenes: Scenes, config: Config) -> NanoNet:
+    """The network of the package, with normalisation that can be trained on; crops of `scenes` give its statistics."""
+    net, rng = read_shipped(WEIGHTS), np.random.default_rng([config.seed, len(STAGES)])
+
+    def look() -> None:
+        """Crops through all parts: the clear ones through the trunk, all through the enhancer."""
+        for _ in range(LOOKS):
+            batch = draw_scenes(scenes, rng, config, LOOKS, 0.5)
+            s4, s8, statistics = see(net, batch["images"])
+            net.trunk(s4[batch["levels"] == 0], s8[batch["levels"] == 0])
+            net.decoder(net.enhancer(s4, s8, net.stem.level(statistics)))
+
+    if scenes.photographs:
+        renormalise(net, look)
+    return net
 
 
 def _load_weights(net: NanoNet, path: Path) -> None:
