@@ -9,6 +9,7 @@ which a machine adds does not change the bits.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -104,11 +105,13 @@ def code_planes(planes: UInt8Array, side: int, qp: int) -> UInt8Array:
 def _neighbours(decoded: Array, r: Array, c: Array) -> tuple[Array, Array]:
     """Decoded pixels (n, P, side) above and left of the blocks; at the border of the picture the mean of the other."""
     above, left = decoded[r - 1, c][..., -1, :], decoded[r, c - 1][..., -1]
-    first_row, first_column = r == 0, c == 0
-    above[first_row] = np.floor(left[first_row].mean(-1, keepdims=True) + 0.5)
-    left[first_column] = np.floor(above[first_column].mean(-1, keepdims=True) + 0.5)
-    corner = first_row & first_column
-    above[corner] = left[corner] = _EDGE_GREY
+    first_row, first_column = np.flatnonzero(r == 0), np.flatnonzero(c == 0)
+    if first_row.size:
+        above[first_row] = np.floor(left[first_row].mean(-1, keepdims=True) + 0.5)
+    if first_column.size:
+        left[first_column] = np.floor(above[first_column].mean(-1, keepdims=True) + 0.5)
+        corner = first_column[r[first_column] == 0]
+        above[corner] = left[corner] = _EDGE_GREY
     return above, left
 
 
@@ -116,12 +119,14 @@ def _predict(wanted: Array, above: Array, left: Array) -> Array:
     """Of the vertical, horizontal and DC prediction the one with the smallest sum of absolute differences."""
     side = wanted.shape[-1]
     mean = np.floor((above.sum(-1) + left.sum(-1) + side) / (2 * side))
-    best = np.broadcast_to(mean[..., None, None], wanted.shape).copy()
-    least = np.abs(wanted - best).sum((-1, -2), keepdims=True)
-    for candidate in (above[..., None, :], left[..., :, None]):
-        cost = np.abs(wanted - candidate).sum((-1, -2), keepdims=True)
-        np.copyto(best, candidate, where=cost < least)
-        np.minimum(least, cost, out=least)
+    candidates = np.empty((3, *wanted.shape), np.float32)  # where two are as close, the earlier one is taken
+    candidates[0], candidates[1], candidates[2] = mean[..., None, None], above[..., None, :], left[..., :, None]
+    difference = wanted - candidates
+    costs = np.abs(difference, out=difference).reshape(*candidates.shape[:-2], -1) @ np.ones(side * side, np.float32)
+    which = costs.argmin(0)[..., None, None]
+    best = candidates[0]
+    np.copyto(best, candidates[1], where=which == 1)
+    np.copyto(best, candidates[2], where=which == 2)
     return best
 
 
@@ -135,20 +140,36 @@ def code_residual(residual: Array, qp: int) -> Array:
     Returns:
         The decoded residual, same shape, float32 whole numbers.
     """
-    side = residual.shape[-1]
-    k = side // 4
-    steps = quantisation_steps(qp)
-    # the rows of the transform are not of unit length; with those of the inverse this makes up for it
-    norm = np.tile(np.array([[1.0, 0.8], [0.8, 0.64]], np.float32) * 4, (2, 2)) / steps
-    forward, inverse = np.kron(np.eye(k, dtype=np.float32), _FORWARD), np.kron(np.eye(k, dtype=np.float32), _INVERSE)
+    k = residual.shape[-1] // 4
+    norm, steps, forward, inverse, hadamard = _matrices(k, qp)
     coefficients = _both_sides(residual, forward)
     means = coefficients[..., ::4, ::4].reshape(-1, k * k)
-    hadamard = np.kron(_HADAMARD[k], _HADAMARD[k])
     levels = _quantise(means @ hadamard, norm[0, 0] / k)
     means = levels @ hadamard * (steps[0, 0] / k)
-    coefficients = _quantise(coefficients, np.tile(norm, (k, k))) * np.tile(steps, (k, k))
+    coefficients = _quantise(coefficients, norm)
+    coefficients *= steps
     coefficients[..., ::4, ::4] = means.reshape(*residual.shape[:-2], k, k)
-    return np.asarray(np.floor((_both_sides(coefficients, inverse) + 32) / 64), np.float32)
+    decoded = _both_sides(coefficients, inverse)
+    decoded += 32
+    decoded /= 64
+    return np.floor(decoded, out=decoded)
+
+
+@lru_cache
+def _matrices(k: int, qp: int) -> tuple[Array, ...]:
+    """What `code_residual` needs for k x k blocks of 4x4; made once, for it is called for each diagonal.
+
+    Returns:
+        Factors before quantisation and steps after it, transform and inverse, each (4 k, 4 k); second transform of the
+        means (k^2, k^2); all float32.
+    """
+    steps, eye = quantisation_steps(qp), np.eye(k, dtype=np.float32)
+    # the rows of the transform are not of unit length; with those of the inverse this makes up for it
+    norm = np.tile(np.array([[1.0, 0.8], [0.8, 0.64]], np.float32) * 4, (2, 2)) / steps
+    return (
+        np.tile(norm, (k, k)), np.tile(steps, (k, k)), np.kron(eye, _FORWARD), np.kron(eye, _INVERSE),
+        np.kron(_HADAMARD[k], _HADAMARD[k]),
+    )
 
 
 def _both_sides(blocks: Array, matrix: Array) -> Array:
@@ -160,7 +181,8 @@ def _both_sides(blocks: Array, matrix: Array) -> Array:
 
 def _quantise(values: Array, scale: Any) -> Array:
     scaled = values * scale
-    return np.trunc(scaled + np.copysign(np.float32(ROUNDING), scaled))
+    scaled += np.copysign(np.float32(ROUNDING), scaled)
+    return np.trunc(scaled, out=scaled)
 
 
 def smooth_edges(planes: UInt8Array, step: int, qp: int) -> None:

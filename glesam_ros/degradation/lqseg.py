@@ -292,7 +292,10 @@ def _noise(
     else:
         field_ = poisson_noise(_to_uint8(image), gray, noise)
         field_ *= strength
-    out = image + (field_[..., None] if gray else field_)
+    if gray:
+        out = image + field_[..., None]
+    else:
+        out = np.add(image, field_, out=field_)
     return np.clip(out, 0.0, 255.0, out=out)
 
 
@@ -311,11 +314,15 @@ def poisson_noise(image: UInt8Array, gray: bool, rng: np.random.Generator) -> Fl
         image = np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY))
     values = int(np.count_nonzero(np.bincount(image.reshape(-1), minlength=256)))
     counts = 2 ** math.ceil(math.log2(values))
-    accept, alias = _poisson_tables(counts)
-    bits = np.frombuffer(rng.bytes(4 * image.size), "<u4").reshape(image.shape)
-    column = (bits & (_COLUMNS - 1)).astype(np.int32)
-    cell = column + image.astype(np.int32) * _COLUMNS
-    drawn = np.where((bits >> _COLUMN_BITS) < accept.take(cell), column, alias.take(cell)).astype(np.float32)
+    bits = rng.integers(0, 1 << 32, image.shape, np.uint32)
+    low = np.uint32(_COLUMNS - 1)
+    cell = image.astype(np.intp)  # what `take` wants: any other type it would convert
+    cell <<= _COLUMN_BITS
+    cell += bits & low
+    entry = _poisson_table(counts).take(cell)
+    outcome = np.where(bits | low < entry, bits, entry)  # true where the high bits of `bits` are the smaller ones
+    outcome &= low
+    drawn = outcome.astype(np.float32)
     drawn *= np.float32(255.0 / counts)
     return np.subtract(drawn, image, out=drawn, dtype=np.float32)
 
@@ -329,14 +336,14 @@ _NEVER = 1e-300
 
 
 @lru_cache(maxsize=9)
-def _poisson_tables(counts: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _poisson_table(counts: int) -> np.ndarray[Any, Any]:
     """Alias tables (Walker) of the Poisson laws with the means v * counts / 255, v = 0..255.
 
     Only 256 means occur, so a table draws three times as fast as `Generator.poisson`; exact to 2**-23.
 
     Returns:
-        accept: (256 * 512,) uint32, threshold of 23 random bits below which a column keeps its own outcome.
-        alias: (256 * 512,) int32, its other outcome.
+        (256 * 512,) uint32, an entry a column: the high 23 bits are the threshold of 23 random bits below which it
+        keeps its own outcome, the low 9 bits its other outcome. One that always keeps its own has it as the other, too.
     """
     outcomes = np.arange(_COLUMNS)
     mean = np.arange(256)[:, None] * (counts / 255.0)
@@ -352,7 +359,9 @@ def _poisson_tables(counts: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, 
         p[row, rich] -= 1.0 - accept[row, poor]
         p[row, poor] = np.inf  # done
     scale = 1 << (32 - _COLUMN_BITS)
-    return (accept * scale).round().astype(np.uint32).reshape(-1), alias.astype(np.int32).reshape(-1)
+    threshold = (accept * scale).round().astype(np.uint32)
+    alias = np.where(threshold == scale, outcomes, alias).astype(np.uint32)
+    return (np.minimum(threshold, scale - 1) << np.uint32(_COLUMN_BITS) | alias).reshape(-1)
 
 
 def _jpeg(image: Picture, order: Order, rng: np.random.Generator, sampled: dict[str, Any]) -> UInt8Array:
