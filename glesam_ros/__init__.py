@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +28,14 @@ _HOMES = {
     "SemanticMap": "semantic", "Settings": "settings", "load_pipeline": "pipeline", "load_restorer": "semantic",
     "load_semantic": "semantic",
 }
+
+
+def keep_openblas_on_one_thread() -> None:
+    """Set `OPENBLAS_NUM_THREADS` to 1 where it is not set, for a whole program: call it before numpy is loaded.
+
+    Idle threads of OpenBLAS spin, on cores that onnxruntime and the robot need.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def __getattr__(name: str) -> Any:

@@ -128,12 +128,14 @@ def test_import_is_light() -> None:
     assert not loaded & (ROS_PACKAGES | {"torch", "onnxruntime", "rosbags", "pycocotools"})
 
 
-@pytest.mark.parametrize("module", ["glesam_ros.ros", "glesam_ros.cli"])
-@pytest.mark.parametrize("given, expected", [(None, "1"), ("4", "4")])
+@pytest.mark.parametrize("module, given, expected", [
+    ("glesam_ros.ros", None, "1"), ("glesam_ros.cli", None, "1"), ("glesam_ros.ros", "4", "4"),
+    ("glesam_ros.cli", "4", "4"), ("glesam_ros", None, "None"),  # the library leaves it to the program
+])
 def test_programs_keep_openblas_on_one_thread_before_numpy_is_there(
     module: str, given: str | None, expected: str
 ) -> None:
-    said = f"import os, sys, {module}; print(os.environ['OPENBLAS_NUM_THREADS'], 'numpy' in sys.modules)"
+    said = f"import os, sys, {module}; print(os.environ.get('OPENBLAS_NUM_THREADS'), 'numpy' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
     if given:
         environment["OPENBLAS_NUM_THREADS"] = given

@@ -1,6 +1,5 @@
 """The ROS 2 layer: messages in, messages out; lifecycle, threads, QoS, parameters and diagnostics."""
 
-import os
+from glesam_ros import keep_openblas_on_one_thread
 
-# before numpy is loaded: idle threads of OpenBLAS spin, on cores that onnxruntime and the robot need
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+keep_openblas_on_one_thread()
