@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -29,12 +28,14 @@ from sensor_msgs.msg import Image
 TIMEOUT_S = 15.0
 """Longest wait for anything; reached only when a test fails."""
 TRANSITIONS = {
-    "configure": Transition.TRANSITION_CONFIGURE,
-    "cleanup": Transition.TRANSITION_CLEANUP,
-    "activate": Transition.TRANSITION_ACTIVATE,
-    "deactivate": Transition.TRANSITION_DEACTIVATE,
-    "shutdown": Transition.TRANSITION_INACTIVE_SHUTDOWN,
+    "configure": (Transition.TRANSITION_CONFIGURE, "inactive"),
+    "cleanup": (Transition.TRANSITION_CLEANUP, "unconfigured"),
+    "activate": (Transition.TRANSITION_ACTIVATE, "active"),
+    "deactivate": (Transition.TRANSITION_DEACTIVATE, "inactive"),
 }
+"""Number of each, and the state that it leads to where it succeeds."""
+LOST_ANSWER = "client will not receive response"
+"""Words of rclpy's warning that rmw_fastrtps dropped an answer, as the node had not seen the client within 0.1 s."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -62,24 +63,32 @@ class Inbox:
         return self.messages[-1]
 
 
-class NodeProcess:
-    """A perception node in its own process, with output kept in a file."""
+class LoggedProcess:
+    """A process with its output kept in a file; `paths` go before what the variables of its environment hold."""
+
+    def __init__(self, command: list[str], paths: dict[str, Path]) -> None:
+        self._log = tempfile.TemporaryFile()  # lives as long as the process
+        # Python shows a warning once only: every lost answer has to be seen
+        environment = {**os.environ, "PYTHONWARNINGS": "always::RuntimeWarning"}
+        for name, path in paths.items():
+            environment[name] = os.pathsep.join(p for p in (str(path), environment.get(name, "")) if p)
+        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, env=environment)
+
+    @property
+    def output(self) -> str:
+        # without a seek, which would move the place where the process writes
+        data = os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0)
+        return data.decode(errors="replace")
+
+
+class NodeProcess(LoggedProcess):
+    """A perception node in its own process."""
 
     def __init__(self, namespace: str, parameters: dict[str, Any], arguments: list[str]) -> None:
         command = [sys.executable, str(ROOT / "test/nodes/model_node.py"), "--ros-args", "-r", f"__ns:=/{namespace}"]
         for name, value in {"model": "bright", **parameters}.items():
             command += ["-p", f"{name}:={_yaml(value)}"]
-        self._log = tempfile.TemporaryFile("w+")  # lives as long as the process
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        self.process = subprocess.Popen(
-            command + arguments, stdout=self._log, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)},
-        )
-
-    @property
-    def output(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
+        super().__init__(command + arguments, {"PYTHONPATH": ROOT})
 
     def end(self, number: int = signal.SIGINT) -> int:
         """Send the signal and return the exit code."""
@@ -174,34 +183,38 @@ class Client:
     # Services.
 
     def call(self, kind: Any, name: str, request: Any, timeout_s: float = TIMEOUT_S) -> Any:
+        """The answer; a request whose answer was lost is sent again, so it has to be one that may be repeated."""
+        return wait_for(lambda: self._ask(kind, name, request, timeout_s), f"an answer of {name}", timeout_s)
+
+    def _ask(self, kind: Any, name: str, request: Any, timeout_s: float) -> Any:
+        """The answer, or None where the node says that it could send it to nobody."""
+        lost = self.ros.output.count(LOST_ANSWER)
         future = self.service(kind, name).call_async(request)
-        wait_for(future.done, f"an answer of {name}", timeout_s)
-        return future.result()
+        wait_for(
+            lambda: future.done() or self.ros.output.count(LOST_ANSWER) > lost, f"an answer of {name}", timeout_s
+        )
+        return future.result() if future.done() else None
 
     def service(self, kind: Any, name: str) -> Any:
-        """A client of the service, connected."""
+        """A client of the service that sees the node; the node may still lose its first answer (`LOST_ANSWER`)."""
         if name not in self._services:
             client = self.node.create_client(kind, name)
             assert client.wait_for_service(TIMEOUT_S), f"service {name} did not appear\n{self.ros.output}"
-            # we have seen the server; an answer is lost unless it has seen us too (rmw_fastrtps sends it to nobody)
-            time.sleep(0.3)
             self._services[name] = client
         return self._services[name]
 
     def state(self) -> str:
-        for _ in range(4):  # an answer may be lost while the node gets to know us
-            future = self.service(GetState, "perception/get_state").call_async(GetState.Request())
-            with contextlib.suppress(AssertionError):
-                wait_for(future.done, "an answer of perception/get_state", TIMEOUT_S / 4)
-                return future.result().current_state.label
-        raise AssertionError(f"perception/get_state was asked four times in vain\n{self.ros.output}")
+        return self.call(GetState, "perception/get_state", GetState.Request()).current_state.label
 
     def wait_state(self, label: str) -> None:
         wait_for(lambda: self.state() == label, f"state {label}\n{self.ros.output}")
 
-    def change_state(self, name: str) -> bool:
-        transition = Transition(id=TRANSITIONS[name])
-        return self.call(ChangeState, "perception/change_state", ChangeState.Request(transition=transition)).success
+    def change_state(self, name: str, timeout_s: float = TIMEOUT_S) -> bool:
+        """Whether the transition succeeded: by its answer, or by the state if the answer was lost."""
+        number, goal = TRANSITIONS[name]
+        request = ChangeState.Request(transition=Transition(id=number))
+        answer = self._ask(ChangeState, "perception/change_state", request, timeout_s)
+        return self.state() == goal if answer is None else answer.success
 
     def set_parameters(self, **values: Any) -> list[Any]:
         request = SetParameters.Request(parameters=[_parameter(*item) for item in values.items()])

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ pytest.importorskip("rclpy", reason="needs rclpy (scripts/setup.sh, or a sourced
 pytest.importorskip("launch_ros", reason="needs launch_ros, which has no wheel: ROS 2 from apt or source")
 
 from rcl_interfaces.srv import GetParameters  # noqa: E402
-from ros_graph import Client, image_message, picture, wait_for  # noqa: E402
+from ros_graph import Client, LoggedProcess, image_message, picture, wait_for  # noqa: E402
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,23 +55,12 @@ def prefix(tmp_path_factory) -> Path:
     return root
 
 
-class LaunchProcess:
-    """A launch in its own process, with output kept in a file."""
+class LaunchProcess(LoggedProcess):
+    """A launch in its own process."""
 
     def __init__(self, prefix: Path, arguments: dict[str, str]) -> None:
-        self._log = tempfile.TemporaryFile("w+")
-        environment = dict(os.environ)
-        for name, path in (("AMENT_PREFIX_PATH", prefix), ("PYTHONPATH", ROOT)):
-            environment[name] = os.pathsep.join(p for p in (str(path), environment.get(name, "")) if p)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", RUNNER, str(LAUNCH_FILE), *(f"{k}:={v}" for k, v in arguments.items())],
-            stdout=self._log, stderr=subprocess.STDOUT, env=environment,
-        )
-
-    @property
-    def output(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
+        command = [sys.executable, "-c", RUNNER, str(LAUNCH_FILE), *(f"{k}:={v}" for k, v in arguments.items())]
+        super().__init__(command, {"AMENT_PREFIX_PATH": prefix, "PYTHONPATH": ROOT})
 
     def wait(self) -> int:
         return self.process.wait(60)

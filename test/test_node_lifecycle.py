@@ -6,11 +6,13 @@ import signal
 
 import pytest
 from lifecycle_msgs.srv import ChangeState
-from ros_graph import image_message, picture, wait_for
+from rclpy.qos import QoSDurabilityPolicy, QoSProfile
+from ros_graph import LOST_ANSWER, image_message, picture, wait_for
 from sensor_msgs.msg import Image
 from std_srvs.srv import SetBool
 
 SQUARE = (20, 20, 60, 60)
+CHANGE_STATE = "perception/change_state"
 
 
 def frames(client):
@@ -68,9 +70,49 @@ def test_an_impossible_transition_does_not_end_the_node(launch):
     activate = ChangeState.Request()
     activate.transition.id = 3
     # rclpy raises in the service and never answers
-    client.service(ChangeState, "perception/change_state").call_async(activate)
+    client.service(ChangeState, CHANGE_STATE).call_async(activate)
     client.wait_log("a callback failed")
     assert client.state() == "active"
+
+
+def deaf(client, kind, name):
+    """A client of the service to which the node loses every answer, as it may while it has not seen a client yet."""
+    client.state()  # both sides know each other's processes
+    # a reader that wants late answers, too, never matches the writer of the node; the requests do
+    profile = QoSProfile(depth=10, durability=QoSDurabilityPolicy.TRANSIENT_LOCAL)
+    return client.node.create_client(kind, name, qos_profile=profile)
+
+
+def test_a_lost_answer_of_change_state_is_told_by_the_state(launch):
+    client = launch(wait_active=False, autostart=False)
+    client._services[CHANGE_STATE] = deaf(client, ChangeState, CHANGE_STATE)
+    for turn in (1, 2):
+        assert client.change_state("configure") and client.state() == "inactive"
+        assert client.change_state("cleanup") and client.state() == "unconfigured"
+        assert client.ros.output.count(LOST_ANSWER) == 2 * turn
+        assert client.ros.output.count("configure done") == turn  # not asked again
+
+
+def test_a_lost_answer_of_a_transition_that_failed_is_told_by_the_state(launch):
+    client = launch(wait_active=False, autostart=False, model="absent")
+    client._services[CHANGE_STATE] = deaf(client, ChangeState, CHANGE_STATE)
+    assert not client.change_state("configure")
+    assert client.ros.output.count(LOST_ANSWER) == 1
+
+
+def test_a_transition_that_is_never_answered_is_not_taken_for_a_lost_answer(launch):
+    client = launch(wait_active=False, autostart=False)
+    with pytest.raises(AssertionError, match=f"in vain for an answer of {CHANGE_STATE}"):
+        client.change_state("activate", timeout_s=2)  # impossible: rclpy raises and never answers
+    client.wait_log("a callback failed")
+
+
+def test_a_request_whose_answer_was_lost_is_sent_again(launch, monkeypatch):
+    client = launch()
+    ends = iter([deaf(client, SetBool, "enable"), client.service(SetBool, "enable")])
+    monkeypatch.setattr(client, "service", lambda kind, name: next(ends))
+    assert "paused" in client.call(SetBool, "enable", SetBool.Request(data=False)).message
+    assert next(ends, None) is None and client.ros.output.count(LOST_ANSWER) == 1
 
 
 def test_enable_pauses_and_resumes(launch):

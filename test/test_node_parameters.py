@@ -89,6 +89,7 @@ def test_set_parameters_answers_within_200_ms_while_inference_takes_2_s(launch, 
     """`slow` sleeps as onnxruntime does (interpreter free), `busy` computes in Python (interpreter contended)."""
     client = launch(model=model, max_frame_age_ms=10_000)
     masks = client.subscribe(Image, "masks")
+    assert client.set_parameters(score_threshold=0.3)[0].successful  # from here on the node knows the client
     service = client.service(SetParameters, "perception/set_parameters")
     client.stream(
         lambda: image_message(picture(SQUARES), client.stamp()),
