@@ -160,21 +160,23 @@ def test_stored_weights_come_back_to_a_64000th_and_equal_ones_are_stored_once(ne
     assert np.abs(again - wide).max() > 0 and (np.abs(again - wide) <= 2 * channel / 64_000).all()
 
 
-def test_half_stored_weights_leave_the_scales_of_8_bits_alone() -> None:
-    tensors = {"w": RNG.standard_normal((300, 2)), "s": np.full(300, 0.1)}
+def test_half_stored_weights_leave_numbers_of_channels_alone() -> None:
+    tensors = {"w": RNG.standard_normal((300, 2)), "s": np.full(300, 0.1), "steps": np.full((300, 1), 0.1)}
     graph = helper.make_graph(
         [helper.make_node("DequantizeLinear", ["q", "s", "z8"], ["d"], axis=0),
-         helper.make_node("MatMul", ["d", "w"], ["y"])],
+         helper.make_node("Mul", ["w", "steps"], ["scaled"]), helper.make_node("MatMul", ["d", "scaled"], ["y"])],
         "graph", [helper.make_tensor_value_info("q", TensorProto.INT8, [300, 300])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(tensors["w"].astype(np.float32), "w"),
          numpy_helper.from_array(tensors["s"].astype(np.float32), "s"),
+         numpy_helper.from_array(tensors["steps"].astype(np.float32), "steps"),
          numpy_helper.from_array(np.zeros(300, np.int8), "z8")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     storage.store_half(model)
     values = constants(model)
-    assert values["w_half"].dtype == np.float16 and "w" not in values and values["s"].dtype == np.float32
+    assert values["w_half"].dtype == np.float16 and "w" not in values
+    assert values["s"].dtype == values["steps"].dtype == np.float32
 
 
 def test_features_handed_on_in_8_bits_are_rounded_once() -> None:

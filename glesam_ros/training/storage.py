@@ -17,13 +17,12 @@ from glesam_ros.training.graphs import constants
 from glesam_ros.training.quantize import channel_scales
 
 SMALLEST_HALF = 256
-"""Tensors with fewer numbers stay fp32: nothing to gain."""
+"""Tensors with fewer numbers stay fp32: nothing to gain. A number a channel does, too: few, and all depends on them."""
 SMALLEST_OUTSIDE = 1024
 """Tensors with fewer bytes stay in their ONNX file."""
 STEPS = 254
 """Steps of the second byte in one step of the first: -127 .. 127 are -1/2 .. 1/2."""
 ALIGNMENT = 64
-QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
 def split_convolutions(model: ModelProto, small: ModelProto | None = None) -> None:
@@ -60,9 +59,8 @@ def split_convolutions(model: ModelProto, small: ModelProto | None = None) -> No
 
 def store_half(model: ModelProto) -> None:
     """Replace large fp32 weights by fp16 with a cast, which the runtime folds when it loads, in place."""
-    scales = {name for node in model.graph.node for name in node.input[1:] if node.op_type in QUANTIZERS}
     for name, weight in constants(model).items():
-        if weight.dtype == np.float32 and weight.size >= SMALLEST_HALF and name not in scales:
+        if weight.dtype == np.float32 and weight.size >= SMALLEST_HALF and weight.squeeze().ndim > 1:
             half = numpy_helper.from_array(weight.astype(np.float16), name + "_half")
             cast = helper.make_node("Cast", [half.name], [name], name + "_cast", to=TensorProto.FLOAT)
             _replace(model, name, [half], [cast])
