@@ -16,11 +16,12 @@ import numpy as np
 from glesam_ros.instances import Instances
 from glesam_ros.models import Budget, Candidates, Embedding, OutOfMemory, SegmentationModel, load_model
 from glesam_ros.models.base import STABILITY_OFFSET
-from glesam_ros.models.proposals import row_sums
+from glesam_ros.models.proposals import Indices, packed, row_sums, set_bits
 from glesam_ros.settings import Settings
 from glesam_ros.validation import BoolArray, FloatArray, UInt8Array, check_boxes, check_image, check_points
 
 _LOG = logging.getLogger(__name__)
+Extent = tuple[int, int, int, int]
 SIZE_STEP = 128
 """Pixels of processing size between two rungs, the multiple that SAM models work at."""
 LEAST_BATCH = 8
@@ -226,8 +227,8 @@ class Pipeline:
             return self._everything(embedding, self._candidates(embedding, None, s), s)
         prompts = _merge_prompts(points, labels, boxes, embedding.size)
         found = self._candidates(embedding, prompts, s)
-        every = np.arange(len(found.scores))
-        return _to_instances(embedding, found, every, _stability(found.logits), limit=len(every), min_area=0)
+        every, extents = np.arange(len(found.scores)), _extents(found.logits > 0)
+        return _to_instances(embedding, found, every, extents, _stability(found.logits), limit=len(every), min_area=0)
 
     def segment(self, image: Any, points: Any = None, labels: Any = None, boxes: Any = None) -> Instances:
         """`encode` and `decode` in one call, again with less where memory lacks, as long as there is less."""
@@ -327,8 +328,12 @@ class Pipeline:
             & (pixels >= s.min_area / 8)
         )
         order = order[np.argsort(-found.scores[order], kind="stable")]
-        keep = order[mask_nms(binary[order], s.nms_iou, len(order))]
-        return _to_instances(embedding, found, keep, stability, s.max_instances, max(1, s.min_area))
+        best = binary[order]
+        extents = _extents(best)
+        kept = mask_nms(best, s.nms_iou, len(order), extents)
+        return _to_instances(
+            embedding, found, order[kept], extents[kept], stability, s.max_instances, max(1, s.min_area)
+        )
 
 
 def budget(s: Settings) -> Budget:
@@ -363,22 +368,23 @@ def load_pipeline(
     return Pipeline(load_model(model, device, precision), chosen)
 
 
-def mask_nms(masks: BoolArray, iou_threshold: float, limit: int) -> np.ndarray[Any, np.dtype[np.intp]]:
+def mask_nms(masks: BoolArray, iou_threshold: float, limit: int, extents: Indices | None = None) -> Indices:
     """Greedy non-maximum suppression by mask IoU.
 
     Args:
         masks: (K, h, w) bool, best first.
         iou_threshold: a mask that overlaps a better one by more than this is dropped.
         limit: stop after so many.
+        extents: (K, 4) of the masks, as `_extents` gives them; None where they are not at hand.
 
     Returns:
         Indices of the kept masks, best first.
     """
     if not len(masks):
         return np.zeros(0, np.intp)
-    area = _areas(masks)
-    bits = np.packbits(masks.reshape(len(masks), -1), axis=1)
-    near = _may_overlap(masks, area, iou_threshold)
+    bits = packed(masks.reshape(len(masks), -1))
+    area = set_bits(bits).astype(np.int64)
+    near = _may_overlap(_extents(masks) if extents is None else extents, area, iou_threshold)
     alive = np.ones(len(masks), np.bool_)
     kept: list[int] = []
     for k in range(len(masks)):
@@ -389,15 +395,14 @@ def mask_nms(masks: BoolArray, iou_threshold: float, limit: int) -> np.ndarray[A
         kept.append(k)
         rest = np.flatnonzero(alive & near[k])
         if rest.size:
-            differing = np.array([cv2.norm(bits[k], bits[j], cv2.NORM_HAMMING) for j in rest])
-            both = (area[k] + area[rest] - differing) / 2
-            alive[rest[both / np.maximum(both + differing, 1) > iou_threshold]] = False
+            both = set_bits(bits[rest] & bits[k])
+            alive[rest[both / np.maximum(area[k] + area[rest] - both, 1) > iou_threshold]] = False
     return np.array(kept, np.intp)
 
 
-def _may_overlap(masks: BoolArray, area: np.ndarray[Any, np.dtype[np.int64]], iou_threshold: float) -> BoolArray:
+def _may_overlap(extents: Indices, area: np.ndarray[Any, np.dtype[np.int64]], iou_threshold: float) -> BoolArray:
     """(K, K): whether mask j > k can overlap mask k by more than the threshold, from boxes and areas alone."""
-    x1, y1, x2, y2 = np.array([_extent(mask) for mask in masks], np.float32).T
+    x1, y1, x2, y2 = extents.astype(np.float32).T
     across = np.minimum.outer(x2, x2) - np.maximum.outer(x1, x1)
     down = np.minimum.outer(y2, y2) - np.maximum.outer(y1, y1)
     both = np.minimum(np.maximum(across, 0) * np.maximum(down, 0), np.minimum.outer(area, area))
@@ -440,23 +445,26 @@ def _merge_prompts(
 def _to_instances(
     embedding: Embedding,
     found: Candidates,
-    keep: np.ndarray[Any, np.dtype[np.intp]],
+    keep: Indices,
+    extents: Indices,
     stability: FloatArray,
     limit: int,
     min_area: int,
 ) -> Instances:
-    """The first `limit` candidates at `keep` that have `min_area` pixels at the size of the image, in that order."""
+    """The first `limit` candidates at `keep` that have `min_area` pixels at the size of the image, in that order.
+
+    `extents` (len(keep), 4) are those of their positive logits, `stability` that of all candidates.
+    """
     masks = np.zeros((min(limit, len(keep)), *embedding.size), np.bool_)
     boxes = np.zeros((len(masks), 4), np.float32)
     rows: list[int] = []
-    for k in keep:
+    for k, extent in zip(keep, extents.tolist()):
         row = len(rows)
         if row == limit:
             break
-        box = upsample_into(masks[row], found.logits[k])
-        window = masks[row, box[1] : box[3], box[0] : box[2]]
-        if np.count_nonzero(window) < min_area:
-            window[:] = False
+        box, area = upsample_into(masks[row], found.logits[k], extent)
+        if area < min_area:
+            masks[row, box[1] : box[3], box[0] : box[2]] = False
             continue
         boxes[row] = box
         rows.append(k)
@@ -472,7 +480,7 @@ def _to_instances(
     )
 
 
-def upsample_into(mask: BoolArray, logits: FloatArray) -> tuple[int, int, int, int]:
+def upsample_into(mask: BoolArray, logits: FloatArray, extent: Extent | None = None) -> tuple[Extent, int]:
     """Threshold logits at the size of the image, at the cost of the object's window only.
 
     Equal to ``cv2.resize(logits, (W, H), interpolation=cv2.INTER_LINEAR) > 0``.
@@ -480,31 +488,42 @@ def upsample_into(mask: BoolArray, logits: FloatArray) -> tuple[int, int, int, i
     Args:
         mask: (H, W) bool, all False; written in place.
         logits: (h, w) float32 that cover the whole image.
+        extent: of the positive logits, as `_extents` gives it; None where it is not at hand.
 
     Returns:
-        The extent of the mask, xyxy with x2 and y2 exclusive; zeros where it is empty.
+        The extent of the mask, xyxy with x2 and y2 exclusive, zeros where it is empty; and its pixels.
     """
-    left, top, right, bottom = _extent(logits > 0)
+    left, top, right, bottom = _measure(logits > 0)[0] if extent is None else extent
     if left == right:
-        return 0, 0, 0, 0
+        return (0, 0, 0, 0), 0
     left, x, right, scale_x = _window(left, right, logits.shape[1], mask.shape[1])
     top, y, bottom, scale_y = _window(top, bottom, logits.shape[0], mask.shape[0])
     cells = logits[top:bottom, left:right]
     fine = cv2.resize(cells, None, fx=scale_x, fy=scale_y, interpolation=cv2.INTER_LINEAR)
     window = mask[y : y + fine.shape[0], x : x + fine.shape[1]]
     np.greater(fine, 0, out=window)
-    x1, y1, x2, y2 = _extent(window)
-    return (x + x1, y + y1, x + x2, y + y2) if x1 < x2 else (0, 0, 0, 0)
+    (x1, y1, x2, y2), area = _measure(window)
+    return (x + x1, y + y1, x + x2, y + y2) if area else (0, 0, 0, 0), area
 
 
-def _extent(mask: BoolArray) -> tuple[int, int, int, int]:
-    """xyxy with x2 and y2 exclusive, zeros where nothing is set."""
+def _measure(mask: BoolArray) -> tuple[Extent, int]:
+    """The extent, xyxy with x2 and y2 exclusive, zeros where nothing is set; and how much is set."""
     # not cv2.boundingRect: that of OpenCV 4.5 is wrong for narrow arrays
-    rows, cols = np.logical_or.reduce(mask, 1), np.logical_or.reduce(mask, 0)
-    y1, x1 = int(rows.argmax()), int(cols.argmax())
-    if not rows[y1]:
-        return 0, 0, 0, 0
-    return x1, y1, len(cols) - int(cols[::-1].argmax()), len(rows) - int(rows[::-1].argmax())
+    sums = row_sums(mask)
+    rows = np.flatnonzero(sums)
+    if not rows.size:
+        return (0, 0, 0, 0), 0
+    y1, y2 = int(rows[0]), int(rows[-1]) + 1
+    cols = np.logical_or.reduce(mask[y1:y2], 0)
+    return (int(cols.argmax()), y1, len(cols) - int(cols[::-1].argmax()), y2), int(sums.sum())
+
+
+def _extents(masks: BoolArray) -> Indices:
+    """The extent of each mask (K, h, w), see `_measure`: (K, 4)."""
+    rows, cols = np.logical_or.reduce(masks, 2), np.logical_or.reduce(masks, 1)
+    x1, y1 = cols.argmax(1), rows.argmax(1)
+    x2, y2 = cols.shape[1] - cols[:, ::-1].argmax(1), rows.shape[1] - rows[:, ::-1].argmax(1)
+    return np.stack([x1, y1, x2, y2], 1) * rows.any(1, keepdims=True)
 
 
 def _window(first: int, last: int, cells: int, pixels: int) -> tuple[int, int, int, float]:

@@ -291,7 +291,12 @@ class TestUpsampling:
             logits = smooth_logits(rng, cells, sigma)
             full = cv2.resize(logits, pixels[::-1], interpolation=cv2.INTER_LINEAR)
             mask = np.zeros(pixels, np.bool_)
-            box = upsample_into(mask, logits)
+            box, area = upsample_into(mask, logits)
+            assert area == mask.sum()
+            given = np.zeros(pixels, np.bool_)
+            y, x = np.nonzero(logits > 0)
+            inside = (int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1) if len(x) else (0, 0, 0, 0)
+            assert upsample_into(given, logits, inside) == (box, area) and np.array_equal(given, mask)
             # a logit of 1e-5 may round to either side
             np.testing.assert_array_equal(mask | (np.abs(full) < 1e-5), (full > 0) | (np.abs(full) < 1e-5))
             rows, cols = np.nonzero(mask)
