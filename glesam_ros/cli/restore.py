@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import CommandError, add_settings
-from glesam_ros.cli.segment import SUFFIXES, find_pictures, read_picture
+from glesam_ros.cli.segment import SUFFIXES, add_pictures, find_pictures, read_picture
 
 if TYPE_CHECKING:
     from glesam_ros.semantic import Restorer
@@ -40,9 +40,7 @@ def add_parser(commands: Any) -> None:
         description="Restore pictures that are blurred, noisy, compressed or small.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="picture, or folder of pictures")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if needed")
-    parser.add_argument("-r", "--recursive", action="store_true", help="look into the folders below, too")
+    add_pictures(parser)
     parser.add_argument("--model", default="scr-sd21", metavar="NAME", help="registered name; default: scr-sd21")
     parser.add_argument(
         "--classes", nargs="+", type=_class_name, default=[], metavar="NAME",

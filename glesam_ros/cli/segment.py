@@ -50,9 +50,7 @@ def add_parser(commands: Any) -> None:
         description="Segment pictures: everything in them, or what points and boxes ask for.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="picture, or folder of pictures")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if needed")
-    parser.add_argument("-r", "--recursive", action="store_true", help="look into the folders below, too")
+    add_pictures(parser)
     parser.add_argument(
         "--points", action="append", type=_point, default=[], metavar="X,Y[,0|1]",
         help="a point of the object in pixels, 1 (default) inside or 0 outside; repeat for more points of this object",
@@ -97,6 +95,13 @@ def run(args: argparse.Namespace) -> int:
         text = f"glesam segment: error: {len(failures)} of {len(pictures)} pictures failed, named above"
         print(text, file=sys.stderr)
     return 1 if failures else 0
+
+
+def add_pictures(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that turn pictures into files: PATH, what `find_pictures` takes; --out; -r."""
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="picture, or folder of pictures")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if needed")
+    parser.add_argument("-r", "--recursive", action="store_true", help="look into the folders below, too")
 
 
 def find_pictures(paths: Sequence[Path], recursive: bool) -> list[tuple[Path, Path]]:

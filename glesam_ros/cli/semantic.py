@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import CommandError, add_settings
-from glesam_ros.cli.segment import find_pictures, read_picture
+from glesam_ros.cli.segment import add_pictures, find_pictures, read_picture
 
 if TYPE_CHECKING:
     from glesam_ros.semantic import SemanticMap, SemanticSegmenter
@@ -43,9 +43,7 @@ def add_parser(commands: Any) -> None:
         description="Say of every pixel what it shows: road, car, person, ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="picture, or folder of pictures")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if needed")
-    parser.add_argument("-r", "--recursive", action="store_true", help="look into the folders below, too")
+    add_pictures(parser)
     parser.add_argument(
         "--model", default="rass-nano", metavar="NAME",
         help="registered name, or folder with rass_nano.onnx and rass_nano.json; default: rass-nano",
