@@ -16,7 +16,7 @@ MAX_ID = 65534
 
 @dataclass(frozen=True, eq=False)
 class Instances:
-    """Instances of one image, best score first.
+    """Instances of one image, best first.
 
     Attributes:
         masks: (K, H, W) bool, in pixels of the image.

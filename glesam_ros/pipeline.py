@@ -214,7 +214,7 @@ class Pipeline:
 
         Returns:
             Prompted: one instance an object, in the order of the prompts (ids 1, 2, ...), no threshold applied.
-            Everything: best score first.
+            Everything: best first, by `Candidates.rank`.
 
         Raises:
             ValueError: prompts of wrong shape, range or count.
@@ -327,7 +327,8 @@ class Pipeline:
             # and rounding to whole pixels at most twofold of that
             & (pixels >= s.min_area / 8)
         )
-        order = order[np.argsort(-found.scores[order], kind="stable")]
+        rank = found.scores if found.rank is None else found.rank
+        order = order[np.argsort(-rank[order], kind="stable")]
         best = binary[order]
         extents = _extents(best)
         kept = mask_nms(best, s.nms_iou, len(order), extents)

@@ -99,7 +99,7 @@ class Settings:
         0.15, "Auto mode switches enhancement off when the degradation level falls below this.", low=0.0, high=1.0
     )
     score_threshold: float = _param(
-        0.15, "Instances with a lower score (predicted IoU; nano: times stability) are dropped in everything mode.",
+        0.15, "Instances with a lower score (predicted IoU) are dropped in everything mode.",
         low=0.0, high=1.0,
     )
     stability_threshold: float = _param(
@@ -107,10 +107,11 @@ class Settings:
         low=0.0, high=1.0,
     )
     nms_iou: float = _param(
-        0.7, "Of two masks that overlap more than this, the lower score is dropped in everything mode.",
+        0.7, "Of two masks that overlap more than this, the worse is dropped in everything mode: that with the lower "
+        "score (nano: times stability).",
         low=0.0, high=1.0,
     )
-    max_instances: int = _param(64, "At most this many instances a frame, best scores first.", low=1, high=256)
+    max_instances: int = _param(64, "At most this many instances a frame, the best.", low=1, high=256)
     min_area: int = _param(
         100, "Smaller instances are dropped in everything mode.", low=0, high=100_000, unit="px"
     )

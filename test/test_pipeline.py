@@ -29,6 +29,7 @@ class Known:
     def __init__(self, logits: Any = None, scores: Any = None, pause: float = 0.0) -> None:
         self.logits = np.zeros((0, HEIGHT, WIDTH), np.float32) if logits is None else np.asarray(logits, np.float32)
         self.scores = np.asarray([] if scores is None else scores, np.float32)
+        self.rank: Any = None
         self.pause = pause
         self.inside = 0
         self.most_inside = 0
@@ -54,7 +55,7 @@ class Known:
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Any) -> Candidates:
         self._work()
         self.asked.append((score_threshold, limit))
-        return Candidates(self.logits, self.scores)
+        return Candidates(self.logits, self.scores, self.rank)
 
     def prompt(self, embedding: Embedding, points: Any, labels: Any, budget: Any) -> Candidates:
         self._work()
@@ -210,6 +211,16 @@ class TestEverything:
         model = Known(rectangles((0, 0, 20, 20), (0, 0, 20, 19), (0, 0, 20, 10)), [0.8, 0.9, 0.7])
         found = pipeline(model, nms_iou=0.7).segment(picture())
         assert found.areas.tolist() == [380, 200]
+
+    def test_a_rank_of_its_own_orders_and_suppresses(self) -> None:
+        model = Known(rectangles((0, 0, 20, 20), (0, 0, 20, 19), (30, 0, 40, 9), (50, 0, 60, 9)), [0.8, 0.9, 0.7, 0.3])
+        model.rank = np.array([0.6, 0.5, 0.1, 0.7], np.float32)
+        pipe = pipeline(model, score_threshold=0.5)  # of the scores
+        found = pipe.segment(picture())
+        assert found.areas.tolist() == [400, 90]
+        np.testing.assert_allclose(found.scores, [0.8, 0.7])
+        pipe.settings = pipe.settings.replace(max_instances=1, score_threshold=0.2)
+        assert pipe.segment(picture()).boxes[:, 0].tolist() == [50]
 
     def test_scores_beyond_one_are_cut(self) -> None:
         assert pipeline(Known(rectangles((0, 0, 9, 9)), [1.02])).segment(picture()).scores.tolist() == [1]

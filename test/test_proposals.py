@@ -102,17 +102,18 @@ def test_bits_of_masks(cells: int, numpy_counts: bool, monkeypatch: pytest.Monke
 
 
 def plain_choice(weights: Any, scores: Any, features: Any, limits: tuple[float, float, float, int]) -> Any:
-    """Weights and scores by the description: whole arrays, one mask after the other."""
+    """Weights, scores and ranks by the description: whole arrays, one mask after the other."""
     score_threshold, stability_threshold, iou, limit = limits
     c, h, w = features.shape
     coarse = weights @ features.reshape(c, h // POOL, POOL, w // POOL, POOL).mean((2, 4)).reshape(c, -1)
     stability = (coarse > 1).sum(1) / np.maximum((coarse > -1).sum(1), 1)
     rank = scores * stability
     order = [k for k in np.argsort(-rank, kind="stable") if stability[k] >= STABLE * stability_threshold]
-    order = [k for k in order if rank[k] >= score_threshold and rank[k] > 0]
+    order = [k for k in order if scores[k] >= score_threshold and rank[k] > 0]
     kept, voted = plain(coarse[order] > 0, MERGE * iou, VOTE_IOU, limit)
     voters = [[order[j] for j in np.flatnonzero(np.array(voted) == place)] for place in range(len(kept))]
-    return [np.average(weights[v], 0, rank[v]) for v in voters], [rank[order[k]] for k in kept]
+    best = [order[k] for k in kept]
+    return [np.average(weights[v], 0, rank[v]) for v in voters], scores[best], rank[best]
 
 
 @pytest.mark.parametrize("seed, size, limit", [(0, (32, 48), 400), (1, (32, 48), 20), (2, (36, 44), 400)])
@@ -124,10 +125,10 @@ def test_the_choice_equals_its_description(seed: int, size: tuple[int, int], lim
     features = rng.normal(size=(6, size[0] // POOL, size[1] // POOL)).astype(np.float32)
     features = 3 * features.repeat(POOL, 1).repeat(POOL, 2) + rng.normal(size=(6, *size)).astype(np.float32)
     scores = rng.random(len(weights), dtype=np.float32)
-    chosen, got = choose(weights, scores, features, 0.1, 0.3, 0.7, limit)
-    expected, ranks = plain_choice(weights, scores, features, (0.1, 0.3, 0.7, limit))
-    assert len(ranks) > 15
-    np.testing.assert_allclose(got, ranks, rtol=1e-5)
+    chosen, *got = choose(weights, scores, features, 0.1, 0.3, 0.7, limit)
+    expected, *numbers = plain_choice(weights, scores, features, (0.1, 0.3, 0.7, limit))
+    assert len(got[1]) > 15
+    np.testing.assert_allclose(got, numbers, rtol=1e-5)
     np.testing.assert_allclose(chosen, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -159,8 +160,8 @@ APART = [(slice(0, 6), slice(0, 6)), (slice(8, 14), slice(0, 6)), (slice(8, 14),
 def test_different_masks_come_back_as_they_were_best_first() -> None:
     weights, features = candidates(APART)
     scores = np.array([0.5, 0.9, 0.7], np.float32)
-    chosen, got = choose(weights, scores, features, 0.2, 0.5, 0.7, 10)
-    assert got.tolist() == pytest.approx([0.9, 0.7, 0.5]) and got.dtype == chosen.dtype == np.float32
+    chosen, got, rank = choose(weights, scores, features, 0.2, 0.5, 0.7, 10)
+    assert got.tolist() == rank.tolist() == pytest.approx([0.9, 0.7, 0.5]) and got.dtype == chosen.dtype == np.float32
     assert chosen.tolist() == weights[[1, 2, 0]].tolist()
 
 
@@ -168,7 +169,7 @@ def test_like_masks_become_their_mean() -> None:
     # 36 and 30 cells of which 30 are shared: 0.83
     weights, features = candidates([APART[0], (slice(0, 5), slice(0, 6)), APART[2]])
     assert 30 / 36 > max(VOTE_IOU, MERGE * 0.7)
-    chosen, scores = choose(weights, np.array([0.8, 0.4, 0.6], np.float32), features, 0.2, 0.5, 0.7, 10)
+    chosen, scores, _ = choose(weights, np.array([0.8, 0.4, 0.6], np.float32), features, 0.2, 0.5, 0.7, 10)
     assert chosen == pytest.approx(np.array([[2 / 3, 1 / 3, 0], [0, 0, 1]], np.float32), abs=1e-6)
     assert scores.tolist() == pytest.approx([0.8, 0.6])
 
@@ -178,9 +179,9 @@ def test_neighbours_that_are_not_like_it_are_dropped_without_a_vote() -> None:
     weights, features = candidates([APART[0], (slice(0, 3), slice(0, 6))])
     assert VOTE_IOU > 0.5
     scores = np.array([0.8, 0.4], np.float32)
-    chosen, got = choose(weights, scores, features, 0.2, 0.5, 0.51 / MERGE, 10)
+    chosen, got, _ = choose(weights, scores, features, 0.2, 0.5, 0.51 / MERGE, 10)
     assert chosen.tolist() == [[1, 0], [0, 1]] and got.tolist() == pytest.approx([0.8, 0.4])
-    chosen, got = choose(weights, scores, features, 0.2, 0.5, 0.49 / MERGE, 10)
+    chosen, got, _ = choose(weights, scores, features, 0.2, 0.5, 0.49 / MERGE, 10)
     assert chosen.tolist() == [[1, 0]] and got.tolist() == pytest.approx([0.8])
 
 
@@ -190,12 +191,18 @@ def test_unstable_masks_come_later_or_not_at_all() -> None:
     steady, other = candidates(APART)
     features = np.concatenate([features, other[1:2]])
     scores = np.array([0.8, 0.7], np.float32)
-    chosen, got = choose(steady[:2, :2], scores, features, 0.2, 0.5, 0.7, 10)
-    assert got.tolist() == pytest.approx([0.7, 0.8 * 2 / 3]) and chosen.argmax(1).tolist() == [1, 0]
-    _, got = choose(steady[:2, :2], scores, features, 0.2, 2 / 3 / STABLE + 0.01, 0.7, 10)
+    chosen, got, rank = choose(steady[:2, :2], scores, features, 0.2, 0.5, 0.7, 10)
+    assert got.tolist() == pytest.approx([0.7, 0.8]) and rank.tolist() == pytest.approx([0.7, 0.8 * 2 / 3])
+    assert chosen.argmax(1).tolist() == [1, 0]
+    _, got, _ = choose(steady[:2, :2], scores, features, 0.2, 2 / 3 / STABLE + 0.01, 0.7, 10)
     assert got.tolist() == pytest.approx([0.7])
-    _, got = choose(steady[:2, :2], scores, features, 0.6, 0.5, 0.7, 10)
-    assert got.tolist() == pytest.approx([0.7])
+
+
+def test_the_threshold_is_of_the_score_alone() -> None:
+    steady, features = candidates([(slice(0, 3), slice(0, 6))], edge=0.5)
+    for threshold, count in ((0.79, 1), (0.81, 0)):
+        _, got, rank = choose(steady, np.array([0.8], np.float32), features, threshold, 0.0, 0.7, 10)
+        assert len(got) == len(rank) == count and (rank < threshold).all()
 
 
 def test_the_same_input_gives_the_same_and_is_left_as_it_was() -> None:
@@ -206,17 +213,18 @@ def test_the_same_input_gives_the_same_and_is_left_as_it_was() -> None:
     first, second = (choose(weights, scores, features, 0.1, 0.0, 0.3, 50) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(first, second))
     assert all(np.array_equal(a, b) for a, b in zip(before, (weights, scores, features)))
-    assert 1 < len(first[1]) <= 50 and (np.diff(first[1]) <= 0).all() and first[1].min() >= 0.1 and first[1].max() <= 1
+    assert 1 < len(first[1]) <= 50 and (np.diff(first[2]) <= 0).all() and first[1].min() >= 0.1 and first[1].max() <= 1
+    assert (first[2] <= first[1]).all()
 
 
 @pytest.mark.parametrize("scores, limit", [([], 5), ([0.1, 0.1], 5), ([0.9, 0.9], 0)])
 def test_nothing_comes_of_nothing(scores: list[float], limit: int) -> None:
     weights, features = candidates(APART[:2])
-    chosen, got = choose(weights[: len(scores)], np.array(scores, np.float32), features, 0.2, 0.5, 0.7, limit)
-    assert chosen.shape == (0, 2) and got.shape == (0,)
+    chosen, got, rank = choose(weights[: len(scores)], np.array(scores, np.float32), features, 0.2, 0.5, 0.7, limit)
+    assert chosen.shape == (0, 2) and got.shape == rank.shape == (0,)
 
 
 def test_candidates_without_a_mask_are_left_out() -> None:
     weights, features = candidates(APART[:2])
-    chosen, got = choose(-weights * [[0], [1]], np.ones(2, np.float32), -np.abs(features), 0.0, 0.0, 0.7, 5)
+    chosen, got, _ = choose(-weights * [[0], [1]], np.ones(2, np.float32), -np.abs(features), 0.0, 0.0, 0.7, 5)
     assert len(got) == 1 and chosen.argmin() == 1

@@ -71,11 +71,13 @@ class Candidates:
 
     Attributes:
         logits: (K, h, w) float32 mask logits at the model's own resolution, covering the whole image; 0 is the edge.
-        scores: (K,) float32 in 0..1, predicted IoU, which a model may have multiplied by stability.
+        scores: (K,) float32 in 0..1, predicted IoU.
+        rank: (K,) float32, by which everything mode orders and suppresses, highest first; None: by the scores.
     """
 
     logits: FloatArray
     scores: FloatArray
+    rank: FloatArray | None = None
 
 
 class SegmentationModel(Protocol):
@@ -110,7 +112,7 @@ class SegmentationModel(Protocol):
         ...
 
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
-        """Everything mode: at most `limit` candidates with at least `score_threshold`, best first."""
+        """Everything mode: at most `limit` candidates with at least `score_threshold`, best rank first."""
         ...
 
     def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:

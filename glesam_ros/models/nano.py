@@ -98,11 +98,11 @@ class Nano:
 
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
         features, _, _, weights, scores = self._shared(embedding)
-        chosen, found = choose(
+        chosen, found, rank = choose(
             weights.reshape(-1, weights.shape[-1]), scores.ravel(), features[0],
             score_threshold, budget.stability_threshold, budget.nms_iou, math.ceil(DISTINCT * limit),
         )
-        return Candidates(_masks(chosen, features), found)
+        return Candidates(_masks(chosen, features), found, rank)
 
     def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:
         features, trunk, grid, _, _ = self._shared(embedding)

@@ -38,7 +38,7 @@ _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dt
 def choose(
     weights: FloatArray, scores: FloatArray, features: FloatArray, score_threshold: float, stability_threshold: float,
     nms_iou: float, limit: int,
-) -> tuple[FloatArray, FloatArray]:
+) -> tuple[FloatArray, FloatArray, FloatArray]:
     """The candidates that differ, each the mean of those that are nearly the same.
 
     Args:
@@ -51,20 +51,22 @@ def choose(
         limit: at most so many.
 
     Returns:
-        Weights (K, C) and scores (K,) float32, best first: the score times the stability of the coarse mask, 0..1.
+        Weights (K, C), scores (K,) and ranks (K,) float32, best rank first: the score times the stability of the coarse
+        mask, 0..1.
     """
     near = np.flatnonzero(scores >= score_threshold)
     bits, stability = _coarse(weights[near], pooled(features))
     rank = (scores[near] * stability).astype(np.float32)
     # a candidate without a certain cell has stability 0 and is no mask
-    fit = np.flatnonzero((stability >= STABLE * stability_threshold) & (rank >= score_threshold) & (rank > 0))
+    fit = np.flatnonzero((stability >= STABLE * stability_threshold) & (rank > 0))
     order = fit[np.argsort(-rank[fit], kind="stable")]
     kept, voted = suppress(bits[order], MERGE * nms_iou, VOTE_IOU, limit)
     votes = np.zeros((len(kept), len(order)), np.float32)
     voters = np.flatnonzero(voted >= 0)
     votes[voted[voters], voters] = rank[order[voters]]
     merged = votes @ weights[near[order]] / votes.sum(1, keepdims=True)
-    return merged.astype(np.float32), rank[order[kept]]
+    best = order[kept]
+    return merged.astype(np.float32), scores[near[best]], rank[best]
 
 
 def _coarse(weights: FloatArray, cells: FloatArray) -> tuple[Bits, FloatArray]:
@@ -125,13 +127,12 @@ def suppress(masks: Bits, iou: float, vote_iou: float, limit: int) -> tuple[Indi
     """
     voted = np.full(len(masks), -1, np.intp)
     kept: list[int] = []
-    # an IoU above t is an intersection above t / (1 + t) of the sum of both areas
-    share, vote_share = (np.float32(t / (1 + t)) for t in (iou, vote_iou))
-    left, area = np.arange(len(masks)), set_bits(masks).astype(np.float32)
+    left, area = np.arange(len(masks)), set_bits(masks)
     while len(left) and len(kept) < limit:
-        both, areas = set_bits(masks & masks[0]), area + area[0]
-        over = both > share * areas
-        votes = over & (both >= vote_share * areas)
+        both = set_bits(masks & masks[0])
+        overlap = both / np.maximum(area + area[0] - both, 1)
+        over = overlap > iou
+        votes = over & (overlap >= vote_iou)
         # said for an empty mask, which does not overlap itself
         over[0] = votes[0] = True
         voted[left[votes]] = len(kept)
