@@ -13,18 +13,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  # after the choice of the backend
 
 STAGES = {"base": ("prompt", "dense", "iou"), "level": ("loss",), "restore": ("restoration", "iou"),
-          "decode": ("prompt", "dense", "iou")}
-"""CSV file stem to the columns that are drawn."""
+          "decode": ("prompt", "dense", "iou"), "tune": ("prompt", "dense", "iou")}
+"""CSV file stem to the columns that are drawn, where there is such a file."""
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder with base.csv, level.csv, restore.csv, decode.csv")
+    parser.add_argument("folder", type=Path, help="folder with the CSV files of stages")
     parser.add_argument("picture", type=Path, help="PNG to write")
     args = parser.parse_args()
-    figure, axes = plt.subplots(1, len(STAGES), figsize=(16, 3.6), constrained_layout=True)
-    for axis, (stage, columns) in zip(axes, STAGES.items()):
+    found = {stage: columns for stage, columns in STAGES.items() if (args.folder / f"{stage}.csv").is_file()}
+    if not found:
+        parser.error(f"expected {', '.join(f'{stage}.csv' for stage in STAGES)} in {args.folder}, found none of them")
+    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.6), constrained_layout=True, squeeze=False)
+    for axis, (stage, columns) in zip(axes[0], found.items()):
         rows = list(csv.DictReader((args.folder / f"{stage}.csv").open()))
         for column in columns:
             axis.plot([int(r["step"]) for r in rows], [float(r[column]) for r in rows], label=column)
