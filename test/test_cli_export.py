@@ -153,6 +153,8 @@ def test_what_cannot_be_exported_or_opened_says_why(home, tmp_path, capsys):  # 
         ([name, "--size", "100"], "expected a multiple of 128, got 100"),
         ([name, "--images", str(tmp_path / "none.jpg")], "none.jpg"),
         (["sam_vit_l"], "glesam models get sam_vit_l"),
+        (["facebook/sam-vit-large"], "glesam models get sam_vit_l"),
+        (["facebook/sam3"], "got 'facebook/sam3'"),
     ):
         assert main(["export", *arguments]) == 1
         assert words in capsys.readouterr().err

@@ -315,7 +315,7 @@ def test_names_and_folders_that_are_none(home, tmp_path, capsys):
     assert main(["models", "get", "sam_vit_x"]) == 1
     assert "expected one of sam_vit_b" in capsys.readouterr().err
     for name, expected in {
-        "sam_vit_b": "expected for sam_vit_b a checkpoint file of sam_vit_b; found none",
+        "sam_vit_b": "a checkpoint file of sam_vit_b or a folder with sam_vit_b_01ec64.pth; found none",
         "sam_vit_b+glesam": "a folder with glesam.json or pytorch_lora_weights.safetensors, or a folder of diffusers",
         "sd15": "expected for sd15 a folder of diffusers with unet/config.json; found none",
     }.items():
@@ -330,6 +330,44 @@ def test_names_and_folders_that_are_none(home, tmp_path, capsys):
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in (*catalogue.BASES, *catalogue.UNETS, *catalogue.RELEASED, *catalogue.ENHANCERS))
+
+
+def test_names_of_hugging_face_and_copies_of_its_repositories(small_sam, home, tmp_path, monkeypatch, capsys):
+    """Local copies in the layouts of the hub: no network beyond this machine, no weights of any size."""
+    base = Base("sam2", source(small_sam, "sam2.1_hiera_tiny.pt"))
+    monkeypatch.setitem(catalogue.BASES, "sam2.1_hiera_tiny", base)
+    copy = tmp_path / "sam2.1-hiera-tiny"
+    copy.mkdir()
+    safetensors.save_file({"layout": torch.ones(1)}, copy / "model.safetensors")  # that of transformers, not asked for
+    torch.save({"model": {"a": torch.ones(3)}}, copy / "sam2.1_hiera_tiny.pt")
+    assert main(["models", "get", "facebook/sam2.1-hiera-tiny", "--from", str(copy)]) == 0
+    assert "sam2.1_hiera_tiny is complete" in capsys.readouterr().out
+    assert torch.equal(read_tensors(home / "sam2.1_hiera_tiny.pt")["a"], torch.ones(3))
+    for action in ("where", "verify"):
+        assert main(["models", action, "facebook/sam2.1-hiera-tiny"]) == 0
+        assert "sam2.1_hiera_tiny.pt" in capsys.readouterr().out
+
+    diffusion = diffusers_folder(tmp_path / "stable-diffusion-2-1-base", 1024)
+    assert main(["models", "get", "stabilityai/stable-diffusion-2-1-base", "--from", str(diffusion)]) == 0
+    assert (home / "sd21-base/unet/config.json").read_text() == (diffusion / "unet/config.json").read_text()
+
+    monkeypatch.setitem(
+        catalogue.RELEASED, "sam_vit_h+glesam",
+        tuple(Source(f"sam_vit_h+glesam/{name}", f"https://huggingface.co/x/y/resolve/main/all/H/{name}", "none")
+              for name in (catalogue.LORA_FILE, catalogue.RELEASED_DECODER)),
+    )
+    released(tmp_path / "GleSAM/all/H", 1024)
+    assert main(["models", "get", "facebook/sam-vit-huge+glesam", "--from", str(tmp_path / "GleSAM")]) == 0
+    assert json.loads((home / "sam_vit_h+glesam/glesam.json").read_text())["base"] == "sam_vit_h"
+
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert re.search("facebook/sam2.1-hiera-tiny +sam2.1_hiera_tiny\n", out)
+    for wrong, said in {"facebook/sam3": "guogq/GleSAM; got 'facebook", "guogq/GleSAM": "sam_vit_l+glesam"}.items():
+        for action in ("get", "where", "verify"):
+            assert main(["models", action, wrong]) == 1
+            error = capsys.readouterr().err
+            assert said in error and error.count("\n") == 1
 
 
 def test_the_catalogue_is_sound():

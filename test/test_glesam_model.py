@@ -819,6 +819,22 @@ def test_a_model_runs_from_its_files_in_every_mode(home: tuple[str, Path], enhan
     pipe.close()
 
 
+@ONE_FAMILY
+def test_a_repository_of_hugging_face_stands_for_its_base(home: tuple[str, Path]) -> None:
+    name = f"{home[0]}+glesam"
+    pipe = load_pipeline("facebook/sam-vit-base+glesam", enhancement="always", **EASY)
+    assert pipe.model.name == name and pipe.segment(picture()).enhanced
+    assert load_glesam("facebook/sam-vit-base+glesam", "cpu").name == name
+    with pytest.raises(FileNotFoundError, match="glesam models get sam2.1_hiera_large"):
+        load_model("facebook/sam2.1-hiera-large", "cpu")
+    for wrong, said in (
+        ("facebook/sam3", "expected of Hugging Face's repositories one of .*; got 'facebook/sam3'"),
+        ("stabilityai/stable-diffusion-2-1-base", "expected one of nano, .*; got 'stabilityai/stable-diffusion"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_model(wrong, "cpu")
+
+
 def test_a_base_alone_runs_and_never_enhances(home: tuple[str, Path]) -> None:
     pipe = load_pipeline(home[0], enhancement="always", **EASY)
     assert not pipe.segment(picture()).enhanced

@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if args.name == "nano":
         raise CommandError("nano has its own export: python -m glesam_ros.training.export --help; its graphs ship")
     try:
-        catalogue.split_name(args.name)
+        name = catalogue.own_name(args.name)
+        catalogue.split_name(name)
     except ValueError as error:
         raise CommandError(str(error)) from error
     images = _pictures(args.images)
@@ -79,18 +80,18 @@ def run(args: argparse.Namespace) -> int:
     if args.size <= 0 or args.size % SIDE_MULTIPLE:
         raise CommandError(f"--size: expected a multiple of {SIDE_MULTIPLE}, got {args.size}")
     home = catalogue.home()
-    out = args.out or onnx_runtime.export_folder(args.name, home)
+    out = args.out or onnx_runtime.export_folder(name, home)
     try:
-        manifest = onnx_export.export_model(args.name, *load_parts(args.name, home), out, args.size, args.fp16)
-        base, enhancer = load_parts(args.name, home)  # the export took the first ones over
-        theirs = onnx_runtime.open_onnx_runtime(args.name, args.device, args.precision, out, base=base)
+        manifest = onnx_export.export_model(name, *load_parts(name, home), out, args.size, args.fp16)
+        base, enhancer = load_parts(name, home)  # the export took the first ones over
+        theirs = onnx_runtime.open_onnx_runtime(name, args.device, args.precision, out, base=base)
         place = choose_device("cpu")
         ours = TorchRuntime(base, enhancer, place, choose_precision("fp32", place))
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     size = sum((out / file).stat().st_size for file in manifest.files) / 1e6
     files = f"{len(manifest.files)} files, {size:.0f} MB"
-    print(f"{args.name} in {out}: {files}, side {manifest.side}, opset {manifest.opset}")
+    print(f"{name} in {out}: {files}, side {manifest.side}, opset {manifest.opset}")
     rows = onnx_export.compare(ours, theirs, images, args.size)
     print(f"\n{theirs.device} against {ours.device}, {len(images)} pictures")
     print(f"\n{'output':<20}{'largest':>12}{'mean':>12}")

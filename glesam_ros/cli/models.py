@@ -21,17 +21,19 @@ examples:
   glesam models get sam2.1_hiera_tiny                    download a base
   glesam models get sam_vit_h+glesam                     SAM, Stable Diffusion's U-Net, the released GleSAM weights
   glesam models get sd21-base                            the U-Net alone, for `glesam train`
+  glesam models get facebook/sam2.1-hiera-tiny           a name of Hugging Face: the same as sam2.1_hiera_tiny
   glesam models get sam_vit_b --from sam_vit_b_01ec64.pth        a file that is on this machine already
   glesam models get sam2.1_hiera_tiny+glesam --from runs/it/sam2.1_hiera_tiny+glesam      what `glesam train` wrote
-  glesam models get sd21-base --from stable-diffusion-2-1-base   a folder of diffusers
+  glesam models get sd21-base --from stable-diffusion-2-1-base   a folder of diffusers; copies of other repositories too
   glesam models get scr-sd21                             Stable Diffusion, and SCR, which restores pictures
   glesam models get rass-sd21 --from rass.pth            RASS, which has to be fetched by hand, and all it needs
   glesam models where sam_vit_h+glesam                   every file with its path
   glesam models verify                                   checksums of all files
 
-NAME is BASE, BASE+ENHANCER, scr-sd21, rass-sd21, or a diffusion model. Files lie in $GLESAM_HOME, or in
-glesam_ros/models of $XDG_CACHE_HOME or ~/.cache. A download that was cut goes on with the same command. Files are held
-against their published SHA-256; where none is published, against that of the first download."""
+NAME is BASE, BASE+ENHANCER, scr-sd21, rass-sd21, or a diffusion model; `glesam models` lists the repositories of
+Hugging Face that may stand for one. Files lie in $GLESAM_HOME, or in glesam_ros/models of $XDG_CACHE_HOME or ~/.cache.
+A download that was cut goes on with the same command. Files are held against their published SHA-256; where none is
+published, against that of the first download."""
 
 
 def add_parser(commands: Any) -> None:
@@ -49,7 +51,8 @@ def add_parser(commands: Any) -> None:
     get.add_argument(
         "--from", dest="source", type=Path, metavar="PATH",
         help="take this instead of a download: the checkpoint of the base, a folder of GleSAM weights (released, or of "
-        "`glesam train`), scr.pkl, rass.pth or a folder with them, or a diffusers folder of Stable Diffusion",
+        "`glesam train`), scr.pkl, rass.pth or a folder with them, a diffusers folder of Stable Diffusion, or a copy "
+        "of one of their repositories on Hugging Face",
     )
     get.set_defaults(func=run_get)
     where = actions.add_parser("where", help="print the path of each file of a model; 1 when one is missing")
@@ -85,6 +88,9 @@ def run_list(args: argparse.Namespace) -> int:
     print("\nother names are any BASE+ENHANCER that you train; enhancers:")
     for name, text in catalogue.ENHANCERS.items():
         print(f"  +{name:<15}{text}")
+    print("\nrepositories of Hugging Face whose names may stand for what they hold:")
+    for repository, held in catalogue.HUB.items():
+        print(f"  {repository:<47}{', '.join(held)}")
     return 0
 
 
@@ -92,8 +98,9 @@ def run_get(args: argparse.Namespace) -> int:
     """Bring the files of a model into place."""
     from glesam_ros.models.glesam import catalogue, download
 
-    name, home = args.name, catalogue.home()
+    home = catalogue.home()
     try:
+        name = catalogue.own_name(args.name)
         if args.source is not None:
             _take(name, args.source, home)
         _fetch(download.needed(name, home), home)
@@ -114,8 +121,9 @@ def run_where(args: argparse.Namespace) -> int:
     """Print the files of a model; 1 when one is missing."""
     from glesam_ros.models.glesam import catalogue, download
 
-    name, home = args.name, catalogue.home()
+    home = catalogue.home()
     try:
+        name = catalogue.own_name(args.name)
         paths = [home / source.path for source in download.needed(name, home)]
     except ValueError as error:
         raise CommandError(str(error)) from error
@@ -132,8 +140,8 @@ def run_verify(args: argparse.Namespace) -> int:
 
     home, states = catalogue.home(), []
     try:
-        for name, state in download.verify(home, args.name):
-            print(f"{state:<9}{name}", flush=True)
+        for file, state in download.verify(home, args.name and catalogue.own_name(args.name)):
+            print(f"{state:<9}{file}", flush=True)
             states.append(state)
     except ValueError as error:
         raise CommandError(str(error)) from error
@@ -197,23 +205,44 @@ def _take(name: str, path: Path, home: Path) -> None:
                 f"{path}: expected for {name} {' or '.join(kinds)}, a folder with it, or a folder of diffusers with "
                 "unet/config.json; found none of them"
             )
-    elif path.is_file() and base is not None:
-        from glesam_ros.models.glesam.weights import read_tensors
-
-        read_tensors(path)  # refuses what is no file of tensors
-        source = catalogue.BASES[base].source
-        found = download.take(path, home / source.path, home)
-        if source.sha256 not in (None, found):
-            print(f"note: {path} has another SHA-256 than the published {base}, {source.sha256}", file=sys.stderr)
     elif "+" in name and (path / catalogue.CONFIG_FILE).is_file():
         download.take_enhancer(path, name, home)
-    elif "+" in name and (path / catalogue.LORA_FILE).is_file():
-        download.take_released(path, name, home)
+    elif (released := _released_folder(name, path)) is not None:
+        download.take_released(released, name, home)
+    elif base is not None and (file := _checkpoint(base, path)).is_file():
+        from glesam_ros.models.glesam.weights import read_tensors
+
+        read_tensors(file)  # refuses what is no file of tensors
+        source = catalogue.BASES[base].source
+        found = download.take(file, home / source.path, home)
+        if source.sha256 not in (None, found):
+            print(f"note: {file} has another SHA-256 than the published {base}, {source.sha256}", file=sys.stderr)
     else:
-        kinds = [] if base is None else [f"a checkpoint file of {base}"]
+        kinds = [] if base is None else [f"a checkpoint file of {base} or a folder with {_file_name(base)}"]
         kinds += [f"a folder with {catalogue.CONFIG_FILE} or {catalogue.LORA_FILE}"] if "+" in name else []
         kinds += ["a folder of diffusers with unet/config.json"] if base != name else []
         raise CommandError(f"{path}: expected for {name} {', or '.join(kinds)}; found none of them")
+
+
+def _checkpoint(base: str, path: Path) -> Path:
+    """The checkpoint of a base: `path` itself, or the file of the published name in a folder."""
+    return path / _file_name(base) if path.is_dir() else path
+
+
+def _file_name(base: str) -> str:
+    """As the checkpoint of a base is published."""
+    from glesam_ros.models.glesam import catalogue
+
+    return Path(catalogue.BASES[base].source.path).name
+
+
+def _released_folder(name: str, path: Path) -> Path | None:
+    """The folder of released LoRA weights: `path` itself, or where a copy of their repository has those of `name`."""
+    from glesam_ros.models.glesam import catalogue
+
+    published = [catalogue.in_repository(source) for source in catalogue.RELEASED.get(name, ())[:1]]
+    inside = [catalogue.LORA_FILE, *filter(None, published)] if "+" in name else []
+    return next((file.parent for part in inside if (file := path / part).is_file()), None)
 
 
 def _take_diffusion(name: str, path: Path, home: Path) -> None:

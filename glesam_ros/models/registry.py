@@ -92,17 +92,22 @@ def restorer_names() -> tuple[str, ...]:
 def load_model(name: str, device: str = "auto", precision: str = "auto") -> SegmentationModel:
     """Load a registered model of instance masks.
 
+    Args:
+        name: a registered name, or for a model at full size a repository of Hugging Face, see `catalogue.HUB`.
+        device, precision: as in `glesam_ros.settings`.
+
     Raises:
         ValueError: unknown name; lists the known ones.
         RuntimeError: the device asked for is not available.
         FileNotFoundError: weights are missing; names the file and how to get it.
         ModuleNotFoundError: a package that this model needs is missing; says how to install it.
     """
+    asked, name = name, name if name in _REGISTRY else catalogue.own_name(name)
     if name not in _REGISTRY:
         own = [known for known in model_names() if known not in catalogue.model_names()]
         raise ValueError(
             f"model: expected one of {', '.join([*own, *catalogue.BASES])}, SAM's also with "
-            f"{', '.join(f'+{enhancer}' for enhancer in catalogue.ENHANCERS)}; got {name!r}"
+            f"{', '.join(f'+{enhancer}' for enhancer in catalogue.ENHANCERS)}; got {asked!r}"
         )
     return _load("model", _REGISTRY, name, device, precision)
 

