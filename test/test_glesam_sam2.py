@@ -17,8 +17,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("sam2")
 
 from glesam_ros.models.glesam.base import Features  # noqa: E402
-from glesam_ros.models.glesam.sam2 import SAM2_SIZES, VIDEO_PARTS, Sam2Config, build_sam2  # noqa: E402
+from glesam_ros.models.glesam.sam2 import SAM2_SIZES, Sam2Config, build_sam2  # noqa: E402
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators  # noqa: E402
+from glesam_ros.models.glesam.weights import SAM2_VIDEO_PARTS  # noqa: E402
 
 PHOTO = Path(__file__).parents[1] / "glesam_ros" / "demo" / "coffee.jpg"
 NARROW = (
@@ -232,10 +233,10 @@ def test_pixels_equal_the_transforms_of_the_package(size):
 
 def test_a_checkpoint_leaves_no_video_parts_and_its_weights():
     fresh = narrow()
-    assert all(hasattr(fresh.net, part) for part in VIDEO_PARTS)
+    assert all(hasattr(fresh.net, part) for part in SAM2_VIDEO_PARTS)
     fresh.load_official(weights())
     kept = fresh.net.state_dict()
-    assert kept.keys() == {k for k in weights() if k.split(".")[0] not in VIDEO_PARTS}
+    assert kept.keys() == {k for k in weights() if k.split(".")[0] not in SAM2_VIDEO_PARTS}
     assert all(torch.equal(kept[k], weights()[k]) for k in kept)
 
 

@@ -33,6 +33,11 @@ def test_safetensors(tmp_path):
     assert torch.equal(read_tensors(tmp_path / "x.safetensors")["a.weight"], STATE["a.weight"])
 
 
+def test_safetensors_under_the_name_of_a_checkpoint(tmp_path):
+    safetensors.save_file(STATE, tmp_path / "sam_vit_b_01ec64.pth")
+    assert torch.equal(read_tensors(tmp_path / "sam_vit_b_01ec64.pth")["a.bias"], STATE["a.bias"])
+
+
 def test_what_is_no_file_of_tensors(tmp_path):
     with pytest.raises(FileNotFoundError, match="found no file"):
         read_tensors(tmp_path / "none.pt")
@@ -81,6 +86,44 @@ def test_the_decoder_of_every_layout(prefix):
     assert list(decoder_state({**state, **other})) == ["iou_prediction_head.layers.0.bias"]
     with pytest.raises(ValueError, match="image_encoder.x"):
         decoder_state({"module.image_encoder.x": torch.ones(1)})
+
+
+@pytest.mark.parametrize("prefix, other", [("mask_decoder.", "prompt_encoder"), ("sam_mask_decoder.", "no_obj_ptr")])
+def test_what_is_no_part_of_the_model_is_named(prefix, other):
+    state = {f"module.{prefix}iou_prediction_head.layers.0.bias": torch.ones(1), f"module.{other}": torch.ones(1)}
+    assert len(decoder_state(state)) == 1
+    with pytest.raises(ValueError, match="unexpected: adapter.weight, unet.conv_in.bias$"):
+        decoder_state({**state, "module.unet.conv_in.bias": torch.ones(1), "adapter.weight": torch.ones(1)})
+
+
+def test_repositories_of_the_hub_stand_for_what_they_hold():
+    known = {*catalogue.BASES, *catalogue.UNETS, *catalogue.RELEASED}
+    assert all(set(held) <= known for held in catalogue.HUB.values())
+    for repository, name in {
+        "facebook/sam2.1-hiera-base-plus": "sam2.1_hiera_base_plus",
+        "facebook/sam2-hiera-tiny+glesam++": "sam2_hiera_tiny+glesam++",
+        "facebook/sam-vit-huge+glesam": "sam_vit_h+glesam",
+        "stabilityai/stable-diffusion-2-1-base": "sd21-base",
+        "runwayml/stable-diffusion-v1-5": "sd15",
+        "sam_vit_b+glesam": "sam_vit_b+glesam",
+        "nonsense": "nonsense",
+    }.items():
+        assert catalogue.own_name(repository) == name
+    # what is downloaded from the hub comes from a repository whose name is known
+    urls = [s.url for files in (*catalogue.UNETS.values(), *catalogue.RELEASED.values()) for s in files]
+    assert {"/".join(url.split("/")[3:5]) for url in urls} <= set(catalogue.HUB)
+    with pytest.raises(ValueError, match="one of facebook/sam2-hiera-tiny, .*/GleSAM; got 'facebook/sam3'.* --from"):
+        catalogue.own_name("facebook/sam3+glesam")
+    with pytest.raises(ValueError, match="guogq/GleSAM holds, sam_vit_b.glesam, sam_vit_l.glesam, sam_vit_h.glesam;"):
+        catalogue.own_name("guogq/GleSAM")
+
+
+def test_the_hub_names_of_sam2_are_those_of_its_package():
+    pytest.importorskip("sam2")
+    from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES as published
+
+    ours = {name: catalogue.BASES[held[0]].source.path for name, held in catalogue.HUB.items() if "/sam2" in name}
+    assert ours == {name: file for name, (_, file) in published.items()}
 
 
 def test_names_of_models():

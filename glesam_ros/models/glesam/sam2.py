@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from glesam_ros.models.glesam.base import STRIDE, BaseModel, Features, check_square, exact_places
-from glesam_ros.models.glesam.weights import load_exactly
+from glesam_ros.models.glesam.weights import SAM2_VIDEO_PARTS, load_exactly
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 MEAN = (123.675, 116.28, 103.53)
 """Of the input, for 0..255; upstream has the same for 0..1."""
 STD = (58.395, 57.12, 57.375)
-VIDEO_PARTS = (
-    "memory_attention", "memory_encoder", "mask_downsample", "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_ptr",
-    "no_obj_embed_spatial", "obj_ptr_proj", "obj_ptr_tpos_proj",
-)  # fmt: skip
-"""Attributes of SAM 2 that serve its memory of past frames; a single image needs none of them."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ class Sam2(BaseModel):
             ValueError: a key is missing, unexpected or of another shape. The model is then as before.
         """
         load_exactly(self.net, state, self.name)
-        for part in VIDEO_PARTS:
+        for part in SAM2_VIDEO_PARTS:
             if hasattr(self.net, part):
                 delattr(self.net, part)
 

@@ -17,6 +17,15 @@ NAMES_SHOWN = 8
 """Keys that an error lists before it counts the rest."""
 LORA_SPELLINGS = {"lora.down": "lora_A", "lora.up": "lora_B", "lora_A": "lora_A", "lora_B": "lora_B"}
 """Ends of module names in diffusers' older and newer layout, and what peft calls them."""
+SAM_PARTS = ("image_encoder", "prompt_encoder", "pixel_mean", "pixel_std")
+"""What a state dict of SAM has beside its mask decoder."""
+SAM2_VIDEO_PARTS = (
+    "memory_attention", "memory_encoder", "mask_downsample", "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_ptr",
+    "no_obj_embed_spatial", "obj_ptr_proj", "obj_ptr_tpos_proj",
+)  # fmt: skip
+"""Parts of SAM 2 that serve its memory of past frames; a single image needs none of them."""
+SAM2_PARTS = ("image_encoder", "sam_prompt_encoder", "no_mem_embed", *SAM2_VIDEO_PARTS)
+"""What a state dict of SAM 2 has beside its mask decoder."""
 ADAPTER = "default"
 """Name of the adapter in peft's keys."""
 
@@ -60,9 +69,9 @@ def read_checkpoint(path: Path) -> Any:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors by key, on the CPU.
 
-    A `.safetensors` file, or a checkpoint of torch: the state dict itself, or one that lies under "model" or
-    "state_dict" (SAM 2, many trainers). Checkpoints are read with `weights_only`: a pickle that would run code is
-    refused before it does.
+    A file of safetensors, by its name or by what is in it, or a checkpoint of torch: the state dict itself, or one that
+    lies under "model" or "state_dict" (SAM 2, many trainers). Checkpoints are read with `weights_only`: a pickle that
+    would run code is refused before it does.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -70,7 +79,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected weights at {path}, found no file")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or _holds_safetensors(path):
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
@@ -84,6 +93,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         found = _listed(sorted(odd)) or type(state).__name__
         raise ValueError(f"{path}: expected a state dict of tensors, got {found}")
     return dict(state)
+
+
+def _holds_safetensors(path: Path) -> bool:
+    """Whether a file begins as one of safetensors, with eight bytes of length and an object of JSON."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, ignore: Sequence[str] = ()) -> None:
@@ -155,12 +170,15 @@ def decoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "module." in front of all, from training on several GPUs, is stripped: so is the released GleSAM decoder.
 
     Raises:
-        ValueError: there is no mask decoder in it.
+        ValueError: there is no mask decoder in it, or beside it what is no other part of that model.
     """
     bare = {key.removeprefix("module."): value for key, value in state.items()}
-    for prefix in ("mask_decoder.", "sam_mask_decoder."):
+    for prefix, others in (("mask_decoder.", SAM_PARTS), ("sam_mask_decoder.", SAM2_PARTS)):
         part = {key.removeprefix(prefix): value for key, value in bare.items() if key.startswith(prefix)}
         if part:
+            odd = [key for key in bare if key.split(".")[0] not in (prefix[:-1], *others)]
+            if odd:
+                raise ValueError(f"expected a mask decoder and {', '.join(others)}; unexpected: {_listed(sorted(odd))}")
             return part
     if not any(key.startswith("iou_prediction_head.") for key in bare):
         raise ValueError(f"expected the keys of a mask decoder, mask_decoder.*; got {_listed(sorted(bare))}")
