@@ -45,8 +45,7 @@ def enhancer_million(unet: str) -> float:
     network = UNet2DConditionModel(**UNETS[unet])
     prompt = torch.zeros(1, TOKENS, network.config.cross_attention_dim)
     enhancer = Enhancer(EnhancerConfig(base="sam_vit_b", kind="lora", unet=unet), network, prompt)
-    enhancer.merge_lora()
-    enhancer.fold_constants()
+    enhancer.fuse()
     return million(enhancer)
 
 

@@ -253,6 +253,21 @@ def test_folded_does_not_run_what_it_dropped():
         torch.testing.assert_close(enhancer(latent()), expected)
 
 
+@pytest.mark.parametrize("config", [LORA, SMALL])
+def test_inference_keeps_the_level_wide_and_may_be_asked_for_twice(config):
+    config = dataclasses.replace(config, levels=True)
+    enhancer = tiny_enhancer(config, trained=True) if config.kind == "lora" else SmallEnhancer(config)
+    expected = enhancer.eval()(latent(), torch.tensor([0.2, 0.9])).detach()
+    for _ in range(2):
+        enhancer.for_inference(torch.float32)
+        torch.testing.assert_close(enhancer(latent(), torch.tensor([0.2, 0.9])), expected, rtol=1e-5, atol=1e-5)
+    assert not any(p.requires_grad for p in enhancer.parameters())
+    assert not any("lora" in key for key in enhancer.state_dict())
+    enhancer.for_inference(torch.bfloat16)
+    assert {p.dtype for p in enhancer.unet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in enhancer.level.parameters()} == {torch.float32}
+
+
 def test_fold_wants_merged_weights():
     with pytest.raises(ValueError, match="merge_lora"):
         tiny_enhancer().fold_constants()
@@ -412,7 +427,7 @@ def test_a_file_that_is_no_embedded_prompt_is_refused(tmp_path):
         empty_prompt(tmp_path)
 
 
-def test_empty_prompt_wants_all_weights(unets, tmp_path):
+def test_empty_prompt_wants_all_weights_and_no_others(unets, tmp_path):
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -420,11 +435,20 @@ def test_empty_prompt_wants_all_weights(unets, tmp_path):
     shutil.copytree(unets / "sd21-base", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("empty_prompt*"))
     file = tmp_path / "text_encoder" / "model.safetensors"
     weights = load_file(file)
-    del weights["text_model.final_layer_norm.weight"]
-    save_file(weights, file)
-    with pytest.raises(ValueError, match="missing: .*final_layer_norm.weight"):
-        empty_prompt(tmp_path)
-    assert not (tmp_path / "empty_prompt.safetensors").exists()
+    # older files of Stable Diffusion have these numbers, too
+    weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    norm = weights.pop("text_model.final_layer_norm.weight")
+    odd = {"text_model.odd.weight": norm.clone()}
+    for wrong, said in (
+        (weights, "missing: .*final_layer_norm.weight"),
+        ({**weights, "text_model.final_layer_norm.weight": norm, **odd}, "encoder; unexpected: .*odd.weight$"),
+    ):
+        save_file(wrong, file)
+        with pytest.raises(ValueError, match=said):
+            empty_prompt(tmp_path)
+        assert not (tmp_path / "empty_prompt.safetensors").exists()
+    save_file({**weights, "text_model.final_layer_norm.weight": norm}, file)
+    assert empty_prompt(tmp_path).shape == (1, 77, 12)
 
 
 @pytest.mark.parametrize("levels", [False, True])

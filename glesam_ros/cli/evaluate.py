@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
 import os
 import sys
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glesam_ros.checksum import sha256
 from glesam_ros.cli.options import (
     MODEL_SETTINGS,
     SELECTION_SETTINGS,
@@ -114,6 +114,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--sheet", action=argparse.BooleanOptionalAction, default=True, help="write contact sheets; default: yes"
+    )
+    parser.add_argument(
+        "--masks-alone", action="store_true",
+        help="the sheets of --agreement show masks alone, where the photographs must not be shown, and twice as many",
     )
     parser.add_argument(
         "--sheet-condition", default="lq-3", metavar="NAME",
@@ -315,8 +319,10 @@ def _agreement(
                 if one.values is not None
             }
             rows = [
-                agreement_tiles(evaluator, word, _unlabelled(name, paths[name], conditions), condition)
-                for word, name in ranked(gains, 2)
+                agreement_tiles(
+                    evaluator, word, _unlabelled(name, paths[name], conditions), condition, args.masks_alone
+                )
+                for word, name in ranked(gains, 4 if args.masks_alone else 2)
             ]
             title = (
                 f"{condition.name}: best, median and worst of {len(gains)} photographs by gain of enhancement; "
@@ -433,7 +439,7 @@ def _fingerprints(args: argparse.Namespace, settings: Settings) -> dict[str, str
     from glesam_ros.models.nano import WEIGHTS
 
     files = sorted((args.weights or WEIGHTS).glob("nano_*"))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.name: sha256(path) for path in files}
 
 
 def _versions(options: Options) -> dict[str, str]:

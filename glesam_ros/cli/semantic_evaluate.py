@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glesam_ros.checksum import sha256
 from glesam_ros.cli.options import CommandError, add_settings, positive, seed, versions
 
 if TYPE_CHECKING:
@@ -268,5 +268,5 @@ def _fingerprints(options: SemanticOptions) -> dict[str, str]:
     for label, source in model_labels(options.models).items():
         if source == RASS_NANO or source not in semantic_names():
             folder = WEIGHTS if source == RASS_NANO else weights_folder(source)
-            found[label] = hashlib.sha256((folder / GRAPH_FILE).read_bytes()).hexdigest()
+            found[label] = sha256(folder / GRAPH_FILE)
     return found

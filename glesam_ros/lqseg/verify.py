@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from glesam_ros.checksum import sha256
 from glesam_ros.datasets import LQSEG_MANIFEST, read_lqseg_info
 from glesam_ros.lqseg.build import Track
 
@@ -34,15 +35,7 @@ def verify(folder: Path, track: Track = lambda items, total: items) -> list[str]
         path = folder / name
         if not path.is_file():
             problems.append(f"{name}: missing")
-        elif _sha256(path) != checksum:
+        elif sha256(path) != checksum:
             problems.append(f"{name}: changed, its checksum differs")
     present = {p.relative_to(folder).as_posix() for top in FOLDERS for p in (folder / top).rglob("*") if p.is_file()}
     return problems + [f"{name}: not in the manifest" for name in sorted(present - checksums.keys())]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

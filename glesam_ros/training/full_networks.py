@@ -113,8 +113,7 @@ def write_enhancer(networks: Networks, out: Path, decoder: bool) -> Path:
         `out`/BASE+ENHANCER.
     """
     enhancer = networks.small or networks.enhancer
-    kind = "glesam_small" if networks.small else "glesam++" if enhancer.config.levels else "glesam"
-    folder = out / f"{enhancer.config.base}+{kind}"
+    folder = out / enhancer.config.model
     save_enhancer(enhancer, folder, networks.base.mask_decoder.state_dict() if decoder else None)
     return folder
 

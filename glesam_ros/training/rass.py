@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glesam_ros.checksum import sha256
 from glesam_ros.models.glesam import catalogue
-from glesam_ros.models.glesam.download import sha256
 from glesam_ros.models.glesam.enhancer import load_text_encoder, load_unet
 from glesam_ros.models.rass.rass import RassConfig, RassNetwork, masks_of, write_rass
 from glesam_ros.models.rass.scr import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros import __version__
+from glesam_ros.checksum import sha256
 from glesam_ros.models.glesam.catalogue import (
     BASES,
     CONFIG_FILE,
@@ -173,9 +173,8 @@ def take_enhancer(source: Path, name: str, folder: Path) -> None:
     from glesam_ros.models.glesam.enhancer import load_config
 
     config, own = load_config(source), folder / name
-    kind = "glesam_small" if config.kind == "small" else "glesam++" if config.levels else "glesam"
-    if name != f"{config.base}+{kind}":
-        raise ValueError(f"{source}: holds the enhancer of {config.base}+{kind}, expected that of {name}")
+    if name != config.model:
+        raise ValueError(f"{source}: holds the enhancer of {config.model}, expected that of {name}")
     files = sorted(source.glob("*.safetensors"))
     if source.resolve() == own.resolve():
         raise ValueError(f"{source}: is the folder of {name} already; nothing to copy")
@@ -264,15 +263,6 @@ def verify(folder: Path, name: str | None = None) -> Iterator[tuple[str, str]]:
     for file, expected in sorted(known.items()):
         path = folder / file
         yield file, "missing" if not path.is_file() else "ok" if sha256(path) == expected else "changed"
-
-
-def sha256(path: Path) -> str:
-    """Checksum in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def needed(name: str, folder: Path) -> list[Source]:

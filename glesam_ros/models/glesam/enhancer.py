@@ -119,6 +119,11 @@ class EnhancerConfig:
         if not (isinstance(self.channels, int) and self.channels > 0 and self.channels % UNET_CHANNELS == 0):
             raise ValueError(f"channels: expected a multiple of {UNET_CHANNELS}, got {self.channels!r}")
 
+    @property
+    def model(self) -> str:
+        """Name of the base with this enhancer, as in `catalogue`."""
+        return f"{self.base}+{'glesam_small' if self.kind == 'small' else 'glesam++' if self.levels else 'glesam'}"
+
 
 def alpha_bar(timestep: int) -> float:
     """Share of the signal at `timestep` in 0..999 of Stable Diffusion's schedule: scaled linear, 0.00085 to 0.012."""
@@ -158,6 +163,17 @@ class OneStep(nn.Module, ABC):
     @abstractmethod
     def files(self) -> dict[str, nn.Module]:
         """Modules whose weights are files of their own, whole, by the name of the file."""
+
+    def fuse(self) -> None:
+        """Take out what inference does not need apart, with the same output; a second time nothing happens."""
+
+    def for_inference(self, dtype: torch.dtype) -> None:
+        """Make it fast, in place: fuse it in float32, then narrow it to `dtype`; the level predictor stays float32."""
+        self.fuse()
+        predictor, self.level = self.level, None
+        self.to(dtype)
+        self.level = predictor
+        self.eval().requires_grad_(False)
 
     def forward(self, latent: Tensor, level: Tensor | None = None) -> Tensor:
         """Restore latents.
@@ -266,7 +282,7 @@ class Enhancer(OneStep):
     With `config.levels` it is GleSAM++'s: the level joins the embedding of the timestep by diffusers' way of class
     embeddings.
 
-    For inference: `merge_lora()`, then `fold_constants()`, then the type and the device.
+    For inference see `for_inference`.
     """
 
     def __init__(self, config: EnhancerConfig, unet: UNet2DConditionModel, prompt: Tensor) -> None:
@@ -333,6 +349,12 @@ class Enhancer(OneStep):
             self.unet.enable_gradient_checkpointing()
         else:
             self.unet.disable_gradient_checkpointing()
+
+    def fuse(self) -> None:
+        """Merge LoRA, then fold constants."""
+        if self.lora_state():
+            self.merge_lora()
+            self.fold_constants()
 
     def merge_lora(self) -> None:
         """W0 + alpha / r B A takes the place of each adapted layer: the same output without the cost of LoRA.
@@ -590,7 +612,7 @@ def empty_prompt(folder: Path) -> Tensor:
 
     Raises:
         FileNotFoundError: neither that file nor tokenizer and text encoder are there.
-        ValueError: weights of the text encoder are missing, or the file holds something else.
+        ValueError: weights of the text encoder are missing or too many, or the file holds something else.
     """
     file = folder / PROMPT_FILE
     if file.is_file():
@@ -618,7 +640,7 @@ def load_text_encoder(folder: Path) -> tuple[Any, Any]:
 
     Raises:
         FileNotFoundError: one of the folders is missing.
-        ValueError: weights of the text encoder are missing.
+        ValueError: weights of the text encoder are missing, or too many.
     """
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -630,9 +652,13 @@ def load_text_encoder(folder: Path) -> tuple[Any, Any]:
         folder / "text_encoder", local_files_only=True, output_loading_info=True
     )
     encoder, report = found
-    if report["missing_keys"]:  # transformers takes random numbers instead
-        missing = ", ".join(sorted(report["missing_keys"])[:8])
-        raise ValueError(f"{folder / 'text_encoder'}: expected all weights of a CLIP text encoder, missing: {missing}")
+    # transformers takes random numbers for what is missing, and leaves out what it does not know
+    faults = [
+        f"{name}: {', '.join(sorted(keys)[:8])}"
+        for name in ("missing", "unexpected") if (keys := report[f"{name}_keys"])
+    ]
+    if faults:
+        raise ValueError(f"{folder / 'text_encoder'}: expected the weights of a CLIP text encoder; {'; '.join(faults)}")
     return tokenizer, encoder.float().eval().requires_grad_(False)
 
 

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from glesam_ros.checksum import sha256
 from glesam_ros.models.glesam.base import BaseModel, Features
-from glesam_ros.models.glesam.download import sha256
 from glesam_ros.models.glesam.enhancer import Enhancer, SmallEnhancer
 from glesam_ros.models.glesam.runtime import Runtime, TorchRuntime
 from glesam_ros.validation import UInt8Array
@@ -156,17 +156,13 @@ def export_model(
         old.unlink()
     base.eval()
     levels = enhancer is not None and enhancer.level is not None
-    if isinstance(enhancer, Enhancer) and enhancer.lora_state():
-        enhancer.merge_lora()
-        enhancer.fold_constants()
     pixels = torch.zeros(1, 3, side, side)
     with torch.no_grad():
         features = base.encode(pixels)
     dtype = torch.float16 if fp16 else torch.float32
     base.to(dtype)
     if enhancer is not None:
-        predictor, enhancer.level = enhancer.level, None
-        enhancer.to(dtype).level = predictor
+        enhancer.for_inference(dtype)
     names = ["latent", *(f"high{k}" for k in range(len(features.high)))]
     seen = (features.latent, *features.high)
     fixed: dict[str, Any] = dict.fromkeys(names)
@@ -177,7 +173,6 @@ def export_model(
         ("encoder", _Encode(base, dtype), (pixels,), ["pixels"], names, None)
     ]
     if enhancer is not None:
-        enhancer.eval()
         level = torch.tensor([LEVEL])
         told = (features.latent, level) if levels else (features.latent,)
         graphs.append(("enhancer", enhancer, told, ["latent", "level"][: len(told)], ["restored"], None))

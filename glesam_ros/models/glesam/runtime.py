@@ -147,20 +147,6 @@ def memory_errors(call: Call) -> Call:
     return checked  # type: ignore[return-value]
 
 
-def _folded(
-    enhancer: Enhancer | SmallEnhancer, device: torch.device, dtype: torch.dtype
-) -> Enhancer | SmallEnhancer:
-    """The enhancer as it runs fastest: LoRA merged in fp32, then constants folded, then cast; the level stays fp32."""
-    if isinstance(enhancer, Enhancer):
-        enhancer.merge_lora()
-        enhancer.fold_constants()
-    predictor, enhancer.level = enhancer.level, None
-    enhancer.to(device, dtype)
-    enhancer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own hints lack it
-    enhancer.level = None if predictor is None else predictor.to(device)
-    return enhancer.eval().requires_grad_(False)
-
-
 def rounded_up(rows: FloatArray) -> FloatArray:
     """(K, ...), K > 0 -> the last row again until their number is a power of two; above 64 as they are."""
     count = len(rows)
@@ -208,7 +194,11 @@ class TorchRuntime:
         # crops are encoded by the thread that decodes, and memory is freed from either
         self._encoding, self._decoding = threading.Lock(), threading.Lock()
         self._base = base.to(device, dtype).eval().requires_grad_(False)
-        self._enhancer = None if enhancer is None else _folded(enhancer, device, dtype)
+        self._enhancer = enhancer
+        if enhancer is not None:
+            enhancer.for_inference(dtype)
+            enhancer.to(device)
+            enhancer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own hints lack it
 
         def stage(function: Function, what: str) -> Replayed:
             fast = Compiled(function, what) if compile else function

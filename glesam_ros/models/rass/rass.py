@@ -43,8 +43,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glesam_ros.checksum import sha256
 from glesam_ros.models.glesam import catalogue
-from glesam_ros.models.glesam.download import sha256
 from glesam_ros.models.glesam.enhancer import TOKENS, UNet2DConditionModel, is_lora, load_unet, write_tensors
 from glesam_ros.models.glesam.replay import Replayed, capture_cuda
 from glesam_ros.models.glesam.runtime import choose_device, choose_precision, device_in_words, memory_errors
