@@ -163,6 +163,10 @@ def test_agreement_on_photographs_without_masks(tmp_path, capsys) -> None:
     assert cv2.imread(str(out / "agreement_low_light-1.jpg")) is not None
     assert "## Agreement on photographs without masks" in (out / "table.md").read_text()
     assert "## Box" not in capsys.readouterr().out
+    rows = cv2.imread(str(out / "agreement_low_light-1.jpg")).shape
+    alone = ("--kinds", "low_light", "--levels", 1, "--masks-alone", "--workers", 1)
+    assert evaluate("--agreement", photographs, "--out", out, *alone) == 0
+    assert cv2.imread(str(out / "agreement_low_light-1.jpg")).shape[1] < rows[1]
 
 
 def test_without_matplotlib_there_are_no_plots_and_it_says_so(data, tmp_path, monkeypatch, capsys) -> None:

@@ -357,6 +357,16 @@ def test_a_mask_that_was_found_again_keeps_its_colour() -> None:
     np.testing.assert_allclose(colour, 0.5 * PALETTE[0], atol=1.5)
 
 
+def test_masks_alone_show_nothing_of_the_photograph() -> None:
+    tiles = agreement.agreement_tiles(evaluator(Blind()), "best", unlabelled(), NIGHT, alone=True)
+    captions = [t.caption for t in tiles]
+    assert captions[:2] == ["best: night, 2 masks of the photograph", "off: agreement 0.0"] and len(tiles) == 3
+    assert not tiles[1].image.any()
+    shown = {tuple(pixel) for tile in tiles for pixel in tile.image.reshape(-1, 3).tolist()}
+    halved = np.round(PALETTE[:2].astype(np.float32) * 0.5).astype(int)
+    assert shown <= {(0, 0, 0), *map(tuple, PALETTE[:2].tolist()), *map(tuple, halved.tolist())}
+
+
 # several processes
 
 

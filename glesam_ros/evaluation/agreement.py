@@ -110,25 +110,33 @@ def summarise_agreement(found: Sequence[Agreement], modes: Sequence[str], seed: 
     }
 
 
-def agreement_tiles(evaluator: Evaluator, word: str, photograph: Unlabelled, condition: Condition) -> list[Tile]:
+def agreement_tiles(
+    evaluator: Evaluator, word: str, photograph: Unlabelled, condition: Condition, alone: bool = False
+) -> list[Tile]:
     """A row: photograph, its masks, degraded further, masks of that without and with enhancement.
 
     A mask has the colour of the photograph's mask that it overlaps by an IoU of at least 0.5, or is grey.
+
+    Args:
+        alone: masks on black, no photograph.
     """
     image = _degraded(evaluator, photograph, condition)
     raw, found = _everything(evaluator, image, ("off", "always"))
     _, reference = _everything(evaluator, photograph.image, ("off",))
     plain = reference["off"]
     colours = PALETTE[np.arange(len(plain)) % len(PALETTE)]
+    under, under_worse = (np.zeros_like(image), np.zeros_like(image)) if alone else (photograph.image, image)
     tiles = [
         Tile(photograph.image, f"{word}: {photograph.name}"),
-        Tile(paint(photograph.image, plain, colours), f"{len(plain)} masks of the photograph"),
+        Tile(paint(under, plain, colours), f"{len(plain)} masks of the photograph"),
         Tile(image, f"{condition.name}, measured level {raw.degradation:.2f}"),
     ]
+    if alone:
+        tiles = [Tile(tiles[1].image, f"{word}: {photograph.name}, {tiles[1].caption}")]
     for mode, caption in (("off", "off"), ("always", "enhanced")):
         share = mean_best_iou(found[mode], plain) if len(plain) else 0.0
         matched = _matched_colours(found[mode], plain, colours)
-        tiles.append(Tile(paint(image, found[mode], matched), f"{caption}: agreement {100 * share:.1f}"))
+        tiles.append(Tile(paint(under_worse, found[mode], matched), f"{caption}: agreement {100 * share:.1f}"))
     return tiles
 
 
