@@ -136,10 +136,17 @@ def test_prenet_takes_its_last_stage(torch) -> None:
     for gate in (network.conv_i, network.conv_f, network.conv_g, network.conv_o):
         gate[0].bias.data[:] = 100
     network.conv[0].weight.data[:, 0, 1, 1] = 1
+    rainy = torch.rand(1, 3, 5, 5)
     with torch.inference_mode():
-        restored = network(torch.rand(1, 3, 5, 5))
-    # 6 after six stages; the residual blocks add nothing
-    torch.testing.assert_close(restored, torch.full_like(restored, float(np.tanh(6.0))))
+        restored = network(rainy)
+    # 6 after six stages; the residual blocks add nothing; what is found is added to the rainy picture
+    torch.testing.assert_close(restored, rainy + float(np.tanh(6.0)))
+
+
+def test_prenet_with_nothing_to_say_leaves_the_picture(torch) -> None:
+    rainy = torch.rand(1, 3, 5, 7)
+    with torch.inference_mode():
+        torch.testing.assert_close(zeroed(baselines.prenet_r())(rainy), rainy)
 
 
 def test_a_restorer_takes_and_gives_pictures(torch, tmp_path) -> None:

@@ -236,7 +236,7 @@ def prenet_r() -> torch.nn.Module:
                 x = hidden = self.conv_o(x) * cell.tanh()
                 for _ in range(PRENET_BLOCKS):
                     x = (self.res_conv1(x) + x).relu()
-                clean = self.conv(x)
+                clean = rainy + self.conv(x)
             return clean
 
     return PReNetR()
