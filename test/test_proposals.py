@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 
 from glesam_ros.models.proposals import (
+    ALIKE,
     BLOCK,
     MERGE,
     POOL,
@@ -56,36 +58,41 @@ def plain(masks: Any, iou: float, vote_iou: float, limit: int) -> tuple[list[int
     return kept, voted
 
 
+def plain_novelty(masks: Any) -> list[float]:
+    return [math.prod(1 - ALIKE * overlap(mask, better) ** 2 for better in masks[:k]) for k, mask in enumerate(masks)]
+
+
 @pytest.mark.parametrize("iou", [0.0, 0.4, 0.6, 1.0])
 @pytest.mark.parametrize("count", [1, 63, 200, 300])
 def test_suppression_equals_the_plain_algorithm(iou: float, count: int) -> None:
     masks = random_masks(count, count)
-    kept, voted = suppress(packed(masks), iou, 0.7, count)
+    kept, voted, novelty = suppress(packed(masks), iou, 0.7, count)
     expected, votes = plain(masks, iou, 0.7, count)
     assert kept.tolist() == expected and voted.tolist() == votes
+    np.testing.assert_allclose(novelty, plain_novelty(masks[kept]), rtol=1e-5)
 
 
 def test_the_limit_keeps_the_best() -> None:
     masks = packed(random_masks(0, 300))
-    whole, _ = suppress(masks, 0.5, 0.7, 300)
+    whole, _, _ = suppress(masks, 0.5, 0.7, 300)
     assert len(whole) > 70
     for limit in (0, 1, 5, 63, 64, 65, len(whole)):
-        kept, voted = suppress(masks, 0.5, 0.7, limit)
+        kept, voted, _ = suppress(masks, 0.5, 0.7, limit)
         assert kept.tolist() == whole[:limit].tolist()
         assert voted[kept].tolist() == list(range(limit)) and voted.max() == limit - 1
 
 
 def test_what_nothing_overlaps_is_kept() -> None:
     masks = packed(np.eye(200, SIZE * SIZE, dtype=np.bool_))
-    kept, voted = suppress(masks, 0.0, 0.7, 200)
-    assert kept.tolist() == voted.tolist() == list(range(200))
+    kept, voted, novelty = suppress(masks, 0.0, 0.7, 200)
+    assert kept.tolist() == voted.tolist() == list(range(200)) and (novelty == 1).all()
 
 
 def test_empty_masks_are_kept_and_overlap_nothing() -> None:
     masks = np.zeros((4, SIZE * SIZE), np.bool_)
     masks[1, :9] = True
-    kept, voted = suppress(packed(masks), 0.0, 0.0, 4)
-    assert kept.tolist() == voted.tolist() == list(range(4))
+    kept, voted, novelty = suppress(packed(masks), 0.0, 0.0, 4)
+    assert kept.tolist() == voted.tolist() == list(range(4)) and (novelty == 1).all()
 
 
 @pytest.mark.parametrize("cells", [1, 7, 64, 65, 704, 1000])
@@ -113,7 +120,10 @@ def plain_choice(weights: Any, scores: Any, features: Any, limits: tuple[float, 
     kept, voted = plain(coarse[order] > 0, MERGE * iou, VOTE_IOU, limit)
     voters = [[order[j] for j in np.flatnonzero(np.array(voted) == place)] for place in range(len(kept))]
     best = [order[k] for k in kept]
-    return [np.average(weights[v], 0, rank[v]) for v in voters], scores[best], rank[best]
+    lowered = rank[best] * plain_novelty(coarse[best] > 0)
+    places = np.argsort(-lowered, kind="stable")
+    merged = np.array([np.average(weights[v], 0, rank[v]) for v in voters])
+    return merged[places], scores[best][places], lowered[places]
 
 
 @pytest.mark.parametrize("seed, size, limit", [(0, (32, 48), 400), (1, (32, 48), 20), (2, (36, 44), 400)])
@@ -183,6 +193,15 @@ def test_neighbours_that_are_not_like_it_are_dropped_without_a_vote() -> None:
     assert chosen.tolist() == [[1, 0], [0, 1]] and got.tolist() == pytest.approx([0.8, 0.4])
     chosen, got, _ = choose(weights, scores, features, 0.2, 0.5, 0.49 / MERGE, 10)
     assert chosen.tolist() == [[1, 0]] and got.tolist() == pytest.approx([0.8])
+
+
+def test_a_place_goes_to_another_object_before_one_more_version_of_the_same() -> None:
+    # 36 and 18 cells of which 18 are shared
+    weights, features = candidates([APART[0], (slice(0, 3), slice(0, 6)), APART[2]])
+    scores = np.array([0.8, 0.6, 0.55], np.float32)
+    chosen, got, rank = choose(weights, scores, features, 0.2, 0.5, 0.7, 10)
+    assert chosen.argmax(1).tolist() == [0, 2, 1] and got.tolist() == pytest.approx([0.8, 0.55, 0.6])
+    assert rank.tolist() == pytest.approx([0.8, 0.55, 0.6 * (1 - ALIKE * 0.25)])
 
 
 def test_unstable_masks_come_later_or_not_at_all() -> None:

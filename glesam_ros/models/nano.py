@@ -31,7 +31,7 @@ MULTIPLE = 32
 """Height and width inside the model are multiples of this, the encoder's coarsest stride."""
 IN_8_BITS = ("stem", "trunk", "enhancer", "decoder")
 """Parts that have an 8-bit file; the prompt part is small."""
-DISTINCT = 0.3
+DISTINCT = 0.375
 """Share of the candidates asked for in everything mode that become masks: they differ already, so few are dropped."""
 BOX_CENTRE = 4
 """Label of the point that is added in the middle of each box."""

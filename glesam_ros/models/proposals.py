@@ -5,6 +5,8 @@ score on the grid (as detectors of centres do) loses good masks beside better on
 compete only where their masks are alike: greedy suppression on masks at a quarter of the resolution, in the order of
 score times stability. A mask is linear in its weights, so those that are suppressed as nearly the same are not lost:
 their mean is a better mask than the best of them (as box voting in detection, Gidaris and Komodakis, ICCV 2015).
+More masks differ than there are places, so one ranks lower, too, the more it overlaps better ones (as in soft
+suppression, Bodla et al., ICCV 2017): a place goes to another object rather than to one more version of the same.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ STABLE = 0.8
 """Share of the threshold for whole masks that coarse ones must reach: small masks are less stable there."""
 VOTE_IOU = 0.6
 """Suppressed candidates with at least this overlap vote."""
+ALIKE = 0.5
+"""Share of its rank that a mask loses to each better one, times the square of their IoU."""
 BLOCK = 256
 """Candidates whose coarse masks are made at once: they fit into the processor's cache."""
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
@@ -51,8 +55,8 @@ def choose(
         limit: at most so many.
 
     Returns:
-        Weights (K, C), scores (K,) and ranks (K,) float32, best rank first: the score times the stability of the coarse
-        mask, 0..1.
+        Weights (K, C), scores (K,) and ranks (K,) float32, best rank first. The rank, 0..1, is the score times the
+        stability of the coarse mask, less for one that overlaps better ones.
     """
     near = np.flatnonzero(scores >= score_threshold)
     bits, stability = _coarse(weights[near], pooled(features))
@@ -60,13 +64,14 @@ def choose(
     # a candidate without a certain cell has stability 0 and is no mask
     fit = np.flatnonzero((stability >= STABLE * stability_threshold) & (rank > 0))
     order = fit[np.argsort(-rank[fit], kind="stable")]
-    kept, voted = suppress(bits[order], MERGE * nms_iou, VOTE_IOU, limit)
+    kept, voted, novelty = suppress(bits[order], MERGE * nms_iou, VOTE_IOU, limit)
     votes = np.zeros((len(kept), len(order)), np.float32)
     voters = np.flatnonzero(voted >= 0)
     votes[voted[voters], voters] = rank[order[voters]]
     merged = votes @ weights[near[order]] / votes.sum(1, keepdims=True)
-    best = order[kept]
-    return merged.astype(np.float32), scores[near[best]], rank[best]
+    lowered = rank[order[kept]] * novelty
+    best = np.argsort(-lowered, kind="stable")
+    return merged[best].astype(np.float32), scores[near[order[kept[best]]]], lowered[best]
 
 
 def _coarse(weights: FloatArray, cells: FloatArray) -> tuple[Bits, FloatArray]:
@@ -112,7 +117,7 @@ def row_sums(array: np.ndarray[Any, Any]) -> Counts:
     return np.asarray(cv2.reduce(array.view(np.uint8), 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S), np.int32)[:, 0]
 
 
-def suppress(masks: Bits, iou: float, vote_iou: float, limit: int) -> tuple[Indices, Indices]:
+def suppress(masks: Bits, iou: float, vote_iou: float, limit: int) -> tuple[Indices, Indices, FloatArray]:
     """Greedy non-maximum suppression that says who was suppressed by whom.
 
     Args:
@@ -122,12 +127,14 @@ def suppress(masks: Bits, iou: float, vote_iou: float, limit: int) -> tuple[Indi
         limit: stop after so many.
 
     Returns:
-        kept (K,), indices of the kept masks, best first, and voted (N,), for each mask the place in `kept` that it
-        votes for, -1 for none; a kept one votes for itself.
+        kept (K,), indices of the kept masks, best first; voted (N,), for each mask the place in `kept` that it votes
+        for, -1 for none, a kept one votes for itself; novelty (K,) float32 in 0..1, the product of 1 - `ALIKE` IoU^2
+        over the kept masks before.
     """
     voted = np.full(len(masks), -1, np.intp)
     kept: list[int] = []
-    left, area = np.arange(len(masks)), set_bits(masks)
+    novelty: list[np.float32] = []
+    left, area, new = np.arange(len(masks)), set_bits(masks), np.ones(len(masks), np.float32)
     while len(left) and len(kept) < limit:
         both = set_bits(masks & masks[0])
         overlap = both / np.maximum(area + area[0] - both, 1)
@@ -137,5 +144,7 @@ def suppress(masks: Bits, iou: float, vote_iou: float, limit: int) -> tuple[Indi
         over[0] = votes[0] = True
         voted[left[votes]] = len(kept)
         kept.append(int(left[0]))
-        masks, left, area = masks[~over], left[~over], area[~over]
-    return np.array(kept, np.intp), voted
+        novelty.append(new[0])
+        new *= 1 - ALIKE * overlap * overlap
+        masks, left, area, new = masks[~over], left[~over], area[~over], new[~over]
+    return np.array(kept, np.intp), voted, np.array(novelty, np.float32)
