@@ -324,10 +324,7 @@ def _agreement(
                 )
                 for word, name in ranked(gains, 4 if args.masks_alone else 2)
             ]
-            title = (
-                f"{condition.name}: best, median and worst of {len(gains)} photographs by gain of enhancement; "
-                "a mask found again keeps its colour, others are grey"
-            )
+            title = f"{condition.name}: best, median, worst of {len(gains)}; a mask found again keeps its colour"
             drawn.append(_write_sheet(args.out / f"agreement_{condition.name}.jpg", rows, title))
     return summary, drawn
 
