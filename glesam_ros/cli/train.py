@@ -17,6 +17,7 @@ examples:
   glesam train tiny --data DATA --out runs/tiny                    the whole recipe in seconds, to try it out
   glesam train nano --data DATA --out runs/nano                    the recipe of the shipped weights
   glesam train nano --data DATA --out runs/nano                    again: goes on where it was stopped or killed
+  glesam train nano_tune --data DATA --out runs/tuned              from the shipped weights
   glesam train nano --data DATA --out runs/big --set base.steps=20000 --set crop.width=512
   glesam train nano --data DATA --out runs/one --set start=runs/nano/restore.pt \\
       --set base.steps=0 --set level.steps=0 --set restore.steps=0 --set decode.loss=focal
