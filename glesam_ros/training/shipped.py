@@ -7,6 +7,7 @@ and normalisation is made anew of what the convolutions give on pictures. The ne
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,16 +49,12 @@ def read_shipped(folder: Path) -> NanoNet:
         FileNotFoundError: a file is missing.
         ValueError: the files are of another network.
     """
-    net = _random_net()
-    with tempfile.TemporaryDirectory() as place:
-        export(net, Path(place))
-        probe = {part: _constants(Path(place), part) for part in PARTS}
-    names = _names(net, probe)
+    net, shapes, names = _random_net(), *_probe()
     found: dict[str, Tensor] = {}
     own = net.state_dict()
     for part in PARTS:
         given = _constants(folder, part)
-        if [x.shape for x in given] != [x.shape for x in probe[part]]:
+        if [x.shape for x in given] != shapes[part]:
             raise ValueError(f"{folder / f'nano_{part}.onnx'}: expected the network of this version, found another")
         for k, value in enumerate(given):
             for one in names.get((part, k), ()):
@@ -121,6 +118,16 @@ def _normalised(net: NanoNet) -> dict[str, tuple[nn.Conv2d, nn.BatchNorm2d]]:
         elif isinstance(module, nn.BatchNorm2d) and last is not None:
             pairs[last[0]] = last[1], module
     return pairs
+
+
+@functools.cache
+def _probe() -> tuple[dict[str, list[tuple[int, ...]]], dict[tuple[str, int], list[Found]]]:
+    """Shapes of the constants of each part, and which parameters they are; takes some seconds, once."""
+    net = _random_net()
+    with tempfile.TemporaryDirectory() as place:
+        export(net, Path(place))
+        found = {part: _constants(Path(place), part) for part in PARTS}
+    return {part: [x.shape for x in arrays] for part, arrays in found.items()}, _names(net, found)
 
 
 def _random_net() -> NanoNet:
