@@ -125,19 +125,25 @@ def agreement_tiles(
     _, reference = _everything(evaluator, photograph.image, ("off",))
     plain = reference["off"]
     colours = PALETTE[np.arange(len(plain)) % len(PALETTE)]
-    under, under_worse = (np.zeros_like(image), np.zeros_like(image)) if alone else (photograph.image, image)
-    tiles = [
-        Tile(photograph.image, f"{word}: {photograph.name}"),
-        Tile(paint(under, plain, colours), f"{len(plain)} masks of the photograph"),
-        Tile(image, f"{condition.name}, measured level {raw.degradation:.2f}"),
-    ]
+    masks, count = paint(_ground(photograph.image, alone), plain, colours), f"{len(plain)} masks of the photograph"
     if alone:
-        tiles = [Tile(tiles[1].image, f"{word}: {photograph.name}, {tiles[1].caption}")]
+        tiles = [Tile(masks, f"{word}: {photograph.name}, {count}")]
+    else:
+        tiles = [
+            Tile(photograph.image, f"{word}: {photograph.name}"), Tile(masks, count),
+            Tile(image, f"{condition.name}, measured level {raw.degradation:.2f}"),
+        ]
     for mode, caption in (("off", "off"), ("always", "enhanced")):
         share = mean_best_iou(found[mode], plain) if len(plain) else 0.0
         matched = _matched_colours(found[mode], plain, colours)
-        tiles.append(Tile(paint(under_worse, found[mode], matched), f"{caption}: agreement {100 * share:.1f}"))
+        painted = paint(_ground(image, alone), found[mode], matched)
+        tiles.append(Tile(painted, f"{caption}: agreement {100 * share:.1f}"))
     return tiles
+
+
+def _ground(image: UInt8Array, alone: bool) -> UInt8Array:
+    """What masks are painted on."""
+    return np.zeros_like(image) if alone else image
 
 
 def _matched_colours(masks: BoolArray, reference: BoolArray, colours: UInt8Array) -> UInt8Array:
