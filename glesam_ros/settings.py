@@ -108,7 +108,7 @@ class Settings:
     )
     nms_iou: float = _param(
         0.7, "Of two masks that overlap more than this, the worse is dropped in everything mode: that with the lower "
-        "score (nano: times stability).",
+        "score (nano: times stability squared).",
         low=0.0, high=1.0,
     )
     max_instances: int = _param(64, "At most this many instances a frame, the best.", low=1, high=256)

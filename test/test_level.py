@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="training needs torch; scripts/test.sh installs it")
 
 from glesam_ros.datasets import Photograph  # noqa: E402
-from glesam_ros.models.nano_net import LEVELS, STATISTICS, LevelHead, pooled_statistics  # noqa: E402
+from glesam_ros.models.nano_net import (  # noqa: E402
+    LAGS,
+    LEVELS,
+    POOLED,
+    STATISTICS,
+    LevelHead,
+    pooled_statistics,
+    repetition,
+)
 from glesam_ros.training import level  # noqa: E402
 from glesam_ros.training.config import make_config  # noqa: E402
 from glesam_ros.training.sources import Scenes  # noqa: E402
@@ -86,7 +95,7 @@ def test_frames_depend_on_their_seed_alone() -> None:
 
 
 def by_statistic(values: Any) -> list[Any]:
-    """(1, STATISTICS) -> mean, log variance, logs of across, down, flattest, liveliest: each of all channels."""
+    """(1, POOLED) -> mean, log variance, logs of across, down, flattest, liveliest: each of all channels."""
     scales = [s.unflatten(0, (6, -1)) for s in values[0].split([6 * c for c in CHANNELS])]
     return [torch.cat([scale[k] for scale in scales]) for k in range(6)]
 
@@ -96,7 +105,7 @@ def test_statistics_known_answers() -> None:
     sizes = [(c, 32 // s, 64 // s) for c, s in zip(CHANNELS, (2, 4, 8), strict=True)]
     ramp = [(0.5 * torch.arange(w).float()).expand(1, c, h, w) for c, h, w in sizes]
     found = pooled_statistics(ramp)
-    assert found.shape == (1, STATISTICS)
+    assert found.shape == (1, POOLED)
     mean, spread, across, down, flattest, liveliest = by_statistic(found)
     half, least = torch.tensor(math.log(0.5)), torch.tensor(math.log(1e-4))
     for k, (_, _, w) in enumerate(sizes):
@@ -138,6 +147,48 @@ def test_statistics_hardly_depend_on_the_size_of_the_picture() -> None:
     often = [f.repeat(1, 1, 2, 3) for f in once]
     pairs = zip(by_statistic(pooled_statistics(once))[:4], by_statistic(pooled_statistics(often))[:4], strict=True)
     assert all(torch.allclose(a, b, atol=0.05) for a, b in pairs)
+
+
+def as_rgb(green: np.ndarray[Any, Any]) -> Any:
+    """(H, W) -> (1, 3, H, W) with other numbers in red and blue."""
+    return torch.from_numpy(np.stack([255 - green, green, 0.3 * green])[None].astype(np.float32))
+
+
+def test_repetition_known_answer() -> None:
+    green = np.random.default_rng(0).integers(0, 256, (50, 90)).astype(np.float64)
+    expected = []
+    for rows in (green[::2], green[:, ::2].T):
+        profile = np.minimum(np.abs(np.diff(rows, 2, axis=1)), 3).mean(0)
+        near = [profile[max(0, k - 15) : k + 16].mean() for k in range(len(profile))]
+        rest = profile - near
+        lagged = [float((rest[k:] * rest[: len(rest) - k]).sum() / len(rest)) for k in range(LAGS + 1)]
+        expected += [value / lagged[0] for value in lagged[1:]] + [math.log(lagged[0])]
+    found = repetition(as_rgb(green))
+    assert found.shape == (1, 2 * (LAGS + 1)) and POOLED + 2 * (LAGS + 1) == STATISTICS
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("smaller", [1, 2, 4])
+def test_blocks_of_jpeg_are_seen_at_the_size_that_was_coded(smaller: int) -> None:
+    rng = np.random.default_rng(1)
+    noise = cv2.GaussianBlur(rng.normal(size=(384 // smaller, 512 // smaller, 3)), (0, 0), 3)
+    scene = np.clip(128 + 60 * noise / noise.std(), 0, 255).astype(np.uint8)
+    _, coded = cv2.imencode(".jpg", scene, [cv2.IMWRITE_JPEG_QUALITY, 30])
+    frame = cv2.resize(cv2.imdecode(coded, cv2.IMREAD_COLOR), (512, 384), interpolation=cv2.INTER_LINEAR)
+    both = repetition(as_rgb(frame[..., 1]))[0].split(LAGS + 1)
+    for numbers in both:
+        # neighbours are alike in any picture
+        far = numbers[5:LAGS]
+        assert 6 + int(far.argmax()) in range(8 * smaller, LAGS + 1, 8 * smaller)
+    # and the other way round where the picture lies on its side
+    turned = repetition(as_rgb(frame[..., 1].T))[0].split(LAGS + 1)
+    assert torch.allclose(torch.stack(turned[::-1]), torch.stack(both), atol=1e-4)
+
+
+def test_repetition_of_little_pictures_and_of_flat_ones_is_finite() -> None:
+    grey = repetition(torch.full((2, 3, 32, 256), 100.0))
+    assert grey.shape == (2, 2 * (LAGS + 1)) and bool(grey.isfinite().all())
+    assert not grey[:, :LAGS].any()
 
 
 def test_level_loss_known_answer() -> None:

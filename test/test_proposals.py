@@ -114,7 +114,7 @@ def plain_choice(weights: Any, scores: Any, features: Any, limits: tuple[float, 
     c, h, w = features.shape
     coarse = weights @ features.reshape(c, h // POOL, POOL, w // POOL, POOL).mean((2, 4)).reshape(c, -1)
     stability = (coarse > 1).sum(1) / np.maximum((coarse > -1).sum(1), 1)
-    rank = scores * stability
+    rank = scores * stability**2
     order = [k for k in np.argsort(-rank, kind="stable") if stability[k] >= STABLE * stability_threshold]
     order = [k for k in order if scores[k] >= score_threshold and rank[k] > 0]
     kept, voted = plain(coarse[order] > 0, MERGE * iou, VOTE_IOU, limit)
@@ -211,7 +211,7 @@ def test_unstable_masks_come_later_or_not_at_all() -> None:
     features = np.concatenate([features, other[1:2]])
     scores = np.array([0.8, 0.7], np.float32)
     chosen, got, rank = choose(steady[:2, :2], scores, features, 0.2, 0.5, 0.7, 10)
-    assert got.tolist() == pytest.approx([0.7, 0.8]) and rank.tolist() == pytest.approx([0.7, 0.8 * 2 / 3])
+    assert got.tolist() == pytest.approx([0.7, 0.8]) and rank.tolist() == pytest.approx([0.7, 0.8 * (2 / 3) ** 2])
     assert chosen.argmax(1).tolist() == [1, 0]
     _, got, _ = choose(steady[:2, :2], scores, features, 0.2, 2 / 3 / STABLE + 0.01, 0.7, 10)
     assert got.tolist() == pytest.approx([0.7])

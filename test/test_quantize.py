@@ -110,6 +110,18 @@ def test_the_first_convolution_reads_the_bytes_of_the_image(in_8_bits) -> None:
     assert values[first.input[1]] == np.float32(1 / 128) and values[first.input[2]] == 127
 
 
+def test_what_else_reads_the_image_gets_its_numbers(network, in_8_bits) -> None:
+    model = copy.deepcopy(network)
+    model.graph.node.append(helper.make_node("ReduceMax", ["float"], ["brightest"], "m", axes=[2, 3], keepdims=0))
+    model.graph.output.append(helper.make_tensor_value_info("brightest", TensorProto.FLOAT, [1, 3]))
+    small = quantize.quantize(model, [{"image": picture} for picture in PICTURES])
+    assert [node.op_type for node in small.graph.node if node.op_type in ("Cast", "Sub", "Div")] == ["Cast"]
+    session = ort.InferenceSession(small.SerializeToString(), providers=["CPUExecutionProvider"])
+    y, brightest = session.run(None, {"image": PICTURES[0]})
+    assert np.array_equal(brightest[0], PICTURES[0].max((0, 1, 2)))
+    assert np.array_equal(y, run(in_8_bits, PICTURES[0]))
+
+
 def test_kept_convolutions_stay_fp32(network) -> None:
     small = quantize.quantize(network, [{"image": PICTURES[0]}], keep=("project",))
     assert "w2" in constants(small) and "w2_quantized" not in constants(small)

@@ -379,6 +379,22 @@ def test_an_lqseg_set_gives_its_clear_pictures_of_the_right_split(data: Path, tm
         load_scenes((SourceConfig("lqseg", "lq", split="val"),), tmp_path)
 
 
+def test_an_ablation_begins_with_the_package_and_an_enhancer_that_changes_nothing(data: Path, tmp_path: Path) -> None:
+    from glesam_ros.training import ablation
+
+    config = load_config("tiny")
+    path = ablation.write_base(config, data, tmp_path / "base.pt")
+    net = NanoNet()
+    net.load_state_dict(torch.load(path, weights_only=True))
+    image = torch.randint(0, 256, (1, 64, 96, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        s4, s8, _ = nano.see(net.eval(), image)
+        plain = net.trunk(s4, s8)
+        assert torch.allclose(net.enhancer(s4, s8, torch.tensor([0.5])) * net.enhancer.signal, plain, atol=1e-4)
+    before = path.read_bytes()
+    assert ablation.write_base(config, data, path).read_bytes() == before
+
+
 def test_an_ablation_trains_and_exports_what_is_missing(
     data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -401,6 +417,14 @@ def test_an_ablation_trains_and_exports_what_is_missing(
     capsys.readouterr()
     ablation.train_runs(runs, data, out, "cpu")
     assert capsys.readouterr().out == ""
+
+    # stage 1 of a run that differs in stage 2 alone is not trained again
+    changes = {"fda": ["enhancer.gamma=2"], "none": [], "later": ["enhancer.gamma=2", "decode.steps=1"]}
+    written.write_text(json.dumps({"config": "tiny", "common": common, "runs": changes}))
+    ablation.train_runs(ablation.read_runs(written, whole / "level.pt"), data, out, "cpu")
+    assert not (out / "later" / "restore.csv").exists() and (out / "later" / "decode.csv").is_file()
+    assert (out / "none" / "restore.csv").is_file()
+    assert (out / "later" / "restore.pt").read_bytes() == (out / "fda" / "restore.pt").read_bytes()
 
     for text, expected in (
         ("runs: {}", "expected the keys config, common and runs"), ("a: [", "expected YAML"),

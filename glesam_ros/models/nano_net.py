@@ -124,7 +124,7 @@ class Stem(nn.Module):
     """Image to features of stride 4 and 8, and the degradation level.
 
     The first blocks of EfficientNet-Lite0, which stay as pretrained. The level head reads pooled statistics of their
-    features: what blur, noise and blocks change first.
+    features, which blur and noise change first, and how the picture repeats itself, which blocks of a codec do.
     """
 
     def __init__(self) -> None:
@@ -138,8 +138,8 @@ class Stem(nn.Module):
         Returns:
             s4 (B, 24, H/4, W/4), s8 (B, 40, H/8, W/8), level (B,) in 0..1.
         """
-        s2, s4, s8 = self.features(rgb)
-        return s4, s8, self.level(pooled_statistics([s2, s4, s8]))
+        features = self.features(rgb)
+        return features[1], features[2], self.level(level_statistics(rgb, features))
 
     def features(self, rgb: Tensor) -> list[Tensor]:
         """RGB as of `forward` -> features of stride 2, 4 and 8 with 16, 24 and 40 channels."""
@@ -180,12 +180,54 @@ class Trunk(nn.Module):
 
 LEVELS = 3
 """Levels of degradation beside 0, clear."""
-STATISTICS = 6 * (16 + 24 + 40)
+LAGS = 40
+"""Shifts (px) by which a picture's blocks are sought: JPEG's 8 px are 32 where the picture was 4 times smaller."""
+EDGE = 3.0
+"""Larger second differences (of 255) count as this, so that a picture's own edges do not hide those of blocks."""
+WINDOW = 31
+"""Columns or rows over which a profile's slow changes are taken out of it."""
+POOLED = 6 * (16 + 24 + 40)
+REPETITION = 2 * (LAGS + 1)
+STATISTICS = POOLED + REPETITION
 """Numbers that the level head reads."""
 
 
+def level_statistics(rgb: Tensor, features: list[Tensor]) -> Tensor:
+    """What the level head reads of an image (B, 3, H, W), RGB in 0..255, and the stem's features: (B, STATISTICS)."""
+    # the shape is said once more for the ONNX exporter, which loses it with the picture's size
+    return torch.cat([pooled_statistics(features), repetition(rgb)], 1).reshape(len(rgb), STATISTICS)
+
+
+def repetition(rgb: Tensor) -> Tensor:
+    """How columns and rows repeat themselves: (B, REPETITION).
+
+    Blocks of JPEG end every 8 px of what was coded: every 8, 16 or 32 where the picture was 1, 2 or 4 times smaller
+    then, which is what LQ-1, LQ-2 and LQ-3 differ in. The profile of the columns (then of the rows) is the mean second
+    difference of green across them, less its slow changes; the numbers are its autocorrelation at 1..LAGS px and the
+    logarithm of its variance. Every second row (column) says the same in half the time.
+
+    Args:
+        rgb: (B, 3, H, W) in 0..255; H and W at least 3.
+    """
+    parts = []
+    for x in (rgb[:, 1, ::2], rgb[:, 1, :, ::2].transpose(1, 2)):
+        step = x[..., 1:] - x[..., :-1]
+        # torch.minimum and maximum, not clamp: the 8-bit files have Clip in 8 bits
+        edges = torch.minimum((step[..., 1:] - step[..., :-1]).abs(), x.new_tensor(EDGE)).mean(1)
+        slow = F.avg_pool1d(edges[:, None], WINDOW, 1, WINDOW // 2, count_include_pad=False)[:, 0]
+        padded = F.pad(edges - slow, (0, LAGS))
+        length = padded.shape[1]
+        # row k of the copies, cut one longer than they are, is shifted by k
+        copies = padded.repeat(1, LAGS + 2)[:, : (LAGS + 1) * (length + 1)]
+        shifted = copies.reshape(-1, LAGS + 1, length + 1)[:, :, : length - LAGS]
+        products = (shifted @ padded[:, : length - LAGS, None])[..., 0] / (length - LAGS)
+        variance = torch.maximum(products[:, :1], products.new_tensor(1e-6))
+        parts += [products[:, 1:] / variance, variance.log()]
+    return torch.cat(parts, 1)
+
+
 def pooled_statistics(features: list[Tensor]) -> Tensor:
-    """What the features of stride 2, 4 and 8 say of sharpness and noise: (B, STATISTICS).
+    """What the features of stride 2, 4 and 8 say of sharpness and noise: (B, POOLED).
 
     For each channel its mean; and the logarithms of its variance, of the mean size of its differences from the next
     position across, and down, and of that across in the flattest and in the liveliest block of about 24 x 24 pixels.

@@ -3,9 +3,9 @@
 A dense decoder gives a candidate at each point of a grid, most of them many times over. Taking local maxima of the
 score on the grid (as detectors of centres do) loses good masks beside better ones of other objects. Here candidates
 compete only where their masks are alike: greedy suppression on masks at a quarter of the resolution, in the order of
-score times stability. A mask is linear in its weights, so those that are suppressed as nearly the same are not lost:
-their mean is a better mask than the best of them (as box voting in detection, Gidaris and Komodakis, ICCV 2015).
-More masks differ than there are places, so one ranks lower, too, the more it overlaps better ones (as in soft
+score times the square of stability. A mask is linear in its weights, so those that are suppressed as nearly the same
+are not lost: their mean is a better mask than the best of them (as box voting in detection, Gidaris and Komodakis, ICCV
+2015). More masks differ than there are places, so one ranks lower, too, the more it overlaps better ones (as in soft
 suppression, Bodla et al., ICCV 2017): a place goes to another object rather than to one more version of the same.
 """
 
@@ -56,11 +56,11 @@ def choose(
 
     Returns:
         Weights (K, C), scores (K,) and ranks (K,) float32, best rank first. The rank, 0..1, is the score times the
-        stability of the coarse mask, less for one that overlaps better ones.
+        square of the coarse mask's stability, less for one that overlaps better ones.
     """
     near = np.flatnonzero(scores >= score_threshold)
     bits, stability = _coarse(weights[near], pooled(features))
-    rank = (scores[near] * stability).astype(np.float32)
+    rank = (scores[near] * stability * stability).astype(np.float32)
     # a candidate without a certain cell has stability 0 and is no mask
     fit = np.flatnonzero((stability >= STABLE * stability_threshold) & (rank > 0))
     order = fit[np.argsort(-rank[fit], kind="stable")]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from glesam_ros.degradation import degrade, degrade_lqseg
 from glesam_ros.models.nano import WEIGHTS, resized
-from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, pooled_statistics, with_positions
+from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, level_statistics, with_positions
 from glesam_ros.training import checkpoint
 from glesam_ros.training.adapters import add_adapters
 from glesam_ros.training.config import (
@@ -152,10 +152,13 @@ def plain_latent(net: NanoNet, images: Tensor) -> Tensor:
 
 
 def see(net: NanoNet, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (B, H, W, 3) uint8 -> features of stride 4 and 8, pooled statistics (B, S), without gradient."""
+    """Images (B, H, W, 3) uint8 -> features of stride 4 and 8, what the level head reads (B, S), without gradient."""
     with torch.no_grad():
-        s2, s4, s8 = net.stem.features(to_network(images))
-        return s4, s8, pooled_statistics([s2.float(), s4.float(), s8.float()])
+        rgb = to_network(images)
+        features = net.stem.features(rgb)
+        # 16 bits would round small differences of neighbours away
+        with torch.autocast(rgb.device.type, enabled=False):
+            return features[1], features[2], level_statistics(rgb, [x.float() for x in features])
 
 
 def picked(x: Tensor, rows: Tensor) -> Tensor:

@@ -114,7 +114,10 @@ def correct_biases(
 
 
 def take_bytes(model: ModelProto, normalised: str) -> None:
-    """Hand the image's bytes to the first convolution: quantising the normalised image gives them back as they were."""
+    """Hand the image's bytes to the first convolution: quantising the normalised image gives them back as they were.
+
+    What else reads the image as numbers goes on doing so.
+    """
     makers = {output: node for node in model.graph.node for output in node.output}
     quantizer = next(n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == normalised)
     gone, source = [quantizer], normalised
@@ -126,7 +129,8 @@ def take_bytes(model: ModelProto, normalised: str) -> None:
             if name == quantizer.output[0]:
                 node.input[k] = source
     for node in gone:
-        model.graph.node.remove(node)
+        if not any(node.output[0] in other.input for other in model.graph.node):
+            model.graph.node.remove(node)
 
 
 def hand_out_bytes(model: ModelProto, names: Sequence[str]) -> Grids:
