@@ -110,6 +110,14 @@ def test_results_say_what_they_depend_on(data, tmp_path) -> None:
     assert str(tmp_path) not in (out / "results.json").read_text()  # it may be published
 
 
+def test_masks_of_everything_mode_may_be_more_or_fewer(data, tmp_path) -> None:
+    common = ("--data", data, "--sets", "bsds", "--kinds", "none", "--no-sheet", "--prompts", "everything")
+    assert evaluate(*common, "--out", tmp_path / "all") == 0
+    assert evaluate(*common, "--out", tmp_path / "one", "--max-instances", 1) == 0
+    every, one = (means(tmp_path / name)["bsds", "clear", "off", "everything_best_iou"] for name in ("all", "one"))
+    assert every == 1.0 and one < 0.8  # two regions
+
+
 def test_results_do_not_depend_on_the_number_of_processes(data, tmp_path) -> None:
     common = ("--data", data, "--sets", "coco", "--limit", 2, "--kinds", "lq", "--levels", 3, "--no-sheet")
     for workers in (1, 2):
@@ -226,6 +234,7 @@ def test_a_coco_file_that_is_none_is_named(data, tmp_path, capsys) -> None:
         (["--workers", "0"], "above 0"),
         (["--seed", "-1"], "expected an integer of at least 0, got -1"),
         (["--limit", "0"], "above 0"),
+        (["--max-instances", "257"], "256"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, expected, capsys) -> None:

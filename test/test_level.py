@@ -79,6 +79,9 @@ def test_frames_are_degraded_as_the_camera_takes_them(monkeypatch: pytest.Monkey
     assert all(levels.count(k) / 120 == pytest.approx(1 / 3, abs=0.12) for k in (1, 2, 3))
     sides = np.array([width for _, width, _ in shapes])
     assert all(abs(height - 0.75 * width) <= 0.9 for height, width, _ in shapes)
+    # half of them are as large as the photograph
+    assert (sides == 400).mean() == pytest.approx(level.AS_TAKEN, abs=0.12)
+    sides = sides[sides != 400]
     assert sides.min() < 520 and sides.max() > 900
     assert level.SIDES[0] <= sides.min() and sides.max() <= level.SIDES[1]
     # what became of the frame at camera size is made smaller with it, the clear frame on the same way without it

@@ -34,8 +34,10 @@ SETS = {"coco": "coco_small", "bsds": "bsds500"}
 SETTINGS = tuple(
     name
     for name in (*MODEL_SETTINGS, *SELECTION_SETTINGS)
-    if name not in ("enhancement", "enhance_below", "max_instances")
+    if name not in ("enhancement", "enhance_below")
 )
+MAX_INSTANCES = 100
+"""What average recall at 100 asks for."""
 Cases = Callable[[], Iterator["Case"]]
 
 EPILOG = """\
@@ -123,7 +125,7 @@ def add_parser(commands: Any) -> None:
         "--sheet-condition", default="lq-3", metavar="NAME",
         help="what the contact sheets show; the last condition where this one was not measured; default: lq-3",
     )
-    add_settings(parser, SETTINGS)
+    add_settings(parser, SETTINGS, {"max_instances": MAX_INSTANCES})
     parser.set_defaults(func=run)
 
 
@@ -190,12 +192,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from glesam_ros.evaluation.protocol import MAX_MASKS
     from glesam_ros.settings import Settings, default
 
     chosen = {name: getattr(args, name) for name in SETTINGS}
     below = min(default("enhance_below"), args.enhance_above)  # only films need it, but it must not be above
-    return Settings(**chosen, enhance_below=below, max_instances=MAX_MASKS)
+    return Settings(**chosen, enhance_below=below)
 
 
 def _conditions(args: argparse.Namespace) -> list[Condition]:
@@ -424,7 +425,7 @@ def _recorded(args: argparse.Namespace, settings: Settings, options: Options) ->
         **dataclasses.asdict(options), "min_region_area": MIN_AREA, "points": POINTS,
         "boundary_share": BOUNDARY_SHARE, "recall_thresholds": COCO_THRESHOLDS,
         "interval": "95 % percentile bootstrap over photographs, 2000 resamples",
-        "pipeline": {name: getattr(settings, name) for name in (*SETTINGS, "max_instances")},
+        "pipeline": {name: getattr(settings, name) for name in SETTINGS},
         "weights": _fingerprints(args, settings),
     }
 

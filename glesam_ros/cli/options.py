@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros import __version__, settings
@@ -29,11 +29,19 @@ class CommandError(Exception):
     """Something a user can mend; `main` prints it as one line and exits with 1."""
 
 
-def add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Add an option for each of the parameters `names`, with help, range, choices and default from its `Spec`."""
-    group = parser.add_argument_group("model options", "the same names, ranges and defaults as the node's parameters")
+def add_settings(
+    parser: argparse.ArgumentParser, names: Sequence[str], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Add an option for each of the parameters `names`, with help, range, choices and default from its `Spec`.
+
+    Args:
+        parser: gets the options.
+        names: of parameters.
+        defaults: of the command, where they are not the node's.
+    """
+    group = parser.add_argument_group("model options", "names and ranges are those of the node's parameters")
     for name in names:
-        spec, default = settings.spec(name), settings.default(name)
+        spec, default = settings.spec(name), (defaults or {}).get(name, settings.default(name))
         flag = "--" + name.replace("_", "-")
         about = [spec.help.replace("%", "%%")]
         if spec.low is not None:

@@ -40,7 +40,7 @@ MIN_AREA = 1000
 """True regions with fewer pixels are left out."""
 POINTS = 3
 MAX_MASKS = 100
-"""At most this many masks in everything mode, as average recall at 100 wants."""
+"""How many masks the larger average recall takes."""
 MODES = ENHANCEMENT_MODES
 PROMPTS = ("points", "boxes", "everything")
 _MASK_METRICS = ("iou", "dice", "accuracy", "boundary")

@@ -20,6 +20,8 @@ from glesam_ros.training.sources import Scenes
 Array = np.ndarray[Any, Any]
 SIDES = (480, 960)
 """Long sides of a camera's frames (px). What blur and noise of a larger frame leave at `INSIDE` is another level."""
+AS_TAKEN = 0.5
+"""Share of frames that keep the photograph's own size, where the blocks of its own file are those of a camera's."""
 INSIDE = (3 * OWN_SIZE // 4, OWN_SIZE)
 """(height, width) that the head sees frames at: that of a 4:3 camera in the node."""
 RECOLOURED = 0.5
@@ -80,7 +82,9 @@ def _frame(photograph: Array, rng: np.random.Generator) -> Array:
     part = min(h / INSIDE[0], w / INSIDE[1])
     height, width = round(part * INSIDE[0]), round(part * INSIDE[1])
     y, x = rng.integers(h - height + 1), rng.integers(w - width + 1)
+    frame = photograph[y : y + height, x : x + width]
     # evenly on a logarithmic scale
     side = SIDES[0] * (SIDES[1] / SIDES[0]) ** rng.random()
-    frame = resized(photograph[y : y + height, x : x + width], (round(side * INSIDE[0] / INSIDE[1]), round(side)))
+    if rng.random() >= AS_TAKEN:
+        frame = resized(frame, (round(side * INSIDE[0] / INSIDE[1]), round(side)))
     return np.ascontiguousarray(frame[:, ::-1]) if rng.random() < 0.5 else frame
