@@ -203,6 +203,16 @@ def test_level_loss_known_answer() -> None:
     assert float(level.level_loss(sure, torch.arange(4))) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_frame_that_is_most_likely_clear_reads_0() -> None:
+    head = LevelHead().eval()
+    sure, less = (torch.logit(torch.tensor([p, p, p])) for p in (0.049, 0.051))
+    for bias, expected in ((sure, 0.0), (less, 0.051)):
+        with torch.no_grad():
+            head.mlp[3].weight.zero_()
+            head.mlp[3].bias.copy_(bias)
+            assert float(head(torch.zeros(1, STATISTICS))) == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_head_learns_an_order() -> None:
     torch.manual_seed(0)
     levels = torch.arange(4).repeat(32)

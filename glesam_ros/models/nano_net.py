@@ -250,10 +250,15 @@ def pooled_statistics(features: list[Tensor]) -> Tensor:
     return torch.cat(parts, 1)
 
 
+CLEAR = 0.05
+"""Smaller expected levels say only how sure the head is that a frame is clear; they read as 0."""
+
+
 class LevelHead(nn.Module):
     """Pooled statistics (B, S) -> degradation level (B,) in 0 (clear) .. 1 (LQ-3).
 
-    Ordinal regression: the logits of "worse than level 0, 1, 2"; the level is the expected one over LEVELS.
+    Ordinal regression: the logits of "worse than level 0, 1, 2"; the level is the expected one over LEVELS, 0 below
+    `CLEAR`.
     """
 
     def __init__(self) -> None:
@@ -267,7 +272,8 @@ class LevelHead(nn.Module):
         return found
 
     def forward(self, statistics: Tensor) -> Tensor:
-        return torch.sigmoid(self.logits(statistics)).mean(1)
+        level = torch.sigmoid(self.logits(statistics)).mean(1)
+        return torch.where(level < CLEAR, torch.zeros_like(level), level)
 
 
 class ResidualBlock(nn.Module):
