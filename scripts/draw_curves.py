@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  # after the choice of the backend
 
 STAGES = {"base": ("prompt", "dense", "iou"), "level": ("loss",), "restore": ("restoration", "iou"),
-          "decode": ("prompt", "dense", "iou"), "tune": ("prompt", "dense", "iou")}
+          "decode": ("prompt", "dense", "iou"), "tune": ("prompt", "dense", "iou"),
+          "decoder": ("prompt", "dense")}
 """CSV file stem to the columns that are drawn, where there is such a file."""
 
 
