@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -399,7 +400,9 @@ def test_a_stage_learns_and_leaves_alone_what_it_freezes(
     for loss, left in falling.items():
         assert np.mean([row[loss] for row in losses[-3:]]) < left * np.mean([row[loss] for row in losses[:3]]), loss
     moved = {key for key, p in stage.named_parameters() if not torch.equal(p, before[key])}
-    assert moved == trained
+    # the middle of this small U-Net has one position, over which attention has no choice: no gradient but rounding
+    idle = {key for key in trained if re.search(r"mid_block.*\.attn1\.to_[qk]\.lora_B\.", key)}
+    assert trained - idle <= moved <= trained
     assert all(torch.equal(value, buffers[key]) for key, value in stage.named_buffers())
     own = {"scr": ("model.unet.",), "rass": ("model.unet.", "model.projections.", "model.head.")}[name]
     assert all(key.startswith(own) for key in moved)
