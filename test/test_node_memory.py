@@ -50,8 +50,17 @@ def test_down_while_memory_is_short_and_up_again(launch):
 
 def test_a_live_change_of_size_or_batch_begins_anew(launch):
     client = launch(model="tight", max_frame_age_ms=10_000)
-    client.subscribe(Image, "masks")
-    client.stream(frames(client, RED), lambda: status_is(client, WARN, LEFT), "a warning")
+    masks = client.subscribe(Image, "masks")
+    sent = []
+
+    def next_frame():
+        sent.append(frames(client, RED)())
+        return sent[-1]
+
+    client.stream(next_frame, lambda: status_is(client, WARN, LEFT), "a warning")
+    # a frame that is still under way would take a rung again after the change
+    last = sent[-1].header.stamp
+    wait_for(lambda: masks.messages and masks.messages[-1].header.stamp == last, "masks of the last frame")
     assert all(result.successful for result in client.set_parameters(points_per_batch=8))
     wait_for(lambda: client.values("model")["processing_size_now"] == "1024", "the asked size")
     assert client.values("model")["points_per_batch_now"] == "8" and status_is(client, OK, "active")
