@@ -9,6 +9,7 @@ The weights of each run end in OUT/<run>/weights, and the commands that evaluate
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import shutil
 import sys
@@ -103,14 +104,14 @@ def write_base(config: Config, data: Path, path: Path) -> Path:
 
 def _share_stage_1(runs: dict[str, Config], name: str, out: Path) -> None:
     """Where a run before differs in its stage 2 alone, its stage 1 is taken over."""
-    ours = to_dict(runs[name]) | {"decode": None}
-    for other, config in runs.items():
+    folder, ours = out / name, to_dict(runs[name]) | {"decode": None}
+    if (folder / "config.yaml").exists():
+        return
+    for other in itertools.takewhile(lambda before: before != name, runs):
         finished = out / other / "restore.pt"
-        if other == name or (out / name / "config.yaml").exists():
-            return
-        if to_dict(config) | {"decode": None} == ours and finished.is_file():
-            (out / name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(finished, out / name / "restore.pt")
+        if to_dict(runs[other]) | {"decode": None} == ours and finished.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(finished, folder / finished.name)
             return
 
 
