@@ -28,7 +28,7 @@ from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
 from rclpy.exceptions import InvalidHandle, InvalidParameterException, ParameterException
-from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
+from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.signals import SignalHandlerOptions
@@ -40,6 +40,7 @@ from glesam_ros.models import OutOfMemory
 from glesam_ros.pipeline import Pipeline, load_pipeline
 from glesam_ros.ros import diagnostics, parameters, qos, shared_memory
 from glesam_ros.ros.camera import Camera
+from glesam_ros.ros.executor import PooledExecutor
 from glesam_ros.ros.outputs import VISION_MSGS_MISSING, Outputs, vision
 from glesam_ros.ros.scheduling import Frame, NewestFrames
 from glesam_ros.ros.worker import Worker
@@ -51,6 +52,8 @@ NODE_NAME = "perception"
 DEFAULT_NAMESPACE = "glesam"
 STOP_TIMEOUT_S = 10.0
 """How long deactivate waits for a running inference."""
+CALLBACK_THREADS = 4
+"""Callbacks that run at once; a transition and a prompt may take long."""
 EXIT_TIMEOUT_S = 1.0
 """How long the process waits for a running inference when it is told to end."""
 WARM_UP_SIZE = (480, 640)
@@ -521,9 +524,9 @@ def main(args: list[str] | None = None) -> int:
         core, to_node = logging.getLogger("glesam_ros"), NodeLog(node)
         core.setLevel(logging.INFO)
         core.addHandler(to_node)
-        executor = MultiThreadedExecutor(num_threads=4)
-        executor.add_node(node)
         ended = threading.Event()
+        executor = PooledExecutor(CALLBACK_THREADS, functools.partial(_report, node, ended))
+        executor.add_node(node)
         spin = functools.partial(_spin, executor, node, ended, request_end)
         spinner = threading.Thread(target=spin, name="executor", daemon=True)
         spinner.start()
@@ -560,9 +563,9 @@ def _end_requests() -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
 
 
 def _spin(
-    executor: MultiThreadedExecutor, node: PerceptionNode, ended: threading.Event, request_end: Callable[[], Any]
+    executor: PooledExecutor, node: PerceptionNode, ended: threading.Event, request_end: Callable[[], Any]
 ) -> None:
-    """Run callbacks; a callback that raises (rclpy hands that to here) costs one log line and not the process."""
+    """Run callbacks until the end is asked for."""
     while not ended.is_set():
         try:
             executor.spin_once()
@@ -570,9 +573,15 @@ def _spin(
             if not ended.is_set():
                 request_end()
             return
-        except InvalidHandle as error:
-            # deactivate removed a subscription while the executor was about to wait for it; it goes on without
-            node.get_logger().debug(f"a removed subscription was still waited for: {error}")
-        except Exception:  # whatever a callback raises
-            if not ended.is_set():
-                node.get_logger().error(f"a callback failed:\n{traceback.format_exc().rstrip()}")
+        except Exception as error:  # whatever rclpy raises while it waits
+            _report(node, ended, error)
+
+
+def _report(node: PerceptionNode, ended: threading.Event, error: BaseException) -> None:
+    """What a callback raised costs one log line and not the process."""
+    if isinstance(error, InvalidHandle):
+        # deactivate removed a subscription while the executor was about to wait for it; it goes on without
+        node.get_logger().debug(f"a removed subscription was still waited for: {error}")
+    elif not ended.is_set():
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        node.get_logger().error(f"a callback failed:\n{text.rstrip()}")

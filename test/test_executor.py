@@ -1,0 +1,162 @@
+"""The executor of the node: real callbacks of a real node, in threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import rclpy
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
+from rclpy.executors import ExternalShutdownException
+from ros_graph import wait_for
+from std_msgs.msg import String
+
+from glesam_ros.ros.executor import PooledExecutor
+
+
+@pytest.fixture
+def spun():
+    """`spun(executor type, callbacks)` spins a node with one timer of 10 ms for each; all end with the test."""
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    node = rclpy.create_node("timers", context=context)
+    executors, spinners, ended = [], [], threading.Event()
+    failures = []
+
+    def start(make, *callbacks, group=None):
+        executor = make(context)
+        executors.append(executor)
+        for callback in callbacks:
+            node.create_timer(0.01, callback, callback_group=group or MutuallyExclusiveCallbackGroup())
+        executor.add_node(node)
+
+        def spin() -> None:
+            while not ended.is_set():
+                try:
+                    executor.spin_once(timeout_sec=0.1)
+                except ExternalShutdownException:
+                    return
+
+        spinners.append(threading.Thread(target=spin))
+        spinners[-1].start()
+        return executor
+
+    start.failures = failures
+    start.pooled = lambda context: PooledExecutor(4, failures.append, context)
+    start.context, start.node = context, node
+    yield start
+    ended.set()
+    for spinner in spinners:
+        spinner.join()
+    for executor in executors:
+        executor.shutdown()
+    node.destroy_node()
+    rclpy.try_shutdown(context=context)
+
+
+class Counted:
+    """Counts how often an executor looks for work."""
+
+    looks = 0
+
+    def wait_for_ready_callbacks(self, *args, **kwargs):
+        self.looks += 1
+        return super().wait_for_ready_callbacks(*args, **kwargs)
+
+
+class CountedPool(Counted, PooledExecutor):
+    pass
+
+
+def test_a_message_is_handed_over_once_while_all_threads_are_taken(spun):
+    release, inside, messages = threading.Event(), [], []
+
+    def wait() -> None:
+        inside.append(0)
+        release.wait(10)
+
+    # a message that is not taken yet ends rclpy's waiting at once, again and again
+    spun.node.create_subscription(String, "text", messages.append, 1, callback_group=ReentrantCallbackGroup())
+    executor = spun(lambda context: CountedPool(2, pytest.fail, context), wait, wait)
+    publisher = spun.node.create_publisher(String, "text", 1)
+    try:
+        wait_for(lambda: len(inside) == 2 and publisher.get_subscription_count(), "two callbacks that wait")
+        before = executor.looks
+        publisher.publish(String(data="newest"))
+        time.sleep(0.5)
+        looks = executor.looks - before
+    finally:
+        release.set()
+    assert looks <= 4
+    wait_for(lambda: messages, "the message")
+
+
+def test_long_callbacks_do_not_keep_others_waiting(spun):
+    release, calls = threading.Event(), []
+    spun(spun.pooled, lambda: release.wait(10), lambda: release.wait(10), lambda: calls.append(0))
+    try:
+        wait_for(lambda: len(calls) >= 20, "20 calls beside two that wait")
+    finally:
+        release.set()
+
+
+def test_callbacks_of_one_group_take_turns(spun):
+    inside, most, calls = [], [], []
+
+    def callback() -> None:
+        inside.append(0)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.pop()
+        calls.append(0)
+
+    spun(spun.pooled, callback, callback, group=MutuallyExclusiveCallbackGroup())
+    wait_for(lambda: len(calls) >= 20, "20 calls")
+    assert max(most) == 1
+
+
+def test_reentrant_callbacks_run_at_once(spun):
+    together = threading.Barrier(2)
+    met = []
+
+    def callback() -> None:
+        together.wait(5)
+        met.append(0)
+
+    spun(spun.pooled, callback, callback, group=ReentrantCallbackGroup())
+    wait_for(lambda: len(met) >= 2, "two callbacks at once")
+
+
+def test_a_callback_that_raises_is_reported_and_the_others_go_on(spun):
+    calls = []
+
+    def fails() -> None:
+        raise LookupError("lost")
+
+    spun(spun.pooled, fails, lambda: calls.append(0))
+    wait_for(lambda: spun.failures and len(calls) >= 10, "a report and 10 calls")
+    assert isinstance(spun.failures[0], LookupError)
+
+
+def test_the_end_of_the_context_is_told_to_who_waits(spun):
+    executor, raised = PooledExecutor(1, pytest.fail, spun.context), []
+
+    def spin() -> None:
+        while not raised:
+            try:
+                executor.spin_once()
+            except ExternalShutdownException as error:
+                raised.append(error)
+
+    waiting = threading.Thread(target=spin, daemon=True)
+    waiting.start()
+    rclpy.try_shutdown(context=spun.context)
+    wait_for(lambda: raised, "the exception")
+    executor.shutdown()
+
+
+def test_nothing_is_handed_over_after_shutdown(spun):
+    executor = PooledExecutor(1, pytest.fail, spun.context)
+    assert executor.shutdown(timeout_sec=5)
+    executor.spin_once(timeout_sec=0.1)
