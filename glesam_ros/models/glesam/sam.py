@@ -30,7 +30,7 @@ from glesam_ros.models.glesam.base import (
 )
 from glesam_ros.models.glesam.mobile_sam import CLASSIFIER, TinyVit, TinyVitConfig
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
-from glesam_ros.models.glesam.weights import load_exactly
+from glesam_ros.models.glesam.weights import load_exactly, sam_from_transformers
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam as OfficialSam
@@ -127,14 +127,15 @@ class Sam(BaseModel):
         """Load a published checkpoint.
 
         Args:
-            state: what is in the file, with its keys. The ImageNet classifier in MobileSAM's is left out.
+            state: what is in the file, with its keys; those of transformers' SamModel are known, too. The ImageNet
+                classifier in MobileSAM's is left out.
 
         Raises:
             ValueError: a key is missing, unexpected or of another shape. The model is then as before.
         """
         mobile = isinstance(self.net.image_encoder, TinyVit)
         unused = [f"image_encoder.{start}" for start in CLASSIFIER] if mobile else []
-        load_exactly(self.net, state, self.name, ignore=unused)
+        load_exactly(self.net, sam_from_transformers(state), self.name, ignore=unused)
 
     def content(self, size: tuple[int, int], side: int) -> tuple[int, int]:
         """The image with its aspect, its long side as long as the square.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,29 @@ SAM2_VIDEO_PARTS = (
 """Parts of SAM 2 that serve its memory of past frames; a single image needs none of them."""
 SAM2_PARTS = ("image_encoder", "sam_prompt_encoder", "no_mem_embed", *SAM2_VIDEO_PARTS)
 """What a state dict of SAM 2 has beside its mask decoder."""
+TRANSFORMERS_SAM = (
+    # before `layers` of the encoder becomes `blocks`, as that of the decoder does not
+    (r"^vision_encoder\.layers\.", "image_encoder.blocks."), (r"^vision_encoder\.", "image_encoder."),
+    (r"patch_embed\.projection", "patch_embed.proj"),
+    (r"neck\.conv1", "neck.0"), (r"neck\.layer_norm1", "neck.1"), (r"neck\.conv2", "neck.2"),
+    (r"neck\.layer_norm2", "neck.3"),
+    # one matrix, which files hold once or twice
+    (
+        r"^(prompt_encoder\.shared_embedding|shared_image_embedding)\.positional_embedding",
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+    ),
+    (r"\.point_embed\.", ".point_embeddings."),
+    (r"mask_embed\.conv1", "mask_downscaling.0"), (r"mask_embed\.layer_norm1", "mask_downscaling.1"),
+    (r"mask_embed\.conv2", "mask_downscaling.3"), (r"mask_embed\.layer_norm2", "mask_downscaling.4"),
+    (r"mask_embed\.conv3", "mask_downscaling.6"),
+    (r"upscale_conv1", "output_upscaling.0"), (r"upscale_layer_norm", "output_upscaling.1"),
+    (r"upscale_conv2", "output_upscaling.3"),
+    (r"(output_hypernetworks_mlps\.\d+|iou_prediction_head)\.layers\.0", r"\1.layers.1"),
+    (r"(output_hypernetworks_mlps\.\d+|iou_prediction_head)\.proj_in", r"\1.layers.0"),
+    (r"(output_hypernetworks_mlps\.\d+|iou_prediction_head)\.proj_out", r"\1.layers.2"),
+    (r"\.layer_norm", ".norm"),
+)  # fmt: skip
+"""What transformers' SamModel calls the parts of SAM, as patterns, and what segment-anything calls them."""
 ADAPTER = "default"
 """Name of the adapter in peft's keys."""
 
@@ -183,6 +207,21 @@ def decoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not any(key.startswith("iou_prediction_head.") for key in bare):
         raise ValueError(f"expected the keys of a mask decoder, mask_decoder.*; got {_listed(sorted(bare))}")
     return bare
+
+
+def sam_from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of transformers' SamModel with the keys of segment-anything; any other one as it is.
+
+    facebook/sam-vit-base and its siblings on the Hugging Face hub are published so.
+    """
+    if not any(key.startswith("vision_encoder.") for key in state):
+        return dict(state)
+    found = {}
+    for key, value in state.items():
+        for pattern, own in TRANSFORMERS_SAM:
+            key = re.sub(pattern, own, key)
+        found[key] = value
+    return found
 
 
 def _listed(keys: Sequence[str]) -> str:
