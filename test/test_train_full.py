@@ -117,6 +117,14 @@ def test_shipped_configurations_survive_writing_and_reading(name: str, tmp_path:
     assert load_any(tmp_path / "again.yaml") == config
 
 
+def test_names_of_hugging_face_stand_for_ours() -> None:
+    names = ["base=facebook/sam2.1-hiera-tiny", "unet=runwayml/stable-diffusion-v1-5"]
+    config = load_any("glesam_sam_vit_b", names)
+    assert config == load_any("glesam_sam_vit_b", ["base=sam2.1_hiera_tiny", "unet=sd15"])
+    with pytest.raises(ValueError, match="base: .*expected of Hugging Face's repositories one of facebook/sam2"):
+        load_any("glesam_sam_vit_b", ["base=facebook/sam3"])
+
+
 def test_the_defaults_are_the_papers_and_written_out() -> None:
     config = FullConfig()
     assert load_any("glesam_sam_vit_b") == config
@@ -606,6 +614,7 @@ def test_errors_are_one_line(
         (["tiny", "--until", "distill"], "--until: expected one of base, level, restore, decode"),
         (["glesam_sam_vit_b", "--set", "precision=no"], "glesam models get sam_vit_b"),
         (["glesam_tiny", "--set", "base=sam3"], "base: expected one of sam_vit_b"),
+        (["glesam_tiny", "--set", "base=facebook/sam3"], "base: "),
         (["glesam_tiny", "--set", f"unet_folder={tmp_path}"], f"{tmp_path}"),
     ):
         assert main(["train", *given, *out]) == 1

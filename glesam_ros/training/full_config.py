@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from glesam_ros.models.glesam.catalogue import own_name
 from glesam_ros.training.config import (
     STRICT,
     Count,
@@ -212,6 +213,10 @@ class DistillConfig(StageConfig):
     rates: DistillRates = field(default_factory=DistillRates)
 
 
+def _own_text(value: Any) -> Any:
+    return own_name(value) if isinstance(value, str) else value
+
+
 @dataclass(frozen=True, config=STRICT)
 class FullConfig:
     """One run of GleSAM, GleSAM2 or GleSAM++ (arXiv 2503.12507, sec. 3 and 4.1; arXiv 2601.02018).
@@ -222,9 +227,9 @@ class FullConfig:
         precision: no (fp32) or bf16.
         workers: processes that draw batches ahead, 0 for none; the batches are the same.
         random: tiny networks with random weights take the place of base and U-Net, to try the loop out.
-        base: name of the model whose latent is restored.
+        base: name of the model whose latent is restored, or of its repository on Hugging Face.
         base_file: its checkpoint; null: that of `glesam models get`.
-        unet: sd21-base or sd15.
+        unet: sd21-base or sd15, or the name of its repository on Hugging Face.
         unet_folder: holds unet/ and text_encoder/, tokenizer/ or empty_prompt.safetensors; null: as for `base_file`.
         start: folder with `glesam.json` to begin with, or null for a fresh LoRA.
         side: of the model's square input in pixels.
@@ -237,9 +242,9 @@ class FullConfig:
     precision: FullPrecision = "bf16"
     workers: CountOrNone = 4
     random: bool = False
-    base: Text = "sam_vit_b"
+    base: Annotated[Text, AfterValidator(own_name)] = "sam_vit_b"
     base_file: Text | None = None
-    unet: Literal["sd21-base", "sd15"] = "sd21-base"
+    unet: Annotated[Literal["sd21-base", "sd15"], BeforeValidator(_own_text)] = "sd21-base"
     unet_folder: Text | None = None
     start: Text | None = None
     side: Annotated[int, Field(strict=True, ge=SIDE_MULTIPLE, le=2048), AfterValidator(_model_side)] = 1024
