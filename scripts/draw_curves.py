@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt  # noqa: E402  # after the choice of the backend
 
 STAGES = {"base": ("prompt", "dense", "iou"), "level": ("loss",), "restore": ("restoration", "iou"),
           "decode": ("prompt", "dense", "iou"), "tune": ("prompt", "dense", "iou"),
-          "decoder": ("prompt", "dense")}
+          "decoder": ("prompt", "dense"), "agreement": ("prompt", "dense", "apart"),
+          "enhancer": ("prompt", "dense", "apart")}
 """CSV file stem to the columns that are drawn, where there is such a file."""
 
 

@@ -204,6 +204,14 @@ def stage_of(name: str, data: Path, **changes: Any) -> nano.NanoStage:
     return stage
 
 
+def ways(count: int, plain: list[int]) -> dict[str, Any]:
+    """The entries of a batch of stage 2 whose crops `plain` skip the enhancer."""
+    skip = torch.zeros(count, dtype=torch.bool)
+    skip[plain] = True
+    rows = {"plain": skip.nonzero().flatten(), "enhanced": (~skip).nonzero().flatten()}
+    return {**rows, "skip": skip, "both": torch.zeros(count, dtype=torch.bool)}
+
+
 def test_batches_depend_on_their_seed_alone(data: Path) -> None:
     for name in ("base", "restore", "decode"):
         stage = stage_of(name, data)
@@ -247,8 +255,7 @@ def test_each_crop_of_stage_2_goes_one_way(data: Path, monkeypatch: pytest.Monke
         plain = stage.model.trunk(s4, s8)
         restored = stage.model.enhancer(s4, s8, stage.condition(statistics))
         for enhanced in ([0, 1, 2, 3], [], [2, 0]):
-            rows = {"enhanced": enhanced, "plain": [k for k in (3, 1, 0, 2) if k not in enhanced]}
-            stage({**batch, **{name: torch.tensor(some, dtype=torch.long) for name, some in rows.items()}})
+            stage({**batch, **ways(4, plain=[k for k in (3, 1, 0, 2) if k not in enhanced])})
             latent = seen.pop()
             for k in range(4):
                 assert torch.allclose(latent[k], (restored if k in enhanced else plain)[k], atol=1e-5), (enhanced, k)
@@ -258,12 +265,31 @@ def test_the_trunk_of_the_encoder_learns_from_crops_that_skip_the_enhancer(data:
     stage = stage_of("decode", data, decode={"batch": 2, "train": ["decoder", "trunk"]})
     batch = stage.batch(np.random.default_rng(0))
     for rows, learns in (([0], True), ([], False)):
-        left = [k for k in (0, 1) if k not in rows]
-        ways = {"plain": torch.tensor(rows, dtype=torch.long), "enhanced": torch.tensor(left)}
         stage.zero_grad()
-        stage({**batch, **ways})["loss"].backward()
+        stage({**batch, **ways(2, plain=rows)})["loss"].backward()
         gradient = stage.model.trunk.fuse[1].weight.grad
         assert (gradient is not None and bool(gradient.any())) == learns
+
+
+def test_agreement_draws_both_latents_of_clear_crops_to_each_other(data: Path) -> None:
+    decode = {"batch": 4, "clear": 0.5, "skip": 0.5, "train": ["enhancer", "trunk"]}
+    stage = stage_of("decode", data, decode={**decode, "agreement": 3.0})
+    batch = stage.batch(np.random.default_rng(2))
+    clear = batch["both"].nonzero().flatten().tolist()
+    assert 0 < len(clear) < 4 and 0 < int(batch["skip"].sum()) < len(clear)
+    losses, alone = stage(batch), stage_of("decode", data, decode=decode)(batch)
+    with torch.no_grad():
+        s4, s8, statistics = nano.see(stage.model, batch["images"])
+        apart = stage.model.trunk(s4, s8) - stage.model.enhancer(s4, s8, stage.condition(statistics))
+        expected = float((apart[clear] ** 2).mean())
+    assert float(losses["apart"]) == pytest.approx(expected, rel=1e-4) and expected > 0
+    assert float(losses["loss"]) == pytest.approx(float(alone["loss"]) + 3.0 * expected, rel=1e-4)
+    losses["apart"].backward()
+    for trunk in (stage.model.trunk, stage.model.enhancer.trunk):
+        assert bool(trunk.fuse[1].weight.grad.any())
+    # without a clear crop the loss says so, and nothing else changes
+    nothing = stage({**batch, **ways(4, plain=[])})
+    assert float(nothing["apart"]) == 0
 
 
 def test_the_paper_trains_the_decoder_alone(data: Path) -> None:

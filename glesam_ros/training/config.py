@@ -270,6 +270,7 @@ class DecodeConfig(StageConfig):
         loss: windowed (Dice, cross-entropy mostly around the region) or focal (the paper's Dice and focal).
         clear: share of crops that are clear.
         skip: share of those that skip the enhancer, as automatic mode will have it.
+        agreement: weight of the mean squared distance between the latents of clear crops with and without enhancement.
     """
 
     steps: CountOrNone = 1000
@@ -277,6 +278,7 @@ class DecodeConfig(StageConfig):
     loss: Literal["windowed", "focal"] = "windowed"
     clear: Share = 0.333
     skip: Share = 0.5
+    agreement: Number = 0.0
     rates: DecodeRates = field(default_factory=DecodeRates)
 
 

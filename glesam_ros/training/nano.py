@@ -382,7 +382,8 @@ class Decode(NanoStage):
 
     The paper freezes the enhancer and takes Dice and focal loss: `train: [decoder]`, `loss: focal`. By default the
     enhancer trains on, so that it restores what masks need, and the loss stays that of the base. With "trunk" the
-    encoder's trunk learns, too, from clear crops alone, so that it keeps up with the enhancer's.
+    encoder's trunk learns, too, from clear crops alone, so that it keeps up with the enhancer's; `agreement` draws the
+    two latents of a clear crop to each other.
     """
 
     name = "decode"
@@ -410,24 +411,34 @@ class Decode(NanoStage):
     def batch(self, rng: np.random.Generator) -> Batch:
         count = self.settings.batch
         batch = draw_scenes(self.scenes, rng, self.config, count, self.settings.clear)
-        skip = (batch.pop("levels").numpy() == 0) & (rng.random(count) < self.settings.skip)
+        clear = batch.pop("levels").numpy() == 0
+        skip = clear & (rng.random(count) < self.settings.skip)
+        both = clear & (self.settings.agreement > 0)
         del batch["clear"]
-        rows = {"enhanced": np.flatnonzero(~skip), "plain": np.flatnonzero(skip)}
-        return {**batch, **{name: torch.from_numpy(some) for name, some in rows.items()}}
+        rows = {"enhanced": np.flatnonzero(~skip | both), "plain": np.flatnonzero(skip | both)}
+        return {**batch, **{name: torch.from_numpy(x) for name, x in {**rows, "skip": skip, "both": both}.items()}}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         s4, s8, statistics = see(self.model, batch["images"])
         condition = self.condition(statistics)
-        # each crop through one of the two, and neither runs without one
-        latents, order = [], []
+        skip, both, latents = batch["skip"], batch["both"], {}
+        # each crop through one of the two or both, and neither runs without one
         if len(rows := batch["enhanced"]):
-            latents.append(self.model.enhancer(picked(s4, rows), picked(s8, rows), condition[rows]).float())
-            order.append(rows)
+            latents["enhanced"] = self.model.enhancer(picked(s4, rows), picked(s8, rows), condition[rows]).float()
         if len(rows := batch["plain"]):
-            latents.append(self.model.trunk(picked(s4, rows), picked(s8, rows)).float())
-            order.append(rows)
-        latent = picked(torch.cat(latents), torch.cat(order).argsort())
-        return decoder_loss(self.model, latent, batch, MASK_LOSSES[self.settings.loss])
+            latents["plain"] = self.model.trunk(picked(s4, rows), picked(s8, rows)).float()
+        some = next(iter(latents.values()))
+        empty = some.new_zeros(len(skip), *some.shape[1:])
+        parts = {name: empty.index_copy(0, batch[name], x) for name, x in latents.items()}
+        enhanced, plain = parts.get("enhanced", empty), parts.get("plain", empty)
+        latent = torch.where(skip[:, None, None, None], plain, enhanced)
+        losses = decoder_loss(
+            self.model, latent.contiguous(memory_format=torch.channels_last), batch, MASK_LOSSES[self.settings.loss]
+        )
+        if self.settings.agreement:
+            apart = ((enhanced - plain)[both] ** 2).mean() if both.any() else torch.zeros_like(losses["loss"])
+            losses |= {"loss": losses["loss"] + self.settings.agreement * apart, "apart": apart}
+        return losses
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         return self.off_and_on(batch)
