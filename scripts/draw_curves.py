@@ -14,9 +14,11 @@ import matplotlib.pyplot as plt  # noqa: E402  # after the choice of the backend
 
 STAGES = {"base": ("prompt", "dense", "iou"), "level": ("loss",), "restore": ("restoration", "iou"),
           "decode": ("prompt", "dense", "iou"), "tune": ("prompt", "dense", "iou"),
-          "decoder": ("prompt", "dense"), "agreement": ("prompt", "dense", "apart"),
-          "enhancer": ("prompt", "dense", "apart")}
+          "decoder": ("prompt", "dense"), "agreement": ("prompt", "dense"),
+          "enhancer": ("prompt", "dense")}
 """CSV file stem to the columns that are drawn, where there is such a file."""
+COLUMNS = 4
+"""Stages beside each other."""
 
 
 def main() -> None:
@@ -28,8 +30,13 @@ def main() -> None:
     found = {stage: columns for stage, columns in STAGES.items() if (args.folder / f"{stage}.csv").is_file()}
     if not found:
         parser.error(f"expected {', '.join(f'{stage}.csv' for stage in STAGES)} in {args.folder}, found none of them")
-    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.6), constrained_layout=True, squeeze=False)
-    for axis, (stage, columns) in zip(axes[0], found.items()):
+    height, width = -(-len(found) // COLUMNS), min(len(found), COLUMNS)
+    figure, axes = plt.subplots(
+        height, width, figsize=(4 * width, 3.6 * height), constrained_layout=True, squeeze=False
+    )
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    for axis, (stage, columns) in zip(axes.flat, found.items()):
         rows = list(csv.DictReader((args.folder / f"{stage}.csv").open()))
         for column in columns:
             axis.plot([int(r["step"]) for r in rows], [float(r[column]) for r in rows], label=column)
