@@ -57,11 +57,7 @@ class PooledExecutor(Executor):
             self._failed(task.exception())
 
     def shutdown(self, timeout_sec: float | None = None) -> bool:
-        """End; callbacks that run are waited for at most `timeout_sec` seconds, None waits for ever.
-
-        Returns:
-            Whether all of them have ended.
-        """
+        """As `Executor.shutdown`; nothing is handed over any more, and threads end with what they run."""
         ended: bool = super().shutdown(timeout_sec)
         self._pool.shutdown(wait=False)
         return ended
