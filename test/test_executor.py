@@ -78,7 +78,7 @@ def test_a_message_is_handed_over_once_while_all_threads_are_taken(spun):
 
     # a message that is not taken yet ends rclpy's waiting at once, again and again
     spun.node.create_subscription(String, "text", messages.append, 1, callback_group=ReentrantCallbackGroup())
-    executor = spun(lambda context: CountedPool(2, pytest.fail, context), wait, wait)
+    executor = spun(lambda context: CountedPool(2, spun.failures.append, context), wait, wait)
     publisher = spun.node.create_publisher(String, "text", 1)
     try:
         wait_for(lambda: len(inside) == 2 and publisher.get_subscription_count(), "two callbacks that wait")
@@ -90,6 +90,7 @@ def test_a_message_is_handed_over_once_while_all_threads_are_taken(spun):
         release.set()
     assert looks <= 4
     wait_for(lambda: messages, "the message")
+    assert not spun.failures
 
 
 def test_long_callbacks_do_not_keep_others_waiting(spun):
@@ -140,7 +141,7 @@ def test_a_callback_that_raises_is_reported_and_the_others_go_on(spun):
 
 
 def test_the_end_of_the_context_is_told_to_who_waits(spun):
-    executor, raised = PooledExecutor(1, pytest.fail, spun.context), []
+    executor, raised = PooledExecutor(1, spun.failures.append, spun.context), []
 
     def spin() -> None:
         while not raised:
@@ -157,6 +158,11 @@ def test_the_end_of_the_context_is_told_to_who_waits(spun):
 
 
 def test_nothing_is_handed_over_after_shutdown(spun):
-    executor = PooledExecutor(1, pytest.fail, spun.context)
+    calls = []
+    spun.node.create_timer(0.001, lambda: calls.append(0))
+    executor = spun.pooled(spun.context)
+    executor.add_node(spun.node)
+    time.sleep(0.01)  # the timer is due
     assert executor.shutdown(timeout_sec=5)
     executor.spin_once(timeout_sec=0.1)
+    assert not calls and not spun.failures

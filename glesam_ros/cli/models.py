@@ -230,9 +230,9 @@ def _checkpoint(base: str, path: Path) -> Path:
 
     if not path.is_dir():
         return path
-    in_hub = path / catalogue.TRANSFORMERS_FILE
-    is_copy = base in catalogue.TRANSFORMERS and in_hub.is_file() and not (path / _file_name(base)).is_file()
-    return in_hub if is_copy else path / _file_name(base)
+    published, in_hub = path / _file_name(base), path / catalogue.TRANSFORMERS_FILE
+    is_copy = base in catalogue.TRANSFORMERS and in_hub.is_file() and not published.is_file()
+    return in_hub if is_copy else published
 
 
 def _file_name(base: str) -> str:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rclpy.context import Context
-from rclpy.executors import ConditionReachedException, Executor, ShutdownException, TimeoutException
+from rclpy.executors import Executor, ShutdownException, TimeoutException
 
 
 class PooledExecutor(Executor):
@@ -41,7 +41,7 @@ class PooledExecutor(Executor):
         """
         try:
             task, _, _ = self.wait_for_ready_callbacks(timeout_sec)
-        except (ShutdownException, TimeoutException, ConditionReachedException):
+        except (ShutdownException, TimeoutException):
             return
         begun = threading.Event()
         try:

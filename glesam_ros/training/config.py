@@ -270,7 +270,8 @@ class DecodeConfig(StageConfig):
         loss: windowed (Dice, cross-entropy mostly around the region) or focal (the paper's Dice and focal).
         clear: share of crops that are clear.
         skip: share of those that skip the enhancer, as automatic mode will have it.
-        agreement: weight of the mean squared distance between the latents of clear crops with and without enhancement.
+        agreement: weight of the mean squared distance between the latents of clear crops with and without enhancement;
+            changes nothing where the decoder alone trains.
     """
 
     steps: CountOrNone = 1000
