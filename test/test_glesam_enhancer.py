@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import shutil
 import stat
 
 import pytest
@@ -24,6 +25,7 @@ from glesam_ros.models.glesam.enhancer import (  # noqa: E402
     empty_prompt,
     load_config,
     load_enhancer,
+    load_unet,
     one_step,
     replicate_channels,
     save_enhancer,
@@ -268,6 +270,27 @@ def test_inference_keeps_the_level_wide_and_may_be_asked_for_twice(config):
     assert {p.dtype for p in enhancer.level.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("levels", [False, True])
+def test_layers_narrowed_one_by_one_are_what_all_narrowed_at_once_would_be(levels):
+    config = dataclasses.replace(LORA, levels=levels)
+    fast, whole = (tiny_enhancer(config, trained=True) for _ in range(2))
+    fast.for_inference(torch.bfloat16)
+    whole.merge_lora()
+    whole.fold_constants()  # in float32: constants are computed with all digits
+    whole.unet.to(torch.bfloat16)
+    expected = whole.unet.state_dict()
+    for key, tensor in fast.unet.state_dict().items():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, expected[key]), key
+
+
+def test_lora_that_is_not_finite_is_refused_with_its_name():
+    enhancer = tiny_enhancer(trained=True)
+    with torch.no_grad():
+        enhancer.unet.mid_block.resnets[0].conv1.lora_B["default"].weight[3] = math.nan
+    with pytest.raises(ValueError, match=r"unet\.mid_block\.resnets\.0\.conv1: expected finite LoRA weights"):
+        enhancer.for_inference(torch.float32)
+
+
 def test_fold_wants_merged_weights():
     with pytest.raises(ValueError, match="merge_lora"):
         tiny_enhancer().fold_constants()
@@ -498,6 +521,25 @@ def test_saved_small_comes_back_without_a_unet(tmp_path, levels):
         torch.testing.assert_close(again(latent(), level), enhancer(latent(), level))
     if levels:
         assert torch.equal(again.predict_level(Features(latent())), enhancer.predict_level(Features(latent())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nothing_of_the_file_of_the_unet_is_left_where_it_runs(unets, tmp_path, dtype):
+    """While it loads, matrices are views of the file; later that may be replaced, or lie on a disk that goes away."""
+    shutil.copytree(unets, tmp_path / "unets")
+    folder = tmp_path / "unets" / "sd21-base" / "unet"
+    file = folder / "diffusion_pytorch_model.safetensors"
+    load_unet(folder).to(dtype).save_pretrained(folder)  # as SD 2.1's file is, in float32, and half as large
+    save_enhancer(tiny_enhancer(trained=True), tmp_path / "mine")
+    enhancer = load_enhancer(tmp_path / "mine", tmp_path / "unets")
+    enhancer.for_inference(torch.float32)
+    with torch.no_grad():
+        expected = enhancer(latent())
+        with file.open("r+b") as writer:
+            writer.write(bytes(file.stat().st_size))
+        assert torch.equal(enhancer(latent()), expected)
+    with pytest.raises(ValueError, match="safetensors"):
+        load_enhancer(tmp_path / "mine", tmp_path / "unets")
 
 
 def test_files_that_do_not_fit(unets, tmp_path):

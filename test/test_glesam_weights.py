@@ -28,6 +28,12 @@ def test_torch_files_with_and_without_a_wrapper(tmp_path, wrap):
     assert list(found) == list(STATE) and all(torch.equal(found[k], STATE[k]) for k in STATE)
 
 
+def test_torch_files_of_the_layout_before_zip(tmp_path):
+    torch.save(STATE, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    found = read_tensors(tmp_path / "old.pt")
+    assert list(found) == list(STATE) and all(torch.equal(found[k], STATE[k]) for k in STATE)
+
+
 def test_safetensors(tmp_path):
     safetensors.save_file(STATE, tmp_path / "x.safetensors")
     assert torch.equal(read_tensors(tmp_path / "x.safetensors")["a.weight"], STATE["a.weight"])

@@ -164,12 +164,20 @@ class OneStep(nn.Module, ABC):
     def files(self) -> dict[str, nn.Module]:
         """Modules whose weights are files of their own, whole, by the name of the file."""
 
-    def fuse(self) -> None:
-        """Take out what inference does not need apart, with the same output; a second time nothing happens."""
+    def fuse(self, dtype: torch.dtype = torch.float32) -> None:
+        """Take out what inference does not need apart, with the same output; a second time nothing happens.
+
+        Args:
+            dtype: what is fused may take it at once, so that less memory is needed.
+        """
 
     def for_inference(self, dtype: torch.dtype) -> None:
-        """Make it fast, in place: fuse it in float32, then narrow it to `dtype`; the level predictor stays float32."""
-        self.fuse()
+        """Make it fast, in place: fuse it in float32, narrow it to `dtype`; the level predictor stays float32.
+
+        Raises:
+            ValueError: LoRA is not finite.
+        """
+        self.fuse(dtype)
         predictor, self.level = self.level, None
         self.to(dtype)
         self.level = predictor
@@ -350,20 +358,42 @@ class Enhancer(OneStep):
         else:
             self.unet.disable_gradient_checkpointing()
 
-    def fuse(self) -> None:
+    def fuse(self, dtype: torch.dtype = torch.float32) -> None:
         """Merge LoRA, then fold constants."""
         if self.lora_state():
-            self.merge_lora()
+            self.merge_lora(dtype)
             self.fold_constants()
 
-    def merge_lora(self) -> None:
+    def merge_lora(self, dtype: torch.dtype = torch.float32) -> None:
         """W0 + alpha / r B A takes the place of each adapted layer: the same output without the cost of LoRA.
 
-        Merge in float32, before the weights get a narrower type. There is no way back.
+        Merge while the weights are float32. There is no way back.
+
+        Args:
+            dtype: of each layer once it is merged, so that no second network is ever in memory; float32 remains what
+                `fold_constants` reads.
+
+        Raises:
+            ValueError: LoRA is not finite.
         """
-        self.unet.fuse_lora()
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for name, layer in self.unet.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                try:
+                    layer.merge(safe_merge=True)  # in a copy: the weight may be a view of its file
+                except ValueError as error:
+                    raise ValueError(f"unet.{name}: expected finite LoRA weights: {error}") from error
+                weight = layer.get_base_layer().weight
+                if not self._becomes_constant(name):
+                    weight.data = weight.data.to(dtype)
         self.unet.unload_lora()
         self.unet.requires_grad_(False)
+
+    def _becomes_constant(self, name: str) -> bool:
+        """Whether `fold_constants` reads the layer `name` of the U-Net and drops it."""
+        ends = ("attn2.to_k", "attn2.to_v") if self.config.levels else ("attn2.to_k", "attn2.to_v", "time_emb_proj")
+        return name.endswith(ends)
 
     def fold_constants(self) -> None:
         """Compute once what is the same in every call, with the same output.
@@ -377,20 +407,17 @@ class Enhancer(OneStep):
         """
         if self.lora_state():
             raise ValueError("fold_constants: expected merged weights, got LoRA; call merge_lora() first")
-        from diffusers.models.attention_processor import Attention
-        from diffusers.models.resnet import ResnetBlock2D
-
         unet = self.unet
         with torch.no_grad():
-            embedding = unet.time_embedding(unet.time_proj(self.step).to(unet.dtype))
-            prompt = self.prompt.to(unet.dtype)
-            for name, module in unet.named_modules():
-                if isinstance(module, ResnetBlock2D) and not self.config.levels:
-                    module.register_module("time_emb_proj", Constant(module.time_emb_proj(F.silu(embedding))))
-                    module.skip_time_act = True
-                elif isinstance(module, Attention) and name.endswith("attn2"):
-                    module.register_module("to_k", Constant(module.to_k(prompt)))
-                    module.register_module("to_v", Constant(module.to_v(prompt)))
+            embedding = unet.time_embedding(unet.time_proj(self.step).to(unet.time_embedding.linear_1.weight.dtype))
+            inputs = {"time_emb_proj": F.silu(embedding), "to_k": self.prompt, "to_v": self.prompt}
+            for name, module in list(unet.named_modules()):
+                if self._becomes_constant(name):
+                    parent, _, own = name.rpartition(".")
+                    block = unet.get_submodule(parent)
+                    block.register_module(own, Constant(module(inputs[own].to(module.weight.dtype))))
+                    if own == "time_emb_proj":
+                        block.skip_time_act = True
         unet.time_proj = nn.Identity()
         unet.time_embedding = Constant(embedding)
 
@@ -590,6 +617,8 @@ def save_enhancer(
 def load_unet(folder: Path) -> UNet2DConditionModel:
     """A U-Net as published, from `config.json` and `diffusion_pytorch_model.safetensors`, on the CPU in float32.
 
+    Its matrices are views of the file, which has to stay as it is until they are replaced.
+
     Raises:
         FileNotFoundError: one of them is missing.
         ValueError: the weights do not fit the configuration.
@@ -600,8 +629,9 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
     file = folder / "diffusion_pytorch_model.safetensors"
     with torch.device("meta"):  # its random weights would take many seconds
         unet = Network.from_config(config)
-    unet.to_empty(device="cpu")
-    load_exactly(unet, read_tensors(file), str(file))
+    # no second copy in memory; what is small is copied, so that the file can be let go when the rest is merged
+    state = {key: x.to(torch.float32, copy=x.ndim < 2) for key, x in read_tensors(file).items()}
+    load_exactly(unet, state, str(file), assign=True)
     return unet
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,14 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path) -> Any:
+def read_checkpoint(path: Path, *, mapped: bool = False) -> Any:
     """What a checkpoint of torch holds, its tensors on the CPU: containers, numbers, text and tensors.
 
     Read with `weights_only`: a pickle that would run code is refused before it does.
+
+    Args:
+        mapped: tensors are views of the file, which has to stay as it is while they live; for those that are copied at
+            once. A file of torch before 1.6 is read all the same.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -76,7 +81,7 @@ def read_checkpoint(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"expected weights at {path}, found no file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         # torch's own text advises to load it all the same
         if "global" in str(error).lower():
@@ -97,6 +102,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     lies under "model" or "state_dict" (SAM 2, many trainers). Checkpoints are read with `weights_only`: a pickle that
     would run code is refused before it does.
 
+    They are views of the file, which takes memory where it is read only; it has to stay as it is while they live.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not such a file, cut short, with code in it, or with something else than tensors.
@@ -108,7 +115,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: expected a safetensors file, cannot read it: {error}") from error
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, mapped=True)
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -125,12 +132,15 @@ def _holds_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, ignore: Sequence[str] = ()) -> None:
+def load_exactly(
+    module: nn.Module, state: Mapping[str, Tensor], what: str, ignore: Sequence[str] = (), *, assign: bool = False
+) -> None:
     """Put a state dict into a module where both have the same keys and shapes; else nothing changes.
 
     Args:
         what: what the state is of, for the error.
         ignore: beginnings of keys that may be missing or too many.
+        assign: the tensors themselves take the place of the module's, with their type; else they are copied into those.
 
     Raises:
         ValueError: names every missing, unexpected or wrongly shaped key.
@@ -152,7 +162,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, igno
     ]
     if faults:
         raise ValueError(f"{what}: expected the keys of {type(module).__name__}; {'; '.join(faults)}")
-    module.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+    module.load_state_dict({key: state[key] for key in own if key in state}, strict=False, assign=assign)
 
 
 def lora_to_peft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
