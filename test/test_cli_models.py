@@ -315,7 +315,7 @@ def test_names_and_folders_that_are_none(home, tmp_path, capsys):
     assert main(["models", "get", "sam_vit_x"]) == 1
     assert "expected one of sam_vit_b" in capsys.readouterr().err
     for name, expected in {
-        "sam_vit_b": "a checkpoint file of sam_vit_b or a folder with sam_vit_b_01ec64.pth; found none",
+        "sam_vit_b": "of sam_vit_b or a folder with sam_vit_b_01ec64.pth or model.safetensors; found none",
         "sam_vit_b+glesam": "a folder with glesam.json or pytorch_lora_weights.safetensors, or a folder of diffusers",
         "sd15": "expected for sd15 a folder of diffusers with unet/config.json; found none",
     }.items():

@@ -119,10 +119,11 @@ def test_grid_cells_are_inside_and_absent_regions_give_none() -> None:
     assert prompts.draw_cells(np.zeros((16, 16), bool), 3, np.random.default_rng(0)).tolist() == [-1] * 3
 
 
-def test_crops_keep_picture_and_regions_together(scenes: Scenes) -> None:
+@pytest.mark.parametrize(("turn", "stretch"), [(0.0, 1.0), (30.0, 1.5)])
+def test_crops_keep_picture_and_regions_together(scenes: Scenes, turn: float, stretch: float) -> None:
     rng = np.random.default_rng(1)
     for _ in range(20):
-        image, regions = draw_crop(scenes.draw, rng, 96, 128)
+        image, regions = draw_crop(scenes.draw, rng, 96, 128, turn=turn, stretch=stretch)
         assert image.shape == (96, 128, 3) and image.dtype == np.uint8
         assert regions.shape[1:] == (24, 32) and (regions.sum((1, 2)) * STRIDE**2 >= MIN_AREA).all()
         small = cv2.resize(image, (32, 24), interpolation=cv2.INTER_AREA)[..., 0]
@@ -151,6 +152,32 @@ def test_zoom_is_how_much_of_the_photograph_a_crop_shows(scenes: Scenes) -> None
     # two circles of radius 24 in 160 x 120 fill 9 % each at zoom 1; at 4 the crop is 40 x 30 of those pixels
     assert sizes[0] == pytest.approx(math.pi * 24**2 * 0.8**2 / 16, rel=0.1)
     assert sizes[1] > 2.8 * sizes[0]
+
+
+def shapes(turn: float, stretch: float) -> np.ndarray:
+    """Angle in degrees of a bar through a disc, and width of the disc by its height: (60, 2), a row a crop."""
+    disc, bar = np.zeros((2, 160, 160), np.int16)
+    cv2.circle(disc, (80, 80), 40, 1, -1)
+    bar[78:83, 30:130] = 1
+    photograph = Photograph("x", np.zeros((160, 160, 3), np.uint8), [disc, bar], False)
+    found, rng = [], np.random.default_rng(3)
+    for _ in range(60):
+        _, (round_, long) = draw_crop(
+            lambda _: photograph, rng, 640, 640, (1.0, 1.0), paste=0.0, stride=2, turn=turn, stretch=stretch
+        )
+        y, x = np.nonzero(long)
+        height, width = (np.ptp(axis) for axis in np.nonzero(round_))
+        found.append((np.rad2deg(np.arctan(np.polyfit(x - x.mean(), y - y.mean(), 1)[0])), width / height))
+    return np.array(found)
+
+
+def test_turn_and_stretch_reach_their_range_and_no_further() -> None:
+    still = shapes(0.0, 1.0)
+    assert np.allclose(still, [0, 1], atol=0.02)
+    angles, widths = shapes(20.0, 1.0).T
+    assert -21 < angles.min() < -15 and 15 < angles.max() < 21 and np.allclose(widths, 1, atol=0.03)
+    angles, widths = shapes(0.0, 1.5).T
+    assert 1 / 1.55 < widths.min() < 1 / 1.3 and 1.3 < widths.max() < 1.55 and np.allclose(angles, 0, atol=0.5)
 
 
 def test_pasted_objects_hide_what_is_behind_them(scenes: Scenes) -> None:

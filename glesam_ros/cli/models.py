@@ -218,7 +218,9 @@ def _take(name: str, path: Path, home: Path) -> None:
         if source.sha256 not in (None, found):
             print(f"note: {file} has another SHA-256 than the published {base}, {source.sha256}", file=sys.stderr)
     else:
-        kinds = [] if base is None else [f"a checkpoint file of {base} or a folder with {_file_name(base)}"]
+        files = [] if base is None else [_file_name(base)]
+        files += [catalogue.TRANSFORMERS_FILE] if base in catalogue.TRANSFORMERS else []
+        kinds = [f"a checkpoint file of {base} or a folder with {' or '.join(files)}"] if files else []
         kinds += [f"a folder with {catalogue.CONFIG_FILE} or {catalogue.LORA_FILE}"] if "+" in name else []
         kinds += ["a folder of diffusers with unet/config.json"] if base != name else []
         raise CommandError(f"{path}: expected for {name} {', or '.join(kinds)}; found none of them")

@@ -72,6 +72,7 @@ Rate = Annotated[float, BeforeValidator(no_bool), Field(gt=0, le=1)]
 Scale = Annotated[float, BeforeValidator(no_bool), Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, BeforeValidator(no_bool), Field(ge=0, lt=1)]
 Zoom = Annotated[float, BeforeValidator(no_bool), Field(ge=1, le=8)]
+Degrees = Annotated[float, BeforeValidator(no_bool), Field(ge=0, le=180)]
 Detail = Annotated[float, BeforeValidator(no_bool), Field(ge=0.25, le=4)]
 Side = Annotated[int, Field(strict=True, ge=32, le=4096), AfterValidator(_crop_side)]
 Text = Annotated[str, Field(min_length=1)]
@@ -111,6 +112,8 @@ class CropConfig:
         detail: range of the scale at which a crop is degraded before it takes its size, as a camera's frame does.
         gamma, colour: ranges of brightness gamma (1 / g to g) and of the gain of each colour (1 / g to g).
         grey: share of crops without colour.
+        turn: largest angle in degrees, to either side.
+        stretch: range of width against height (1 / s to s).
     """
 
     height: Side = 320
@@ -121,6 +124,8 @@ class CropConfig:
     gamma: Zoom = 1.5
     colour: Zoom = 1.2
     grey: Share = 0.05
+    turn: Degrees = 0.0
+    stretch: Zoom = 1.0
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -19,7 +19,7 @@ MIN_AREA = 192
 def draw_crop(
     draw: Callable[[np.random.Generator], Photograph], rng: np.random.Generator, height: int, width: int,
     zoom: tuple[float, float] = (1.0, 2.0), paste: float = 0.6, stride: int = STRIDE,
-    detail: float = 1.0,
+    detail: float = 1.0, turn: float = 0.0, stretch: float = 1.0,
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """A random crop of a random photograph, with regions of another pasted in now and then.
 
@@ -31,15 +31,18 @@ def draw_crop(
         paste: share of the crops that get regions of another one.
         stride: pixels of the crop a cell of the regions.
         detail: pixels of the returned image a pixel of the crop: what a camera of more pixels takes of the same scene.
+        turn: largest angle in degrees to either side; what lies beyond the photograph's edge is its reflection.
+        stretch: largest factor by which a crop is wider, or higher, than it should be, at least 1.
 
     Returns:
         image (height * detail, width * detail, 3) uint8 RGB, sides rounded, and regions (R, height / stride, width /
         stride) bool, R >= 1.
     """
+    shape = (height, width, zoom, stride, detail, turn, stretch)
     while True:
-        image, regions = _crop(draw(rng), rng, height, width, zoom, stride, detail)
+        image, regions = _crop(draw(rng), rng, *shape)
         if rng.random() < paste:
-            other, objects = _crop(draw(rng), rng, height, width, zoom, stride, detail)
+            other, objects = _crop(draw(rng), rng, *shape)
             image, regions = _paste(image, regions, other, objects, rng)
         regions = regions[regions.sum((1, 2)) * stride**2 >= MIN_AREA]
         if len(regions):
@@ -48,28 +51,29 @@ def draw_crop(
 
 def _crop(
     photograph: Photograph, rng: np.random.Generator, height: int, width: int, zoom: tuple[float, float], stride: int,
-    detail: float,
+    detail: float, turn: float, stretch: float,
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     h, w = photograph.image.shape[:2]
     scale = max(height / h, width / w) * rng.uniform(*zoom)
     flip = rng.random() < 0.5
     # rounding may take a side that fits exactly below zero
     x0, y0 = (rng.uniform(0, max(0.0, whole - part / scale)) for whole, part in ((w, width), (h, height)))
+    centre = np.array([x0 + width / scale / 2, y0 + height / scale / 2]) - 0.5
+    angle, wider = np.deg2rad(rng.uniform(-turn, turn)), stretch ** (0.5 * rng.uniform(-1, 1))
+    turned = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
     def matrix(across: int, down: int) -> np.ndarray[Any, Any]:
         """Cell of a grid of so many over the crop -> source pixel."""
-        sx, sy = width / across / scale, height / down / scale
-        top = y0 + 0.5 * sy - 0.5
-        if flip:
-            return np.array([[-sx, 0, x0 + width / scale - 0.5 - 0.5 * sx], [0, sy, top]])
-        return np.array([[sx, 0, x0 + 0.5 * sx - 0.5], [0, sy, top]])
+        sides = np.array([(-1 if flip else 1) * width / wider, height * wider]) / scale
+        steps = turned * (sides / (across, down))
+        return np.column_stack([steps, centre - steps @ ((across - 1) / 2, (down - 1) / 2)])
 
     source, size = photograph.image, (round(width * detail), round(height * detail))
     if scale * detail < 0.75:
         source = cv2.GaussianBlur(source, (0, 0), 0.4 / (scale * detail))  # against aliasing
     image = cv2.warpAffine(
         source, matrix(*size), size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REPLICATE,
+        borderMode=cv2.BORDER_REFLECT_101,
     )
     layers, cells = photograph.layers, (width // stride, height // stride)
     if photograph.alternatives:
@@ -78,7 +82,7 @@ def _crop(
     for layer in layers:
         small = cv2.warpAffine(
             layer, matrix(*cells), cells,
-            flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_CONSTANT,
+            flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101,
         )
         regions += [small == number for number in np.unique(small) if number > 0]
     empty = np.zeros((0, *cells[::-1]), bool)

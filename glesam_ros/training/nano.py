@@ -84,7 +84,10 @@ def draw_scenes(
     found = []
     for k in range(count):
         detail = 1.0 if levels is None else float(np.exp(rng.uniform(*np.log(crop.detail))))
-        drawn, regions = draw_crop(scenes.draw, rng, crop.height, crop.width, crop.zoom, crop.paste, detail=detail)
+        drawn, regions = draw_crop(
+            scenes.draw, rng, crop.height, crop.width, crop.zoom, crop.paste, detail=detail, turn=crop.turn,
+            stretch=crop.stretch,
+        )
         image: Array = recoloured(drawn, rng, crop.gamma, crop.colour)
         if rng.random() < crop.grey:
             image = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None], 3, 2)
@@ -419,26 +422,30 @@ class Decode(NanoStage):
         return {**batch, **{name: torch.from_numpy(x) for name, x in {**rows, "skip": skip, "both": both}.items()}}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        s4, s8, statistics = see(self.model, batch["images"])
-        condition = self.condition(statistics)
-        skip, both, latents = batch["skip"], batch["both"], {}
-        # each crop through one of the two or both, and neither runs without one
-        if len(rows := batch["enhanced"]):
-            latents["enhanced"] = self.model.enhancer(picked(s4, rows), picked(s8, rows), condition[rows]).float()
-        if len(rows := batch["plain"]):
-            latents["plain"] = self.model.trunk(picked(s4, rows), picked(s8, rows)).float()
-        some = next(iter(latents.values()))
-        empty = some.new_zeros(len(skip), *some.shape[1:])
-        parts = {name: empty.index_copy(0, batch[name], x) for name, x in latents.items()}
-        enhanced, plain = parts.get("enhanced", empty), parts.get("plain", empty)
-        latent = torch.where(skip[:, None, None, None], plain, enhanced)
+        enhanced, plain = self.latents(batch)
+        latent = torch.where(batch["skip"][:, None, None, None], plain, enhanced)
         losses = decoder_loss(
             self.model, latent.contiguous(memory_format=torch.channels_last), batch, MASK_LOSSES[self.settings.loss]
         )
         if self.settings.agreement:
+            both = batch["both"]
             apart = ((enhanced - plain)[both] ** 2).mean() if both.any() else torch.zeros_like(losses["loss"])
             losses |= {"loss": losses["loss"] + self.settings.agreement * apart, "apart": apart}
         return losses
+
+    def latents(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Latents (B, C, h, w) with and without enhancement, each zero for the crops that do not go that way."""
+        s4, s8, statistics = see(self.model, batch["images"])
+        condition, found = self.condition(statistics), {}
+        # neither of the two runs without a crop
+        if len(rows := batch["enhanced"]):
+            found["enhanced"] = self.model.enhancer(picked(s4, rows), picked(s8, rows), condition[rows]).float()
+        if len(rows := batch["plain"]):
+            found["plain"] = self.model.trunk(picked(s4, rows), picked(s8, rows)).float()
+        some = next(iter(found.values()))
+        empty = some.new_zeros(len(s4), *some.shape[1:])
+        parts = {name: empty.index_copy(0, batch[name], x) for name, x in found.items()}
+        return parts.get("enhanced", empty), parts.get("plain", empty)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         return self.off_and_on(batch)
