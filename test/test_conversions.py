@@ -52,11 +52,17 @@ GREYS = {
     "mono8": GREY, "8UC1": GREY, "mono16": wide(GREY), "16UC1": wide(GREY), "32FC1": (GREY / 255).astype(np.float32),
 }
 YUVS = ("yuv422", "uyvy", "yuv422_yuy2", "yuyv")
+PLANARS = ("nv12", "nv21", "nv24")
+# BT.601 in studio range
+YUV_OF = {
+    (255, 0, 0): (81, 90, 240), (0, 255, 0): (145, 54, 34), (0, 0, 255): (41, 240, 110),
+    (255, 255, 255): (235, 128, 128),
+}
 BAYERS = tuple(f"bayer_{pattern}{bits}" for pattern in ("rggb", "bggr", "gbrg", "grbg") for bits in (8, 16))
 
 
 def test_every_encoding_is_tested() -> None:
-    assert {*COLOURS, *GREYS, *YUVS, *BAYERS} == set(ENCODINGS)
+    assert {*COLOURS, *GREYS, *YUVS, *PLANARS, *BAYERS} == set(ENCODINGS)
 
 
 @pytest.mark.parametrize("big", [False, True])
@@ -72,15 +78,53 @@ def test_known_pixels(encoding: str, padding: int, big: bool) -> None:
 @pytest.mark.parametrize("padding", [0, 6])
 @pytest.mark.parametrize("encoding", YUVS)
 def test_yuv422_of_pure_colours(encoding: str, padding: int) -> None:
-    # BT.601 studio range: (Y, U, V) of red, green, blue, white
-    yuv = {"red": (81, 90, 240), "green": (145, 54, 34), "blue": (41, 240, 110), "white": (235, 128, 128)}
-    rgb = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
-    for colour, (y, u, v) in yuv.items():
+    for colour, (y, u, v) in YUV_OF.items():
         pair = (u, y, v, y) if encoding in ("yuv422", "uyvy") else (y, u, y, v)
         stored = np.tile(np.array(pair, np.uint8).reshape(1, 2, 2), (3, 2, 1))
         got = image_to_rgb(message(stored, encoding, padding))
         assert got.shape == (3, 4, 3)
-        np.testing.assert_allclose(got.astype(int), np.broadcast_to(rgb[colour], got.shape), atol=3, err_msg=colour)
+        np.testing.assert_allclose(got.astype(int), np.broadcast_to(colour, got.shape), atol=3)
+
+
+def planar(encoding: str, padding: int = 0, size: tuple[int, int] = (6, 8)) -> tuple[Any, np.ndarray[Any, Any]]:
+    """A message of four fields, each of one colour, and its pixels (H, W, 3)."""
+    height, width = size
+    colours = np.array(list(YUV_OF)).reshape(2, 2, 3)
+    down, across = (np.arange(n) >= m for n, m in ((height, height // 2 // 2 * 2), (width, width // 2 // 2 * 2)))
+    rgb = colours[down.astype(int)[:, None], across.astype(int)]
+    yuv = np.array([[YUV_OF[tuple(pixel)] for pixel in row] for row in rgb.tolist()], np.uint8)
+    chroma = yuv[..., 1:] if encoding == "nv24" else yuv[::2, ::2, 1:]
+    chroma = chroma[..., ::-1] if encoding == "nv21" else chroma
+    more = ((0, 0), (0, padding))
+    data = np.pad(yuv[..., 0], more, constant_values=0xAB).tobytes()
+    rows = chroma.reshape(len(chroma), -1)
+    data += np.pad(rows, ((0, 0), (0, padding * (2 if encoding == "nv24" else 1))), constant_values=0xCD).tobytes()
+    fields = {"step": width + padding, "data": array.array("B", data)}
+    return message(np.zeros((height, width), np.uint8), encoding, **fields), rgb
+
+
+@pytest.mark.parametrize("padding", [0, 5, 56])
+@pytest.mark.parametrize("encoding", PLANARS)
+def test_planes_of_luma_and_chroma(encoding: str, padding: int) -> None:
+    msg, expected = planar(encoding, padding)
+    got = image_to_rgb(msg)
+    assert got.shape == (6, 8, 3) and got.dtype == np.uint8
+    np.testing.assert_allclose(got.astype(int), expected, atol=3)
+
+
+def test_nv12_and_nv24_of_greys_are_read_alike() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    found = []
+    for encoding, pairs in (("nv12", 128), ("nv24", 512)):
+        data = array.array("B", ramp.tobytes() + bytes([128]) * pairs)
+        found.append(image_to_rgb(message(ramp, encoding, data=data)).astype(int))
+    assert abs(found[0] - found[1]).max() <= 1
+    assert (found[0][1, :2] == [[0] * 3, [1] * 3]).all() and (found[0][14, 11] == 255).all()
+
+
+def test_an_odd_picture_of_nv24() -> None:
+    msg, expected = planar("nv24", 3, (5, 7))
+    np.testing.assert_allclose(image_to_rgb(msg).astype(int), expected, atol=3)
 
 
 def mosaic(pattern: str, colour: tuple[int, int, int], size: tuple[int, int]) -> np.ndarray[Any, Any]:
@@ -128,6 +172,11 @@ def nan_image(value: float) -> np.ndarray[Any, Any]:
     return image
 
 
+def changed(msg: Any, **fields: Any) -> Any:
+    return SimpleNamespace(**{**vars(msg), **fields})
+
+
+PLANES = planar("nv24")[0]
 FAULTS = {
     "no width": (message(RGB, "rgb8", width=0), "zero_size", "0x3"),
     "no height": (message(RGB, "rgb8", height=0), "zero_size", "2x0"),
@@ -140,6 +189,11 @@ FAULTS = {
     "unknown encoding": (message(RGB, "nv12x"), "unknown_encoding", "'nv12x'"),
     "empty encoding": (message(RGB, ""), "unknown_encoding", "bayer_rggb8"),
     "odd yuv": (message(np.zeros((2, 3, 2), np.uint8), "yuv422"), "odd_width", "got 3"),
+    "odd width of planes": (message(np.zeros((6, 5), np.uint8), "nv12"), "odd_width", "even width for nv12, got 5"),
+    "odd height of planes": (message(np.zeros((5, 4), np.uint8), "nv21"), "odd_height", "even height for nv21, got 5"),
+    "planes without chroma": (message(np.zeros((6, 8), np.uint8), "nv12"), "short_data", "at least 72 bytes"),
+    "planes cut": (changed(PLANES, data=PLANES.data[:-1]), "short_data", "expected at least 144 bytes of data"),
+    "planes that overlap": (changed(PLANES, step=7), "bad_step", "8 bytes of Y in nv24"),
     "nan": (message(nan_image(np.nan), "32FC1"), "not_finite", "0..1"),
     "infinity": (message(nan_image(-np.inf), "32FC1"), "not_finite", "0..1"),
     "metres": (message(nan_image(4.5), "32FC1"), "out_of_range", "0.5 .. 4.5"),

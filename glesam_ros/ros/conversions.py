@@ -23,8 +23,8 @@ class ConversionError(ValueError):
     """A message that cannot become an image.
 
     Attributes:
-        reason: short slug for counters: zero_size, bad_step, short_data, unknown_encoding, odd_width, not_finite,
-            out_of_range, corrupt_image, unknown_format, bad_array.
+        reason: short slug for counters: zero_size, bad_step, short_data, unknown_encoding, odd_width, odd_height,
+            not_finite, out_of_range, corrupt_image, unknown_format, bad_array.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -70,6 +70,24 @@ _LAYOUTS: dict[str, _Layout] = {
     **{f"bayer_{pattern}16": _Layout(1, 2, code) for pattern, code in _BAYER.items()},
 }
 
+
+class _Planar(NamedTuple):
+    """A plane of Y, then one of pairs of chroma, as V4L2 has them: what hardware decoders and Jetson's cameras give."""
+
+    every: int  # pixels of Y, across and down, that share a pair
+    to_rgb: int | None  # cv2.cvtColorTwoPlane code; None where no pixel shares its pair
+
+
+_PLANAR: dict[str, _Planar] = {
+    "nv12": _Planar(2, cv2.COLOR_YUV2RGB_NV12),
+    "nv21": _Planar(2, cv2.COLOR_YUV2RGB_NV21),
+    "nv24": _Planar(1, None),
+}
+_STUDIO_TO_RGB = np.array(
+    [[1.164383, 0, 1.596027, -222.921], [1.164383, -0.391762, -0.812968, 135.576], [1.164383, 2.017232, 0, -276.836]]
+)
+"""(Y, U, V, 1) -> RGB by BT.601 in studio range, as OpenCV reads the other YUV encodings."""
+
 _ALIASES = {
     "uyvy": "yuv422",
     "yuyv": "yuv422_yuy2",
@@ -81,7 +99,7 @@ _ALIASES = {
     "16UC4": "bgra16",
 }
 
-ENCODINGS = (*_LAYOUTS, *_ALIASES)
+ENCODINGS = (*_LAYOUTS, *_PLANAR, *_ALIASES)
 """Every `sensor_msgs/Image.encoding` that `image_to_rgb` understands."""
 
 
@@ -90,14 +108,15 @@ def image_to_rgb(msg: Any) -> UInt8Array:
 
     rgb8 comes back as a view of `msg.data` (rows may be padded: do not write into it), everything else as one new
     array. 16-bit channels become 8-bit by ``>> 8`` (before demosaicing); 32-bit floats are expected in 0..1 and become
-    ``round(255 * value)``. Alpha is dropped. The generic OpenCV names 8UC3, 16UC3 and 32FC3 are read in BGR order.
+    ``round(255 * value)``. Alpha is dropped. The generic OpenCV names 8UC3, 16UC3 and 32FC3 are read in BGR order. The
+    plane of chroma of nv12, nv21 and nv24 follows that of Y; `step` is the stride of both, of nv24's chroma twice that.
 
     Args:
         msg: sensor_msgs/Image of rclpy or rosbags; `data` may be array.array, bytes or a numpy array.
 
     Raises:
-        ConversionError: zero_size, unknown_encoding, odd_width (of yuv422), bad_step, short_data, not_finite or
-            out_of_range (of floats).
+        ConversionError: zero_size, unknown_encoding, odd_width (of yuv422, nv12, nv21), odd_height (of nv12, nv21),
+            bad_step, short_data, not_finite or out_of_range (of floats).
     """
     height, width, step = int(msg.height), int(msg.width), int(msg.step)
     if height < 1 or width < 1:
@@ -105,6 +124,8 @@ def image_to_rgb(msg: Any) -> UInt8Array:
             "zero_size", f"expected width and height of at least 1 pixel, got {width}x{height}; check the camera driver"
         )
     name = _ALIASES.get(msg.encoding, msg.encoding)
+    if name in _PLANAR:
+        return _planar_to_rgb(msg, _PLANAR[name])
     layout = _LAYOUTS.get(name)
     if layout is None:
         raise ConversionError(
@@ -112,28 +133,12 @@ def image_to_rgb(msg: Any) -> UInt8Array:
             f"expected encoding one of {', '.join(ENCODINGS)}; got {msg.encoding!r}; set the camera driver to one of "
             "them or convert with image_proc",
         )
-    if name.startswith("yuv422") and width % 2:
-        raise ConversionError(
-            "odd_width", f"expected an even width for {msg.encoding}, got {width}; set the camera to an even width"
-        )
+    if name.startswith("yuv422"):
+        _need_even(msg, "width")
     pixel = layout.channels * layout.depth
-    if step < width * pixel:
-        raise ConversionError(
-            "bad_step",
-            f"expected step >= {width * pixel} bytes ({width} pixels of {pixel} bytes in {msg.encoding}), got {step}; "
-            "the publisher must set step to the length of one row",
-        )
-    size = len(msg.data) * getattr(msg.data, "itemsize", 1)
     # the padding of the last row may be missing
-    needed = step * (height - 1) + width * pixel
-    if size < needed:
-        raise ConversionError(
-            "short_data",
-            f"expected at least {needed} bytes of data ({height} rows with step {step}), got {size}; the message was "
-            "cut or its height, width, step do not belong to it",
-        )
+    data = _checked_data(msg, width * pixel, f"{width} pixels of {pixel} bytes", step * (height - 1) + width * pixel)
     big = bool(msg.is_bigendian)
-    data = np.frombuffer(msg.data, np.uint8)
     if layout.depth == 4:
         channels = _unit_to_byte(_view(data, height, width, layout.channels, step, np.dtype(">f4" if big else "<f4")))
     elif layout.depth == 2:
@@ -144,6 +149,46 @@ def image_to_rgb(msg: Any) -> UInt8Array:
     else:
         channels = _view(data, height, width, layout.channels, step, np.dtype(np.uint8))
     return _to_rgb(channels, layout.to_rgb)
+
+
+def _planar_to_rgb(msg: Any, layout: _Planar) -> UInt8Array:
+    height, width, step = int(msg.height), int(msg.width), int(msg.step)
+    if layout.every == 2:
+        _need_even(msg, "width")
+        _need_even(msg, "height")
+    rows, across, stride = height // layout.every, width // layout.every, 2 * step // layout.every
+    needed = step * height + stride * (rows - 1) + 2 * across
+    data = _checked_data(msg, width, f"{width} bytes of Y", needed)
+    luma = _view(data, height, width, 1, step, np.dtype(np.uint8))[..., 0]
+    chroma = _view(data[step * height :], rows, across, 2, stride, np.dtype(np.uint8))
+    if layout.to_rgb is not None:
+        return np.asarray(cv2.cvtColorTwoPlane(luma, chroma, layout.to_rgb), np.uint8)
+    return np.asarray(cv2.transform(cv2.merge([luma, *cv2.split(chroma)]), _STUDIO_TO_RGB), np.uint8)
+
+
+def _need_even(msg: Any, side: str) -> None:
+    if (value := getattr(msg, side)) % 2:
+        raise ConversionError(
+            f"odd_{side}", f"expected an even {side} for {msg.encoding}, got {value}; set the camera to an even {side}"
+        )
+
+
+def _checked_data(msg: Any, row: int, what: str, needed: int) -> UInt8Array:
+    """The bytes of a message whose rows have at least `row` bytes, which are `what`, and which has `needed` in all."""
+    if msg.step < row:
+        raise ConversionError(
+            "bad_step",
+            f"expected step >= {row} bytes ({what} in {msg.encoding}), got {msg.step}; the publisher must set step to "
+            "the length of one row",
+        )
+    size = len(msg.data) * getattr(msg.data, "itemsize", 1)
+    if size < needed:
+        raise ConversionError(
+            "short_data",
+            f"expected at least {needed} bytes of data ({msg.height} rows with step {msg.step}) in {msg.encoding}, got "
+            f"{size}; the message was cut or its height, width, step do not belong to it",
+        )
+    return np.frombuffer(msg.data, np.uint8)
 
 
 def compressed_to_rgb(msg: Any) -> UInt8Array:
