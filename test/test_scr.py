@@ -20,7 +20,7 @@ from tiny_sd import END, PAD, START, UNET, tiny_unet, tiny_vae, write_tiny_scr, 
 from glesam_ros.models import registry  # noqa: E402
 from glesam_ros.models.base import OutOfMemory  # noqa: E402
 from glesam_ros.models.glesam import catalogue  # noqa: E402
-from glesam_ros.models.glesam.enhancer import LORA_TARGETS, UNETS, alpha_bar  # noqa: E402
+from glesam_ros.models.glesam.enhancer import LORA_TARGETS, UNETS, alpha_bar, load_unet  # noqa: E402
 from glesam_ros.models.rass import scr  # noqa: E402
 from glesam_ros.models.rass.scr import (  # noqa: E402
     ClassPrompts,
@@ -134,6 +134,19 @@ def test_merged_weights_are_w0_plus_alpha_over_r_ba(checkpoint):
             seen.add(f"{name}.weight")
     for key in before.keys() - seen:
         assert torch.equal(before[key], after[key]), key
+
+
+def test_merged_weights_are_no_views_of_the_file(sd, checkpoint, tmp_path):
+    """Some layers have no adapter: they have to be copied, too, before the file may go."""
+    shutil.copytree(sd / "unet", tmp_path / "unet")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    unet = load_unet(tmp_path / "unet")
+    merge_scr(unet, checkpoint)
+    expected = {key: x.clone() for key, x in unet.state_dict().items()}
+    with file.open("r+b") as writer:
+        writer.write(bytes(file.stat().st_size))
+    for key, x in unet.state_dict().items():
+        assert torch.equal(x, expected[key]), key
 
 
 def test_a_broken_lora_is_not_merged(adapted):

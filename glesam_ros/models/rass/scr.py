@@ -230,13 +230,15 @@ def merge_scr(unet: UNet2DConditionModel, path: Path) -> None:
 
 
 def merge_lora(unet: UNet2DConditionModel) -> None:
-    """As `merge_scr`, of the LoRA that a U-Net has.
+    """As `merge_scr`, of the LoRA that a U-Net has; afterwards no weight is a view of a file.
 
     Raises:
         ValueError: the LoRA is not finite.
     """
-    unet.fuse_lora(safe_fusing=True)
+    unet.fuse_lora(safe_fusing=True)  # in a copy of each weight
     unet.unload_lora()
+    for parameter in unet.parameters():  # what has no adapter is a view of its file still
+        parameter.data = parameter.data.clone()
     unet.requires_grad_(False)
 
 
