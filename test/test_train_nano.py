@@ -27,7 +27,7 @@ from training_runs import killed_at_first_checkpoint  # noqa: E402
 
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.models.nano_net import LATENT, STATISTICS, NanoNet  # noqa: E402
-from glesam_ros.training import checkpoint, nano  # noqa: E402
+from glesam_ros.training import batches, checkpoint, nano  # noqa: E402
 from glesam_ros.training.config import STAGES, SourceConfig, load_config, make_config, to_dict  # noqa: E402
 from glesam_ros.training.sources import load_scenes  # noqa: E402
 
@@ -309,9 +309,9 @@ def test_without_its_condition_the_enhancer_gets_a_constant(data: Path) -> None:
 
 def test_levels_are_drawn_by_weight() -> None:
     mix = make_config({"degradation": {"levels": [1, 0, 3]}}).degradation
-    levels = nano.draw_levels(mix, np.random.default_rng(0), 4000, clear=0.25).tolist()
+    levels = batches.draw_levels(mix, np.random.default_rng(0), 4000, clear=0.25).tolist()
     assert [levels.count(k) / 4000 for k in range(4)] == pytest.approx([0.25, 0.1875, 0, 0.5625], abs=0.02)
-    assert 0 not in nano.draw_levels(mix, np.random.default_rng(0), 1000)
+    assert 0 not in batches.draw_levels(mix, np.random.default_rng(0), 1000)
 
 
 def test_degradation_draws_what_the_configuration_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,12 +320,12 @@ def test_degradation_draws_what_the_configuration_names(monkeypatch: pytest.Monk
     class Result:
         image = np.zeros((2, 2, 3), np.uint8)
 
-    monkeypatch.setattr(nano, "degrade_lqseg", lambda image, level, rng: seen.append("lq") or Result)
-    monkeypatch.setattr(nano, "degrade", lambda image, name, level, seed: seen.append(name) or Result)
+    monkeypatch.setattr(batches, "degrade_lqseg", lambda image, level, rng: seen.append("lq") or Result)
+    monkeypatch.setattr(batches, "degrade", lambda image, name, level, seed: seen.append(name) or Result)
     mix = make_config({"degradation": {"lq": 0.25, "kinds": ["rain", "fog"]}}).degradation
     rng = np.random.default_rng(0)
     for _ in range(2000):
-        nano.worsen(Result.image, 2, mix, rng)
+        batches.worsen(Result.image, 2, mix, rng)
     shares = {name: seen.count(name) / 2000 for name in sorted(set(seen))}
     assert shares == pytest.approx({"fog": 0.375, "lq": 0.25, "rain": 0.375}, abs=0.04)
 

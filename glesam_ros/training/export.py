@@ -20,8 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, with_positions
+from glesam_ros.training.batches import draw_pairs
+from glesam_ros.training.config import Config
 from glesam_ros.training.graphs import shorten_names, simplify
 from glesam_ros.training.quantize import Grids, hand_out_bytes, quantize
+from glesam_ros.training.sources import load_scenes
 from glesam_ros.training.storage import save, split_convolutions, store_half
 
 OPSET = 17
@@ -224,10 +227,6 @@ def calibration_pictures(data: Path, pairs: int = PAIRS, seed: int = 0) -> list[
     Raises:
         FileNotFoundError: `data` lacks a training set of the recipe.
     """
-    from glesam_ros.training.config import Config
-    from glesam_ros.training.nano import draw_pairs
-    from glesam_ros.training.sources import load_scenes
-
     config = Config()
     drawn = draw_pairs(load_scenes(config.sources, data), np.random.default_rng(seed), config, pairs)
     return [picture for kind in ("clear", "degraded") for picture in drawn[kind].numpy()]

@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from glesam_ros.models.rass_nano_net import ADAPTED, RassNano, features_of
 from glesam_ros.training import checkpoint
 from glesam_ros.training.adapters import add_adapters
+from glesam_ros.training.batches import draw_levels, worsen
 from glesam_ros.training.config import StageConfig
 from glesam_ros.training.crops import recoloured
 from glesam_ros.training.labelled_crops import VOID, LabelledScenes, draw_labelled, load_labelled
 from glesam_ros.training.loop import Batch, Group, Run, Stage, Stop, beside, claim, complete, make_accelerator, sow
-from glesam_ros.training.nano import draw_levels, pretrained_backbone, worsen
+from glesam_ros.training.nano import pretrained_backbone
 from glesam_ros.training.rass_nano_config import (
     RASS_NANO_STAGES,
     NanoScrConfig,
