@@ -136,6 +136,16 @@ def test_merged_weights_are_w0_plus_alpha_over_r_ba(checkpoint):
         assert torch.equal(before[key], after[key]), key
 
 
+def test_layers_narrowed_one_by_one_are_what_all_narrowed_at_once_would_be(checkpoint):
+    fast, whole = tiny_unet(), tiny_unet()
+    merge_scr(fast, checkpoint, torch.bfloat16)
+    merge_scr(whole, checkpoint)
+    assert {p.dtype for p in whole.parameters()} == {torch.float32}
+    expected = whole.to(torch.bfloat16).state_dict()
+    for key, x in fast.state_dict().items():
+        assert x.dtype == torch.bfloat16 and torch.equal(x, expected[key]), key
+
+
 def test_merged_weights_are_no_views_of_the_file(sd, checkpoint, tmp_path):
     """Some layers have no adapter: they have to be copied, too, before the file may go."""
     shutil.copytree(sd / "unet", tmp_path / "unet")

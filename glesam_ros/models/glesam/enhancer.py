@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -164,11 +164,11 @@ class OneStep(nn.Module, ABC):
     def files(self) -> dict[str, nn.Module]:
         """Modules whose weights are files of their own, whole, by the name of the file."""
 
-    def fuse(self, dtype: torch.dtype = torch.float32) -> None:
+    def fuse(self, dtype: torch.dtype | None = None) -> None:
         """Take out what inference does not need apart, with the same output; a second time nothing happens.
 
         Args:
-            dtype: what is fused may take it at once, so that less memory is needed.
+            dtype: what is fused may take it at once, so that less memory is needed; None leaves the type as it is.
         """
 
     def for_inference(self, dtype: torch.dtype) -> None:
@@ -358,37 +358,24 @@ class Enhancer(OneStep):
         else:
             self.unet.disable_gradient_checkpointing()
 
-    def fuse(self, dtype: torch.dtype = torch.float32) -> None:
+    def fuse(self, dtype: torch.dtype | None = None) -> None:
         """Merge LoRA, then fold constants."""
         if self.lora_state():
             self.merge_lora(dtype)
             self.fold_constants()
 
-    def merge_lora(self, dtype: torch.dtype = torch.float32) -> None:
+    def merge_lora(self, dtype: torch.dtype | None = None) -> None:
         """W0 + alpha / r B A takes the place of each adapted layer: the same output without the cost of LoRA.
 
         Merge while the weights are float32. There is no way back.
 
         Args:
-            dtype: of each layer once it is merged, so that no second network is ever in memory; float32 remains what
-                `fold_constants` reads.
+            dtype: of each layer once it is merged, see `merge_layers`; what `fold_constants` reads is left as it is.
 
         Raises:
             ValueError: LoRA is not finite.
         """
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for name, layer in self.unet.named_modules():
-            if isinstance(layer, BaseTunerLayer):
-                try:
-                    layer.merge(safe_merge=True)  # in a copy: the weight may be a view of its file
-                except ValueError as error:
-                    raise ValueError(f"unet.{name}: expected finite LoRA weights: {error}") from error
-                weight = layer.get_base_layer().weight
-                if not self._becomes_constant(name):
-                    weight.data = weight.data.to(dtype)
-        self.unet.unload_lora()
-        self.unet.requires_grad_(False)
+        merge_layers(self.unet, lambda name: None if self._becomes_constant(name) else dtype)
 
     def _becomes_constant(self, name: str) -> bool:
         """Whether `fold_constants` reads the layer `name` of the U-Net and drops it."""
@@ -420,6 +407,29 @@ class Enhancer(OneStep):
                         block.skip_time_act = True
         unet.time_proj = nn.Identity()
         unet.time_embedding = Constant(embedding)
+
+
+def merge_layers(unet: UNet2DConditionModel, dtype_of: Callable[[str], torch.dtype | None]) -> None:
+    """Merge the LoRA of a U-Net layer by layer, so that no second network is ever in memory, and freeze it.
+
+    Args:
+        dtype_of: says of the name of an adapted layer which type its weight takes once it is merged; None: its own.
+
+    Raises:
+        ValueError: LoRA is not finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in unet.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            try:
+                layer.merge(safe_merge=True)  # in a copy: the weight may be a view of its file
+            except ValueError as error:
+                raise ValueError(f"unet.{name}: expected finite LoRA weights: {error}") from error
+            weight = layer.get_base_layer().weight
+            weight.data = weight.data.to(dtype_of(name) or weight.dtype)
+    unet.unload_lora()
+    unet.requires_grad_(False)
 
 
 def is_lora(key: str) -> bool:

@@ -51,6 +51,7 @@ from glesam_ros.models.glesam.enhancer import (
     empty_prompt,
     load_text_encoder,
     load_unet,
+    merge_layers,
     one_step,
 )
 from glesam_ros.models.glesam.replay import Replayed, capture_cuda
@@ -213,33 +214,35 @@ def load_lora(unet: UNet2DConditionModel, weights: ScrWeights, what: str) -> Non
     load_exactly(unet, weights.state, what, ignore=frozen)
 
 
-def merge_scr(unet: UNet2DConditionModel, path: Path) -> None:
+def merge_scr(unet: UNet2DConditionModel, path: Path, dtype: torch.dtype | None = None) -> None:
     """W0 + alpha / r B A takes the place of each adapted layer, of all three groups, in place; no adapter is left.
 
-    conv_in begins as the file has it. Merge in float32, before the weights get a narrower type. There is no way back.
+    conv_in begins as the file has it. Merge while the weights are float32. There is no way back.
 
     Args:
         unet: plain.
         path: scr.pkl.
+        dtype: as `merge_lora`.
 
     Raises:
         FileNotFoundError, ValueError: as `read_scr`, `load_lora` and `merge_lora`.
     """
     load_lora(unet, read_scr(path), str(path))
-    merge_lora(unet)
+    merge_lora(unet, dtype)
 
 
-def merge_lora(unet: UNet2DConditionModel) -> None:
+def merge_lora(unet: UNet2DConditionModel, dtype: torch.dtype | None = None) -> None:
     """As `merge_scr`, of the LoRA that a U-Net has; afterwards no weight is a view of a file.
+
+    Args:
+        dtype: of all weights afterwards, each at once; None leaves them as they are.
 
     Raises:
         ValueError: the LoRA is not finite.
     """
-    unet.fuse_lora(safe_fusing=True)  # in a copy of each weight
-    unet.unload_lora()
+    merge_layers(unet, lambda name: dtype)
     for parameter in unet.parameters():  # what has no adapter is a view of its file still
-        parameter.data = parameter.data.clone()
-    unet.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype or parameter.dtype, copy=True)
 
 
 def _inject(unet: UNet2DConditionModel, rank: int, groups: dict[str, list[str]]) -> None:
@@ -611,6 +614,6 @@ def load_scr(device: str, precision: str) -> ScrRestorer:
     dtype = choose_precision(precision, place)
     folder = catalogue.system_folder(NAME, catalogue.home())
     unet = load_unet(folder / SD / "unet")
-    merge_scr(unet, folder / catalogue.SCR_FILE)
+    merge_scr(unet, folder / catalogue.SCR_FILE, dtype)
     network = Scr(unet, load_vae(folder / SD / "vae"))
     return ScrRestorer(network, ClassPrompts(folder / SD), place, dtype)
