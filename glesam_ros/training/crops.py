@@ -59,7 +59,9 @@ def _crop(
     # rounding may take a side that fits exactly below zero
     x0, y0 = (rng.uniform(0, max(0.0, whole - part / scale)) for whole, part in ((w, width), (h, height)))
     centre = np.array([x0 + width / scale / 2, y0 + height / scale / 2]) - 0.5
-    angle, wider = np.deg2rad(rng.uniform(-turn, turn)), stretch ** (0.5 * rng.uniform(-1, 1))
+    # chance is asked for what is wanted alone, so that seeds mean what they meant before
+    angle = np.deg2rad(rng.uniform(-turn, turn)) if turn else 0.0
+    wider = stretch ** (0.5 * rng.uniform(-1, 1)) if stretch > 1 else 1.0
     turned = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
     def matrix(across: int, down: int) -> np.ndarray[Any, Any]:
