@@ -426,7 +426,7 @@ def merge_layers(unet: UNet2DConditionModel, dtype_of: Callable[[str], torch.dty
                 layer.merge(safe_merge=True)  # in a copy: the weight may be a view of its file
             except ValueError as error:
                 raise ValueError(f"unet.{name}: expected finite LoRA weights: {error}") from error
-            weight = layer.get_base_layer().weight
+            weight: Any = layer.get_base_layer().weight
             weight.data = weight.data.to(dtype_of(name) or weight.dtype)
     unet.unload_lora()
     unet.requires_grad_(False)
