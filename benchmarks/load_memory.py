@@ -11,6 +11,7 @@ must be there; pages of the files are counted apart, because the system takes th
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -46,8 +47,8 @@ def write_random(name: str, home: Path) -> None:
     base = build_base(base_name)
     file = home / catalogue.BASES[base_name].source.path
     file.parent.mkdir(parents=True, exist_ok=True)
-    official = base.net.state_dict() if base_name.startswith("sam2") else base.state_dict()
-    torch.save({"model": official} if base_name.startswith("sam2") else official, file)
+    official = base.net.state_dict()
+    torch.save({"model": official} if catalogue.BASES[base_name].family == "sam2" else official, file)
     if kind is None:
         return
     unet = "sd21-base"
@@ -74,9 +75,11 @@ def memory() -> tuple[float, float]:
 
 def load(name: str, precision: str) -> dict[str, float]:
     """Load in this process: MB over what the imports take, and seconds."""
-    import glesam_ros.models.glesam.sam2  # noqa: F401  imports are no part of it
+    from glesam_ros.models.glesam import catalogue
     from glesam_ros.models.glesam.model import load_glesam
 
+    family = catalogue.BASES[catalogue.split_name(name)[0]].family
+    importlib.import_module(f"glesam_ros.models.glesam.{'sam2' if family == 'sam2' else 'sam'}")  # no part of it
     seen: list[tuple[float, float]] = [memory()]
     done = threading.Event()
 
