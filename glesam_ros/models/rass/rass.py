@@ -45,7 +45,14 @@ from torch.nn import functional as F
 
 from glesam_ros.checksum import sha256
 from glesam_ros.models.glesam import catalogue
-from glesam_ros.models.glesam.enhancer import TOKENS, UNet2DConditionModel, is_lora, load_unet, write_tensors
+from glesam_ros.models.glesam.enhancer import (
+    TOKENS,
+    UNet2DConditionModel,
+    is_lora,
+    load_unet,
+    merge_layers,
+    write_tensors,
+)
 from glesam_ros.models.glesam.replay import Replayed, capture_cuda
 from glesam_ros.models.glesam.runtime import choose_device, choose_precision, device_in_words, memory_errors
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
@@ -416,9 +423,11 @@ class RassNetwork(nn.Module):
         """For inference: put the adapters into the weights, the same output without their cost; there is no way back.
 
         Merge in float32, before the weights get a narrower type.
+
+        Raises:
+            ValueError: LoRA is not finite.
         """
-        self.unet.fuse_lora(adapter_names=list(ADAPTERS))
-        self.unet.unload_lora()
+        merge_layers(self.unet, lambda name: None)
         self.requires_grad_(False)
 
 
