@@ -209,6 +209,7 @@ def ways(count: int, plain: list[int]) -> dict[str, Any]:
     skip = torch.zeros(count, dtype=torch.bool)
     skip[plain] = True
     rows = {"plain": skip.nonzero().flatten(), "enhanced": (~skip).nonzero().flatten()}
+    rows["degraded"] = rows["enhanced"]
     return {**rows, "skip": skip, "both": torch.zeros(count, dtype=torch.bool)}
 
 
@@ -290,6 +291,27 @@ def test_agreement_draws_both_latents_of_clear_crops_to_each_other(data: Path) -
     # without a clear crop the loss says so, and nothing else changes
     nothing = stage({**batch, **ways(4, plain=[])})
     assert float(nothing["apart"]) == 0
+
+
+def test_restoration_draws_the_latents_of_degraded_crops_to_those_of_the_clear_ones(data: Path) -> None:
+    decode = {"batch": 4, "clear": 0.5, "skip": 0.5, "train": ["enhancer", "trunk"]}
+    stage = stage_of("decode", data, decode={**decode, "restoration": 3.0})
+    batch = stage.batch(np.random.default_rng(2))
+    degraded = batch["degraded"].tolist()
+    changed = (batch["images"] != batch["clear"]).flatten(1).any(1)
+    assert degraded == changed.nonzero().flatten().tolist() and 0 < len(degraded) < 4
+    losses, alone = stage(batch), stage_of("decode", data, decode=decode)(batch)
+    with torch.no_grad():
+        s4, s8, statistics = nano.see(stage.model, batch["images"])
+        restored = stage.model.enhancer(s4, s8, stage.condition(statistics))
+        expected = float(((restored - nano.plain_latent(stage.model, batch["clear"]))[degraded] ** 2).mean())
+    assert float(losses["restoration"]) == pytest.approx(expected, rel=1e-4) and expected > 0
+    assert float(losses["loss"]) == pytest.approx(float(alone["loss"]) + 3.0 * expected, rel=1e-4)
+    # the clear latent is a target: only the restored one moves
+    losses["restoration"].backward()
+    assert bool(stage.model.enhancer.trunk.fuse[1].weight.grad.any()) and stage.model.trunk.fuse[1].weight.grad is None
+    # without a degraded crop the loss says so, and nothing else changes
+    assert float(stage({**batch, **ways(4, plain=[0, 1, 2, 3])})["restoration"]) == 0
 
 
 def test_the_paper_trains_the_decoder_alone(data: Path) -> None:

@@ -277,6 +277,8 @@ class DecodeConfig(StageConfig):
         skip: share of those that skip the enhancer, as automatic mode will have it.
         agreement: weight of the mean squared distance between the latents of clear crops with and without enhancement;
             changes nothing where the decoder alone trains.
+        restoration: weight of the mean squared distance of a degraded crop's restored latent to that of the clear crop
+            without enhancement, which gets no gradient by it: stage 1's loss, kept up while the enhancer trains on.
     """
 
     steps: CountOrNone = 1000
@@ -285,6 +287,7 @@ class DecodeConfig(StageConfig):
     clear: Share = 0.333
     skip: Share = 0.5
     agreement: Number = 0.0
+    restoration: Number = 0.0
     rates: DecodeRates = field(default_factory=DecodeRates)
 
 

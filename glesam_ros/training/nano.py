@@ -304,7 +304,7 @@ class Decode(NanoStage):
     The paper freezes the enhancer and takes Dice and focal loss: `train: [decoder]`, `loss: focal`. By default the
     enhancer trains on, so that it restores what masks need, and the loss stays that of the base. With "trunk" the
     encoder's trunk learns, too, from clear crops alone, so that it keeps up with the enhancer's; `agreement` draws the
-    two latents of a clear crop to each other.
+    two latents of a clear crop to each other, `restoration` the restored latent of a degraded crop to the clear one.
     """
 
     name = "decode"
@@ -335,8 +335,12 @@ class Decode(NanoStage):
         clear = batch.pop("levels").numpy() == 0
         skip = clear & (rng.random(count) < self.settings.skip)
         both = clear & (self.settings.agreement > 0)
-        del batch["clear"]
-        rows = {"enhanced": np.flatnonzero(~skip | both), "plain": np.flatnonzero(skip | both)}
+        rows = {
+            "enhanced": np.flatnonzero(~skip | both), "plain": np.flatnonzero(skip | both),
+            "degraded": np.flatnonzero(~clear),
+        }
+        if not self.settings.restoration:
+            del batch["clear"]
         return {**batch, **{name: torch.from_numpy(x) for name, x in {**rows, "skip": skip, "both": both}.items()}}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -349,6 +353,13 @@ class Decode(NanoStage):
             both = batch["both"]
             apart = ((enhanced - plain)[both] ** 2).mean() if both.any() else torch.zeros_like(losses["loss"])
             losses |= {"loss": losses["loss"] + self.settings.agreement * apart, "apart": apart}
+        if self.settings.restoration:
+            error = torch.zeros_like(losses["loss"])
+            if len(rows := batch["degraded"]):
+                with torch.no_grad():
+                    target = plain_latent(self.model, batch["clear"][rows]).float()
+                error = ((enhanced[rows] - target) ** 2).mean()
+            losses |= {"loss": losses["loss"] + self.settings.restoration * error, "restoration": error}
         return losses
 
     def latents(self, batch: Batch) -> tuple[Tensor, Tensor]:
