@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from glesam_ros.picture_files import SUFFIXES
+
 IGNORE = 255
 """Label of a pixel without a class, in label maps of uint8."""
 IGNORE_16 = 65535
@@ -29,7 +31,6 @@ CLASS_FILES = ("classes.json", "classes.txt")
 """Where a folder's own names of its classes may stand."""
 ADE_TABLE = "objectInfo150.txt"
 """Table of classes that comes with ADE20K; read where neither the folder nor the caller names the classes."""
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 EVERY = "all"
 """The split that takes every picture of a folder without splits."""
 
@@ -174,7 +175,7 @@ def open_labelled(
     Layouts, told apart by what is there:
       ADE20K: images/{training,validation}/, annotations/{training,validation}/; 0 is unlabelled, k is class k - 1.
         Splits "train" and "val" or "test" are its training and validation.
-      CamVid as distributed with SegNet: a folder named camvid, with train.txt, test.txt, images/, labels/ and no list
+      CamVid with SegNet's classes: a folder named camvid, with train.txt, test.txt, images/, labels/ and no list
         of classes; 11 is void.
       Any other: images/, labels/ and classes.json or classes.txt; value k is class k.
     Names of classes come from `classes`, else from classes.json, classes.txt or ADE20K's objectInfo150.txt.
@@ -384,7 +385,7 @@ def _pictures(root: Path, split: str, aliases: dict[str, str]) -> tuple[tuple[st
                 f"{root}: expected {listing.name} or images/{split}/, found neither; splits that are there: "
                 f"{', '.join([*there, EVERY])}"
             )
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
         raise FileNotFoundError(f"{root}: expected pictures in the split {split}, found none")
     return tuple(p.relative_to(images).with_suffix("").as_posix() for p in files), tuple(files)
@@ -393,15 +394,15 @@ def _pictures(root: Path, split: str, aliases: dict[str, str]) -> tuple[tuple[st
 def _picture(images: Path, name: str) -> Path:
     """The file of a picture that a list names, with or without its ending."""
     path = images / name.strip()
-    if path.suffix.lower() in PICTURES:
+    if path.suffix.lower() in SUFFIXES:
         if path.is_file():
             return path
     else:
-        for suffix in PICTURES:
+        for suffix in SUFFIXES:
             file = path.with_name(path.name + suffix)
             if file.is_file():
                 return file
-    raise FileNotFoundError(f"{path}: expected a picture ({' '.join(PICTURES)}), found none")
+    raise FileNotFoundError(f"{path}: expected a picture ({' '.join(SUFFIXES)}), found none")
 
 
 def _tables(listed: ClassList, first: int) -> tuple[np.ndarray[Any, np.dtype[np.int32]], dict[int, int] | None]:

@@ -230,11 +230,13 @@ class Pipeline:
         every, extents = np.arange(len(found.scores)), _extents(found.logits > 0)
         return _to_instances(embedding, found, every, extents, _stability(found.logits), limit=len(every), min_area=0)
 
-    def segment(self, image: Any, points: Any = None, labels: Any = None, boxes: Any = None) -> Instances:
+    def segment(
+        self, image: Any, points: Any = None, labels: Any = None, boxes: Any = None, gate: EnhancementGate | None = None
+    ) -> Instances:
         """`encode` and `decode` in one call, again with less where memory lacks, as long as there is less."""
         while True:
             try:
-                return self.decode(self.encode(image), points, labels, boxes)
+                return self.decode(self.encode(image, gate), points, labels, boxes)
             except OutOfMemory:
                 if self.memory.is_exhausted:
                     raise

@@ -25,6 +25,8 @@ venv="$repository/.venv"
 extras="cli,ros"
 for extra in "$@"; do extras+=",$extra"; done
 sources=(setup.py setup.cfg pyproject.toml scripts/setup.sh scripts/build_vision_msgs.sh scripts/vision_msgs/msg/*.msg)
+# once made for a GPU it stays so: demo.sh and test.sh do not ask for one
+if [ -z "${GPU:-}" ] && grep -qs ' GPU=1 ' "$venv/.setup"; then GPU=1; fi
 state_of() { echo "$1 GPU=${GPU:-0} $(cat "${sources[@]}" | cksum)"; }
 state="$(state_of "$extras")"
 if [ -x "$venv/bin/python" ] && grep -qsxF -- "$state" "$venv/.setup"; then
@@ -57,7 +59,7 @@ if wants glesam; then
 fi
 if [ "${GPU:-0}" = 1 ]; then
   # both packages own the same folder, so one has to go first
-  "$venv/bin/python" -m pip uninstall --quiet --yes onnxruntime
+  "$venv/bin/python" -m pip uninstall --quiet --yes onnxruntime onnxruntime-gpu
   install onnxruntime-gpu
 fi
 bash scripts/build_vision_msgs.sh "$venv"

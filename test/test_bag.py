@@ -20,7 +20,7 @@ from rosbags.typesys import Stores, get_typestore
 from glesam_ros.cli.bagfile import message_types
 from glesam_ros.cli.main import main
 from glesam_ros.cli.result_topics import RESULTS
-from glesam_ros.models import OutOfMemory, register_restorer, register_semantic, semantic_names
+from glesam_ros.models import OutOfMemory, register_model, register_restorer, register_semantic, semantic_names
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
@@ -300,6 +300,29 @@ def test_a_lack_of_memory_is_one_line(beside, tmp_path, capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("glesam bag: error: ")]
     assert len(said) == 1 and "black takes all memory" in said[0] and "halves on cpu" in said[0]
     assert not (tmp_path / "out").exists()
+
+
+class Tight(bright_model.BrightRegions):
+    """Has memory for a long side of 384; begins with 512."""
+
+    def encode(self, image: Any, budget: Any) -> Any:
+        if (budget.processing_size or self.own_size) > 384:
+            raise OutOfMemory("no room")
+        return super().encode(image, budget)
+
+
+def test_a_model_short_of_memory_goes_on_with_less(tmp_path):
+    register_model("tight", lambda device, precision: Tight())
+    source = write_bag(tmp_path / "drive", drive()[:6])
+    assert bag(source, "--out", tmp_path / "whole", "--results-only") == 0
+    tight = ["bag", source, "--out", tmp_path / "tight", "--results-only", "--model", "tight"]
+    assert main([*map(str, tight)]) == 0
+    whole, found = read(tmp_path / "whole"), read(tmp_path / "tight")
+    assert [t for t, _ in found["/glesam/masks"]] == [t for t, _ in whole["/glesam/masks"]] != []
+    # where even the least is too much, one line says so
+    Tight.own_size = 1024
+    assert main([*map(str, tight[:3]), str(tmp_path / "none"), *map(str, tight[4:])]) == 1
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [

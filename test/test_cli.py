@@ -16,6 +16,7 @@ from pycocotools import mask as coco
 
 from glesam_ros import __version__, settings
 from glesam_ros.cli.main import main, make_parser
+from glesam_ros.models import OutOfMemory, register_model
 
 
 def write(path: Path, rgb: np.ndarray) -> Path:
@@ -175,6 +176,30 @@ def test_bad_pictures_are_named_and_the_others_are_done(tmp_path, capsys):
     assert "2 of 5 pictures, 4 instances" in said.out
     entries = json.loads((tmp_path / "out/results.json").read_text())
     assert {Path(e["file_name"]).name for e in entries} == {good.name, "c.jpg"}
+
+
+def test_a_picture_that_memory_lacks_for_is_named_and_the_others_are_done(tmp_path, capsys):
+    class Tight(bright_model.BrightRegions):
+        def encode(self, image, budget):
+            if image.shape[1] > 100:
+                raise OutOfMemory("no room")
+            return super().encode(image, budget)
+
+    register_model("tight", lambda device, precision: Tight())
+    write(tmp_path / "in/a_wide.png", bright_model.scene(width=120))
+    write(tmp_path / "in/b.png", bright_model.scene())
+    assert main(["segment", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--model", "tight"]) == 1
+    assert re.search(r"skipped .*a_wide.png: no room; expected memory for at least", capsys.readouterr().err)
+    entries = json.loads((tmp_path / "out/results.json").read_text())
+    assert {Path(e["file_name"]).name for e in entries} == {"b.png"}
+
+
+def test_help_of_what_runs_beside_masks_names_its_own_precisions(capsys):
+    for command in ("semantic", "restore", "evaluate-semantic"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "no such model has int8" in text and "have auto always" not in text
 
 
 def test_folders_below_and_equal_names_do_not_overwrite(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from glesam_ros import load_pipeline
 from glesam_ros.cli.bench import load_frame
-from glesam_ros.models.base import Budget
+from glesam_ros.models.base import Budget, OutOfMemory
 from glesam_ros.models.nano import WEIGHTS, Nano, model_size
 from glesam_ros.models.onnx_session import choose_device
 
@@ -41,6 +42,34 @@ def test_weights_fit_the_promised_size() -> None:
     allowed = {f"nano_{p}{kind}.onnx" for p in parts for kind in ("", "_int8")} | {"nano_weights.bin"}
     assert {f"nano_{p}.onnx" for p in parts} <= {p.name for p in files} <= allowed
     assert sum(p.stat().st_size for p in files) <= 20_000_000
+
+
+def test_weights_of_a_folder_run_by_its_name(scene, tmp_path) -> None:
+    image, _ = scene
+    folder = tmp_path / "own"
+    shutil.copytree(WEIGHTS, folder, ignore=shutil.ignore_patterns("*_int8*", "rass*"))
+    own, ours = (load_pipeline(name, device="cpu", precision="fp32").segment(image) for name in (str(folder), "nano"))
+    assert len(own) and np.array_equal(own.masks, ours.masks)
+    (folder / "nano_trunk.onnx").unlink()
+    with pytest.raises(FileNotFoundError, match="nano_trunk.onnx.*export them again"):
+        load_pipeline(str(folder), device="cpu")
+    with pytest.raises(ValueError, match="got '/nowhere'.*weights of nano of one's own: a folder that exists"):
+        load_pipeline("/nowhere")
+    with pytest.raises(ValueError, match="expected one of nano, .* or a folder with weights of nano; got 'nanoo'"):
+        load_pipeline("nanoo")
+
+
+@pytest.mark.parametrize("part", ["stem", "trunk", "enhancer", "decoder", "prompt"])
+def test_a_lack_of_memory_in_any_part_is_said_as_such(part: str, scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lacking:
+        def run(self, *args: Any) -> Any:
+            raise RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer")
+
+    image, _ = scene
+    pipe = load_pipeline("nano", device="cpu", enhancement="always" if part == "enhancer" else "off")
+    monkeypatch.setattr(pipe.model, f"_{part}", Lacking())
+    with pytest.raises(OutOfMemory, match="Failed to allocate.*at least processing size 256 of 512"):
+        pipe.segment(image, points=[[170, 160]])
 
 
 @pytest.mark.parametrize("enhancement", ["off", "always", "auto"])

@@ -1,4 +1,4 @@
-"""The command line: `glesam segment / bag / demo / bench`; one module a command."""
+"""The command line `glesam`; one module a command."""
 
 from glesam_ros import keep_openblas_on_one_thread
 

@@ -150,9 +150,11 @@ def _open_beside(args: argparse.Namespace) -> tuple[SemanticSegmenter | None, Re
     """The semantic model and the restorer, None where off."""
     from glesam_ros.semantic import load_restorer, load_semantic
 
+    # as in the node: torch models have no TensorRT, and auto takes it where a model has it
+    device = "auto" if args.device == "tensorrt" else args.device
     try:
-        segmenter = load_semantic(args.semantic, args.device) if args.semantic != OFF else None
-        restorer = load_restorer(args.restorer, args.device) if args.restorer != OFF else None
+        segmenter = load_semantic(args.semantic, device) if args.semantic != OFF else None
+        restorer = load_restorer(args.restorer, device) if args.restorer != OFF else None
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     return segmenter, restorer

@@ -307,7 +307,7 @@ class ResultWriter:
         """Segment one frame and write its results; a bad frame is counted, and its fault comes back.
 
         Raises:
-            CommandError: a model lacks memory.
+            CommandError: a model lacks memory even for the least that it can take.
         """
         self.tally.frames += 1
         try:
@@ -321,7 +321,7 @@ class ResultWriter:
         start = time.perf_counter()
         semantic = restored = None
         try:
-            instances = self.pipeline.decode(self.pipeline.encode(image, self._gates[frame.topic]))
+            instances = self.pipeline.segment(image, gate=self._gates[frame.topic])
             if self._segmenter is not None:
                 semantic = self._segmenter.segment(image)
             if self._restorer is not None:

@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_frame(path: Path | None, size: tuple[int, int]) -> UInt8Array:
-    """The picture at `path`, or a photograph of the demo, scaled to `size` (width, height).
+    """The picture at `path`, or a photograph of the demo, scaled to `size` (width, height): (height, width, 3)
+    uint8 RGB.
 
     Raises:
         CommandError: not a picture.
@@ -106,7 +107,7 @@ def load_frame(path: Path | None, size: tuple[int, int]) -> UInt8Array:
 
 
 def demo_photograph() -> Path:
-    """The first photograph that ships for the demo."""
+    """The first photograph that ships for the demo. Raises CommandError where none does."""
     photographs = sorted((Path(__file__).parents[1] / "demo").glob("**/*.jpg"))
     if not photographs:
         raise CommandError("no photograph ships with this installation; name one with --image")

@@ -23,6 +23,11 @@ SELECTION_SETTINGS = (
     "enhance_above", "enhance_below", "score_threshold", "stability_threshold", "nms_iou", "max_instances", "min_area",
 )
 """Settings that choose among its instances."""
+BESIDE_TEXTS = {
+    "device": "Where the model runs; tensorrt: rass-nano alone.",
+    "precision": "Arithmetic; no such model has int8; rass-nano: fp32, on TensorRT also fp16.",
+}
+"""Help for commands whose model is a semantic one or a restorer."""
 
 
 class CommandError(Exception):
@@ -30,7 +35,8 @@ class CommandError(Exception):
 
 
 def add_settings(
-    parser: argparse.ArgumentParser, names: Sequence[str], defaults: Mapping[str, Any] | None = None
+    parser: argparse.ArgumentParser, names: Sequence[str], defaults: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Add an option for each of the parameters `names`, with help, range, choices and default from its `Spec`.
 
@@ -38,12 +44,13 @@ def add_settings(
         parser: gets the options.
         names: of parameters.
         defaults: of the command, where they are not the node's.
+        texts: help by name, where that of the node's parameter does not fit.
     """
     group = parser.add_argument_group("model options", "names and ranges are those of the node's parameters")
     for name in names:
         spec, default = settings.spec(name), (defaults or {}).get(name, settings.default(name))
         flag = "--" + name.replace("_", "-")
-        about = [spec.help.replace("%", "%%")]
+        about = [(texts or {}).get(name, spec.help).replace("%", "%%")]
         if spec.low is not None:
             about.append(f"{spec.low} .. {spec.high}{' ' + spec.unit if spec.unit else ''};")
         about.append(f"default: {default}")

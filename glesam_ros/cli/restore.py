@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glesam_ros.cli.options import CommandError, add_settings
-from glesam_ros.cli.segment import SUFFIXES, add_pictures, find_pictures, read_picture
+from glesam_ros.cli.options import BESIDE_TEXTS, CommandError, add_settings
+from glesam_ros.cli.segment import add_pictures, find_pictures, read_picture
+from glesam_ros.picture_files import SUFFIXES
 
 if TYPE_CHECKING:
     from glesam_ros.semantic import Restorer
@@ -46,7 +47,7 @@ def add_parser(commands: Any) -> None:
         "--classes", nargs="+", type=_class_name, default=[], metavar="NAME",
         help="what the pictures show, in words, the most important first; default: nothing is said",
     )
-    add_settings(parser, SETTINGS)
+    add_settings(parser, SETTINGS, texts=BESIDE_TEXTS)
     parser.set_defaults(func=run)
 
 

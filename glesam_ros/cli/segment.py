@@ -18,13 +18,12 @@ from glesam_ros.cli.options import (
     numbers,
     open_pipeline,
 )
+from glesam_ros.picture_files import SUFFIXES, is_cut_short
 
 if TYPE_CHECKING:
     from glesam_ros.instances import Instances
     from glesam_ros.validation import UInt8Array
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-"""Endings that count as pictures in a folder; a file named on the command line may end in anything."""
 SETTINGS = (*MODEL_SETTINGS, *SELECTION_SETTINGS, "overlay_alpha")
 
 EPILOG = """\
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             start = time.perf_counter()
             instances = pipeline.segment(image, **prompts)
             seconds += time.perf_counter() - start
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             failures.append(f"{path}: {error}")
             tqdm.write(f"glesam segment: skipped {path}: {error}", file=sys.stderr)
             continue
@@ -149,7 +148,7 @@ def read_picture(path: Path) -> UInt8Array:
     data = path.read_bytes()
     if not data:
         raise ValueError("expected a picture, got an empty file")
-    if _is_cut_short(data):
+    if is_cut_short(data):
         raise ValueError(f"expected a whole picture, got one cut short after {len(data)} bytes; copy it again")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
@@ -212,13 +211,6 @@ def _write_pictures(stem: Path, image: UInt8Array, instances: Instances, alpha: 
         if not done:
             raise CommandError(f"{path}: OpenCV could not encode the picture")
         path.write_bytes(data.tobytes())
-
-
-def _is_cut_short(data: bytes) -> bool:
-    """Whether a JPEG lacks its end marker or a PNG its end chunk; decoders fill such a picture with grey in silence."""
-    if data.startswith(b"\xff\xd8"):
-        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
-    return data.startswith(b"\x89PNG") and b"IEND" not in data[-4096:]
 
 
 def _point(text: str) -> tuple[float, ...]:

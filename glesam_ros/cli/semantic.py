@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glesam_ros.cli.options import CommandError, add_settings
+from glesam_ros.cli.options import BESIDE_TEXTS, CommandError, add_settings
 from glesam_ros.cli.segment import add_pictures, find_pictures, read_picture
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> None:
         "--confidence", action=argparse.BooleanOptionalAction, default=True,
         help="write NAME_confidence.png; default: yes",
     )
-    add_settings(parser, SETTINGS)
+    add_settings(parser, SETTINGS, texts=BESIDE_TEXTS)
     parser.set_defaults(func=run)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.checksum import sha256
-from glesam_ros.cli.options import CommandError, add_settings, positive, seed, versions
+from glesam_ros.cli.options import BESIDE_TEXTS, CommandError, add_settings, positive, seed, versions
 
 if TYPE_CHECKING:
     from glesam_ros.evaluation.protocol import Condition
@@ -96,7 +96,7 @@ def add_parser(commands: Any) -> None:
         "--sheet-condition", default="lq-3", metavar="NAME",
         help="what the contact sheet shows; the last condition where this one was not measured; default: lq-3",
     )
-    add_settings(parser, SETTINGS)
+    add_settings(parser, SETTINGS, texts=BESIDE_TEXTS)
     parser.set_defaults(func=run)
 
 

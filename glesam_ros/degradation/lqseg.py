@@ -370,7 +370,7 @@ def _jpeg(image: Picture, order: Order, rng: np.random.Generator, sampled: dict[
 
 
 def jpeg(image: UInt8Array, quality: int) -> UInt8Array:
-    """Compress and decompress; channels are taken as BGR."""
+    """Compress and decompress an (H, W, 3) uint8 image; channels are taken as BGR."""
     encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR), np.uint8)
 

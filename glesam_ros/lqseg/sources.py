@@ -19,12 +19,11 @@ import cv2
 import numpy as np
 
 from glesam_ros.datasets import decode_segmentation
+from glesam_ros.picture_files import SUFFIXES, is_cut_short
 from glesam_ros.validation import BoolArray, UInt8Array
 
 KINDS = ("coco", "folder", "ade20k", "bsds")
 """Sources that `read_index` knows; coco is LVIS, too."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-"""Endings that count as pictures and as masks."""
 MAX_LABEL = 32767
 """Largest label; what reads the data set holds label maps as int16."""
 BOX_TOLERANCE = 1.0
@@ -175,13 +174,6 @@ def read_picture(source: Source) -> tuple[bytes, UInt8Array]:
     if source.size and pixels.shape[:2] != source.size:
         raise Malformed("image_size", f"expected height and width {source.size}, got {pixels.shape[:2]}")
     return data, np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
-
-
-def is_cut_short(data: bytes) -> bool:
-    """Whether a JPEG lacks its end marker or a PNG its end chunk; OpenCV 4 fills the rest with grey in silence."""
-    if data.startswith(b"\xff\xd8"):
-        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
-    return data.startswith(b"\x89PNG") and b"IEND" not in data[-4096:]
 
 
 def read_truth(index: Index, source: Source, size: tuple[int, int]) -> Truth:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import cv2
 import numpy as np
 
 from glesam_ros.models.base import Budget, Candidates, Embedding
-from glesam_ros.models.onnx_session import choose_device, open_session
+from glesam_ros.models.onnx_session import choose_device, engine_cache, open_session, run_session
 from glesam_ros.models.proposals import choose
 from glesam_ros.validation import FloatArray, UInt8Array
 
@@ -71,11 +70,11 @@ class Nano:
         needed = {"fp16": "tensorrt", "int8": "cpu"}.get(precision, device)
         if device != needed:
             raise ValueError(f"precision: {precision} needs device {needed}, got {device}; use auto or fp32")
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "glesam_ros" / "tensorrt"
 
         def open_part(part: str) -> Any:
             kind = "_int8" if precision == "int8" and part in IN_8_BITS else ""
-            return open_session(folder / f"nano_{part}{kind}.onnx", device, precision == "fp16", cache, threads)
+            path = folder / f"nano_{part}{kind}.onnx"
+            return open_session(path, device, precision == "fp16", engine_cache(), threads)
 
         self._stem, self._trunk, self._enhancer = open_part("stem"), open_part("trunk"), open_part("enhancer")
         self._decoder, self._prompt = open_part("decoder"), open_part("prompt")
@@ -83,20 +82,26 @@ class Nano:
         _LOG.info("nano runs on %s", self.device)
 
     def encode(self, image: UInt8Array, budget: Budget) -> Embedding:
-        """Features of the stem and the level; the trunk runs in `Embedding.finished`, so not for an enhanced image."""
+        """Features of the stem and the level; the trunk runs in `Embedding.finished`, so not for an enhanced image.
+
+        Raises:
+            OutOfMemory: the device lacked memory.
+        """
         size = (int(image.shape[0]), int(image.shape[1]))
         inside = model_size(size, max(LEAST_SIZE, budget.processing_size or OWN_SIZE))
-        s4, s8, level = self._stem.run(None, {"image": resized(image, inside)[None]})
+        s4, s8, level = run_session(self._stem, {"image": resized(image, inside)[None]})
         seen = Embedding(None, size, float(level[0]), extra={"s4": s4, "s8": s8})
         return dataclasses.replace(seen, finish=functools.partial(self._finish, seen))
 
     def enhance(self, embedding: Embedding) -> Embedding:
+        """As `SegmentationModel.enhance`: the latent (1, 96, h / 8, w / 8) float32. Raises OutOfMemory."""
         features = {name: embedding.extra[name] for name in ("s4", "s8")}
         level = np.array([embedding.degradation], np.float32)
-        (latent,) = self._enhancer.run(None, {**features, "level": level})
+        (latent,) = run_session(self._enhancer, {**features, "level": level})
         return dataclasses.replace(embedding, latent=latent, enhanced=True, extra=features, finish=None)
 
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
+        """As `SegmentationModel.propose`: logits (K, h / 4, w / 4) float32. Raises OutOfMemory."""
         features, _, _, weights, scores = self._shared(embedding)
         chosen, found, rank = choose(
             weights.reshape(-1, weights.shape[-1]), scores.ravel(), features[0],
@@ -105,13 +110,14 @@ class Nano:
         return Candidates(_masks(chosen, features), found, rank)
 
     def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:
+        """As `SegmentationModel.prompt`: logits (B, h / 4, w / 4) float32. Raises OutOfMemory."""
         features, trunk, grid, _, _ = self._shared(embedding)
         height, width = embedding.size
         # a point names a pixel, so its centre is meant; box corners lie between pixels
         centred = points + 0.5 * (labels < 2)[..., None]
         xy, labels = _with_box_centres((centred / (width, height) * 2 - 1).astype(np.float32), labels)
         inputs = {"features": features, "trunk": trunk, "grid": grid, "xy": xy[None], "labels": labels[None]}
-        weights, scores = self._prompt.run(None, inputs)
+        weights, scores = run_session(self._prompt, inputs)
         # a lone point may mean several things, the most convincing wins; anything more has one answer
         lone = (labels >= 0).sum(1) == 1
         choice = np.where(lone, 1 + scores[0, :, 1:].argmax(1), 0)
@@ -126,13 +132,13 @@ class Nano:
 
     def _finish(self, seen: Embedding) -> Embedding:
         features = {name: seen.extra[name] for name in ("s4", "s8")}
-        (latent,) = self._trunk.run(None, features)
+        (latent,) = run_session(self._trunk, features)
         return dataclasses.replace(seen, latent=latent, extra=features)
 
     def _shared(self, embedding: Embedding) -> tuple[Any, ...]:
         """What all masks of an embedding need, computed once and kept with it."""
         if "shared" not in embedding.extra:
-            embedding.extra["shared"] = self._decoder.run(None, {"latent": embedding.finished().latent})
+            embedding.extra["shared"] = run_session(self._decoder, {"latent": embedding.finished().latent})
         shared: tuple[Any, ...] = tuple(embedding.extra["shared"])
         return shared
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 LACKS = ("Failed to allocate", "bad allocation", "bad_alloc", "out of memory", "cudaErrorMemoryAllocation")
 """Parts of onnxruntime's messages that mean: not enough memory."""
+
+
+def engine_cache() -> Path:
+    """Folder of the engines that TensorRT built: glesam_ros/tensorrt in $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glesam_ros" / "tensorrt"
 
 
 def choose_device(device: str, available: list[str] | None = None) -> str:

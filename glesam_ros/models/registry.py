@@ -19,7 +19,7 @@ RestorerLoader = Callable[[str, str], RestorerModel]
 FULL_SIZE_PACKAGES = (
     "torch", "torchvision", "diffusers", "peft", "transformers", "safetensors", "segment_anything", "sam2"
 )
-"""What full-size models may need, all in the extra `glesam` of setup.py."""
+"""What full-size models may need: the extra `glesam` of setup.py, and sam2, which comes apart."""
 
 _Model = TypeVar("_Model")
 
@@ -90,10 +90,11 @@ def restorer_names() -> tuple[str, ...]:
 
 
 def load_model(name: str, device: str = "auto", precision: str = "auto") -> SegmentationModel:
-    """Load a registered model of instance masks.
+    """Load a registered model of instance masks; or, from a folder, nano with weights of one's own.
 
     Args:
-        name: a registered name, or for a model at full size a repository of Hugging Face, see `catalogue.HUB`.
+        name: a registered name; for a model at full size a repository of Hugging Face, see `catalogue.HUB`; or a folder
+            that `glesam_ros.training.export` wrote.
         device, precision: as in `glesam_ros.settings`.
 
     Raises:
@@ -102,12 +103,17 @@ def load_model(name: str, device: str = "auto", precision: str = "auto") -> Segm
         FileNotFoundError: weights are missing; names the file and how to get it.
         ModuleNotFoundError: a package that this model needs is missing; says how to install it.
     """
+    if name not in _REGISTRY and name not in catalogue.HUB and Path(name).is_dir():
+        from glesam_ros.models.nano import Nano
+
+        return Nano(device, precision, Path(name))
     asked, name = name, name if name in _REGISTRY else catalogue.own_name(name)
     if name not in _REGISTRY:
         own = [known for known in model_names() if known not in catalogue.model_names()]
         raise ValueError(
             f"model: expected one of {', '.join([*own, *catalogue.BASES])}, SAM's also with "
-            f"{', '.join(f'+{enhancer}' for enhancer in catalogue.ENHANCERS)}; got {asked!r}"
+            f"{', '.join(f'+{enhancer}' for enhancer in catalogue.ENHANCERS)}, or a folder with weights of nano; "
+            f"got {asked!r}"
         )
     return _load("model", _REGISTRY, name, device, precision)
 
@@ -152,5 +158,8 @@ def _load(
     except ModuleNotFoundError as error:
         if error.name not in FULL_SIZE_PACKAGES:
             raise
-        text = f"{what} {name}: {error}; install what it needs: pip install 'glesam_ros[glesam]'"
+        how = "pip install 'glesam_ros[glesam]'"
+        if error.name == "sam2":
+            how = "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2"
+        text = f"{what} {name}: {error}; install what it needs: {how}"
         raise ModuleNotFoundError(text, name=error.name) from error

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, with_positions
 from glesam_ros.training.batches import draw_pairs
-from glesam_ros.training.config import Config
+from glesam_ros.training.config import Config, SourceConfig, load_config
 from glesam_ros.training.graphs import shorten_names, simplify
 from glesam_ros.training.quantize import Grids, hand_out_bytes, quantize
 from glesam_ros.training.sources import load_scenes
@@ -221,14 +221,25 @@ def compare(path: Path, module: nn.Module, inputs: tuple[Tensor, ...], names: li
     )
 
 
-def calibration_pictures(data: Path, pairs: int = PAIRS, seed: int = 0) -> list[np.ndarray[Any, Any]]:
+def sources_of(checkpoint: Path) -> tuple[SourceConfig, ...]:
+    """What the run trained on, by the `config.yaml` beside its checkpoint; the recipe's sources where there is none."""
+    beside = checkpoint.with_name("config.yaml")
+    return (load_config(beside) if beside.is_file() else Config()).sources
+
+
+def calibration_pictures(
+    data: Path, pairs: int = PAIRS, seed: int = 0, sources: Sequence[SourceConfig] = Config().sources
+) -> list[np.ndarray[Any, Any]]:
     """Crops of training photographs as the default recipe draws them: all of them clear, then the same degraded.
 
+    Returns:
+        2 * `pairs` crops (H, W, 3) uint8 RGB.
+
     Raises:
-        FileNotFoundError: `data` lacks a training set of the recipe.
+        FileNotFoundError: `data` lacks one of the sources.
     """
     config = Config()
-    drawn = draw_pairs(load_scenes(config.sources, data), np.random.default_rng(seed), config, pairs)
+    drawn = draw_pairs(load_scenes(tuple(sources), data), np.random.default_rng(seed), config, pairs)
     return [picture for kind in ("clear", "degraded") for picture in drawn[kind].numpy()]
 
 
@@ -244,7 +255,7 @@ def main() -> None:
     args = parser.parse_args()
     net = NanoNet()
     net.load_state_dict(torch.load(args.checkpoint, weights_only=True))
-    pictures = calibration_pictures(args.calibration) if args.calibration else []
+    pictures = calibration_pictures(args.calibration, sources=sources_of(args.checkpoint)) if args.calibration else []
     report: dict[str, Any] = {**export(net, args.out, pictures)}
     report["bytes"] = {p.name: p.stat().st_size for p in sorted(args.out.glob("nano_*"))}
     report["total"] = sum(report["bytes"].values())

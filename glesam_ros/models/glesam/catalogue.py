@@ -221,7 +221,7 @@ def own_name(name: str) -> str:
     if repository not in HUB:
         raise ValueError(
             f"model: expected of Hugging Face's repositories one of {', '.join(HUB)}; got {repository!r}. What is on "
-            "this machine: glesam models get NAME --from PATH"
+            "this machine: glesam models get NAME --from PATH; weights of nano of one's own: a folder that exists"
         )
     if len(held := HUB[repository]) > 1:
         raise ValueError(f"model: expected one of those that {repository} holds, {', '.join(held)}; got {name!r}")
