@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from glesam_ros.picture_files import SUFFIXES
 
@@ -38,8 +39,8 @@ _ADE_SPLITS = {"train": "training", "val": "validation", "test": "validation"}
 _NOT_A_CLASS = -1
 _SHOWN = 10
 
-UInt8Array = np.ndarray[Any, np.dtype[np.uint8]]
-Labels = np.ndarray[Any, Any]
+UInt8Array = NDArray[np.uint8]
+Labels = NDArray[Any]
 """(H, W) uint8 or uint16."""
 
 

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from glesam_ros.instances import Instances
 from glesam_ros.models import (
@@ -28,7 +29,7 @@ from glesam_ros.models import (
 )
 from glesam_ros.validation import FloatArray, UInt8Array, check_classes, check_image
 
-LabelArray = np.ndarray[Any, np.dtype[np.uint8]] | np.ndarray[Any, np.dtype[np.uint16]]
+LabelArray = NDArray[np.uint8] | NDArray[np.uint16]
 """(H, W) of class indices."""
 NO_CLASS = -1
 """What `class_of_instances` says of a mask without pixels or without any confidence."""

@@ -56,7 +56,11 @@ class Settings:
         ValueError: on construction, when a value breaks its range, choices or type, or two values contradict.
     """
 
-    model: str = _param("nano", "Model to run: a registered name, see `glesam bench --list`, or a folder with weights of nano of one's own.", read_only=True)
+    model: str = _param(
+        "nano",
+        "Model to run: a registered name, see `glesam bench --list`, or a folder with weights of nano of one's own.",
+        read_only=True,
+    )
     device: str = _param(
         "auto", "Where the model runs; auto takes TensorRT, then CUDA, then CPU (SAM models: CUDA, then CPU).",
         choices=DEVICES, read_only=True,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
-FloatArray = np.ndarray[Any, np.dtype[np.float32]]
-UInt8Array = np.ndarray[Any, np.dtype[np.uint8]]
+BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float32]
+UInt8Array = NDArray[np.uint8]
 MOST_CLASSES = 65535
 """Of a label map of 16 bits, whose largest value means void."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from glesam_ros.degradation import degrade
 from glesam_ros.models.rass_nano import RassNano
@@ -28,7 +29,7 @@ WORSE = (("clear", 0), ("lq", 3), ("low_light", 3), ("rain", 3))
 SCORED = "tree"
 SIZE = (400, 267)
 GAP = 6
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 
 
 def main() -> None:

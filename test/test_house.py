@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,26 @@ def test_heavy_libraries_stay_in_their_rooms(file: str) -> None:
         assert not modules & {"glesam_ros.models.nano_net", "glesam_ros.models.rass_nano_net"}
     if not file.startswith(("glesam_ros/ros/", "glesam_ros/cli/")):
         assert not top & ROS_PACKAGES, f"{file}: ROS belongs to glesam_ros/ros"
+
+
+def evaluated(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those of annotations, which nothing evaluates (`from __future__ import annotations`)."""
+    for name, value in ast.iter_fields(tree):
+        if name in ("annotation", "returns"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield child
+                yield from evaluated(child)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_types_of_arrays_are_made_as_the_numpy_of_humble_can(file: str) -> None:
+    """Ubuntu 22.04 has numpy 1.21, where numpy.typing.NDArray can be subscripted, np.ndarray and np.dtype cannot."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    for node in evaluated(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute):
+            assert node.value.attr not in ("ndarray", "dtype"), f"{file}:{node.lineno}: expected NDArray[...]"
 
 
 def test_import_is_light() -> None:

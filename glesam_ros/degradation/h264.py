@@ -14,10 +14,11 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from glesam_ros.validation import UInt8Array
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 
 MACROBLOCK = 16
 SCALES = ((10, 16, 13), (11, 18, 14), (13, 20, 16), (14, 23, 18), (16, 25, 20), (18, 29, 23))

@@ -13,10 +13,11 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from glesam_ros.validation import FloatArray, UInt8Array, check_image
 
-Picture = np.ndarray[Any, Any]
+Picture = NDArray[Any]
 """(H, W, 3) float32 BGR in 0..255; the stubs of OpenCV know no dtype."""
 
 RATES = {1: 1, 2: 2, 3: 4}

@@ -12,12 +12,13 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from glesam_ros.degradation.h264 import h264
 from glesam_ros.degradation.lqseg import Degraded, degrade_lqseg, jpeg
 from glesam_ros.validation import UInt8Array, check_image
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 """Working array, float32 unless said otherwise; the stubs of OpenCV know no dtype."""
 Rng = np.random.Generator
 Effect = Callable[[UInt8Array, int, Rng, Rng], tuple[Array, dict[str, Any]]]

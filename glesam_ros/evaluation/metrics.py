@@ -6,6 +6,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from glesam_ros.validation import BoolArray, FloatArray
 
@@ -16,7 +17,7 @@ BOUNDARY_SHARE = 0.02
 
 _DRAWN_AT_ONCE = 1 << 20
 
-Doubles = np.ndarray[Any, np.dtype[np.float64]]
+Doubles = NDArray[np.float64]
 
 
 def iou(predicted: Any, truth: Any) -> Doubles:

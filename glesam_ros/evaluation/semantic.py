@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from glesam_ros.degradation import degrade
 from glesam_ros.evaluation.baselines import BASELINES, GRABCUT, LEARNED, Restorer, applies, load_restorers
@@ -40,8 +41,8 @@ _DRAWN_AT_ONCE = 1 << 22
 _NAMED = 20
 """At most so many classes are named in a message."""
 
-Doubles = np.ndarray[Any, np.dtype[np.float64]]
-Integers = np.ndarray[Any, np.dtype[np.int64]]
+Doubles = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 
 class Method(NamedTuple):

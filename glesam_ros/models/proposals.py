@@ -15,13 +15,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from glesam_ros.models.base import STABILITY_OFFSET
 from glesam_ros.validation import BoolArray, FloatArray
 
-Indices = np.ndarray[Any, np.dtype[np.intp]]
-Bits = np.ndarray[Any, np.dtype[np.uint64]]
-Counts = np.ndarray[Any, np.dtype[np.int32]]
+Indices = NDArray[np.intp]
+Bits = NDArray[np.uint64]
+Counts = NDArray[np.int32]
 
 POOL = 4
 """Side of the cells of the features that are one cell of a coarse mask."""

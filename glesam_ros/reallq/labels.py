@@ -12,6 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from glesam_ros.datasets import decode_segmentation
 from glesam_ros.labelled import read_class_list, read_label_map
@@ -27,7 +28,7 @@ POINTS = {"polygon": 3, "rectangle": 2, "oriented_rectangle": 4, "circle": 2, "m
 UNLABELLED = ("_background_", "__ignore__", "background")
 """Names that mean "no class", of LabelMe and CVAT; drawn over another shape they take it away."""
 
-Labels = np.ndarray[Any, Any]
+Labels = NDArray[Any]
 """(H, W) uint8 or uint16, 0 unlabelled, k is class k - 1."""
 
 

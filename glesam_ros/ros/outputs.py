@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from sensor_msgs.msg import Image
@@ -29,7 +30,7 @@ except ImportError as error:
 else:
     VISION_MSGS_MISSING = ""
 
-LabelMap = np.ndarray[Any, np.dtype[np.uint16]]
+LabelMap = NDArray[np.uint16]
 
 OF_INSTANCES = frozenset({"masks", "confidence", "detections", "overlay"})
 """Outputs for which masks are decoded."""

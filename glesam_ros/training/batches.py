@@ -7,6 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from glesam_ros.degradation import degrade, degrade_lqseg
 from glesam_ros.models.nano import resized
@@ -16,7 +17,7 @@ from glesam_ros.training.loop import Batch
 from glesam_ros.training.prompts import draw_cells, draw_prompt
 from glesam_ros.training.sources import Scenes
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 
 
 def draw_scenes(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,7 +37,7 @@ from glesam_ros.training.matching import Guide, carried, is_adapted
 from glesam_ros.training.prompts import draw_points
 from glesam_ros.training.sources import Scenes, load_scenes
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 POINTS = 3
 """Random points of a prompt in stage 2 (released code)."""
 SMOOTH = 1e-6

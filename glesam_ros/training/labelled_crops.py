@@ -9,13 +9,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from glesam_ros.labelled import CLASS_FILES, EVERY, LabelledFolder, LabelledPicture, open_labelled
 from glesam_ros.models.rass import ade20k
 from glesam_ros.training.crops import jitter
 from glesam_ros.training.rass_config import LabelledCropConfig, LabelledSourceConfig
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 VOID = -1
 """Label of a pixel of a crop that has no class."""
 TRIES = 100

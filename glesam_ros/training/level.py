@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +18,7 @@ from glesam_ros.training.crops import recoloured
 from glesam_ros.training.loop import Batch
 from glesam_ros.training.sources import Scenes
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 SIDES = (480, 960)
 """Long sides of a camera's frames (px). What blur and noise of a larger frame leave at `INSIDE` is another level."""
 AS_TAKEN = 0.5

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,7 +33,7 @@ from glesam_ros.training.rass_nano_config import (
     RassNanoConfig,
 )
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 COUNTED = 200
 """Pictures of a folder whose labels are counted for the weights of the classes."""
 

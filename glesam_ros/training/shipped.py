@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from glesam_ros.models.nano import IN_8_BITS
@@ -25,7 +26,7 @@ from glesam_ros.models.nano_net import NanoNet
 from glesam_ros.training.export import export
 from glesam_ros.training.graphs import constants, fold_constants
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 PARTS = (*IN_8_BITS, "prompt")
 NEAR = 1e-3
 """Share of the largest number by which what two bytes store may differ."""

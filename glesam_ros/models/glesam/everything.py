@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from glesam_ros.models.base import STABILITY_OFFSET, Budget, Candidates
@@ -31,7 +32,7 @@ EDGE = 20
 OUTSIDE = -32.0
 """Logit of what lies outside of a mask's crop."""
 
-IntArray = np.ndarray[Any, np.dtype[np.intp]]
+IntArray = NDArray[np.intp]
 
 
 class Crop(NamedTuple):
