@@ -12,9 +12,11 @@ import pytest
 
 from glesam_ros import load_pipeline
 from glesam_ros.cli.bench import load_frame
+from glesam_ros.models import onnx_session
 from glesam_ros.models.base import Budget, OutOfMemory
 from glesam_ros.models.nano import WEIGHTS, Nano, model_size
-from glesam_ros.models.onnx_session import choose_device
+from glesam_ros.models.onnx_session import DeviceUnusable, choose_device, engine_cache
+from glesam_ros.models.rass_nano import RassNano
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +226,46 @@ def test_8_bits_are_for_the_cpu(monkeypatch, tmp_path, device, precision, files,
     for part in ("stem", "trunk", "enhancer", "decoder") if files else ():
         (tmp_path / f"nano_{part}_int8.onnx").touch()
     opened = []
-    monkeypatch.setattr("glesam_ros.models.nano.choose_device", lambda name: name)
+    monkeypatch.setattr(onnx_session, "choose_device", lambda name: name)
     monkeypatch.setattr("glesam_ros.models.nano.open_session", lambda path, *_: opened.append(path.stem) or Opened())
     model = Nano(device, precision, tmp_path)
     assert opened == [f"nano_{name}" for name in expected]
     assert model.device.startswith(f"{device} ({'int8' if 'int8' in expected[0] else 'fp32'}, ")
+
+
+@pytest.fixture
+def broken_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An onnxruntime that was built with CUDA on a machine without it: sessions fall back to the CPU."""
+    offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnx_session.ort, "get_available_providers", lambda: offered)
+    real = onnx_session.ort.InferenceSession
+
+    def fall_back(path: str, options: Any, providers: list[Any]) -> Any:
+        return real(path, options, providers=[(name, s) for name, s in providers if name == "CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnx_session.ort, "InferenceSession", fall_back)
+
+
+@pytest.mark.parametrize("load", [Nano, RassNano])
+def test_a_gpu_that_cannot_be_used_is_an_error_and_auto_takes_the_next(load, broken_cuda, caplog) -> None:
+    with pytest.raises(DeviceUnusable, match="device cuda: .* fell back to CPUExecutionProvider; check driver"):
+        load("cuda")
+    model = load("auto")
+    assert model.device.startswith("cpu (int8" if load is Nano else "cpu (fp32")
+    assert "fell back to CPUExecutionProvider" in caplog.text and "the next device is tried" in caplog.text
+
+
+def test_new_weights_meet_no_old_engines(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "b").write_text("2")
+    first = engine_cache(tmp_path.glob("[ab]"))
+    assert first.parent == tmp_path / "glesam_ros" / "tensorrt"
+    assert first == engine_cache([tmp_path / "b", tmp_path / "a"])
+    (tmp_path / "b").write_text("3")
+    assert engine_cache(tmp_path.glob("[ab]")) != first
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert engine_cache([]).is_absolute()
 
 
 def test_refusals_say_what_was_expected(monkeypatch) -> None:
@@ -238,7 +275,7 @@ def test_refusals_say_what_was_expected(monkeypatch) -> None:
         choose_device("tpu")
     with pytest.raises(ValueError, match="fp16 needs device tensorrt"):
         Nano("cpu", "fp16")
-    monkeypatch.setattr("glesam_ros.models.nano.choose_device", lambda name: name)
+    monkeypatch.setattr(onnx_session, "choose_device", lambda name: name)
     with pytest.raises(ValueError, match="int8 needs device cpu, got cuda; use auto or fp32"):
         Nano("cuda", "int8")
 

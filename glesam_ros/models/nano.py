@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from glesam_ros.models.base import Budget, Candidates, Embedding
-from glesam_ros.models.onnx_session import choose_device, engine_cache, open_session, run_session
+from glesam_ros.models.onnx_session import engine_cache, on_device, open_session, run_session
 from glesam_ros.models.proposals import choose
 from glesam_ros.validation import FloatArray, UInt8Array
 
@@ -61,7 +61,11 @@ class Nano:
         self, device: str = "auto", precision: str = "auto", weights: Path | None = None, threads: int = 0
     ) -> None:
         folder = WEIGHTS if weights is None else weights
-        device = choose_device(device)
+        self.device = on_device(device, functools.partial(self._open, folder, precision, threads))
+        _LOG.info("nano runs on %s", self.device)
+
+    def _open(self, folder: Path, precision: str, threads: int, device: str) -> str:
+        """Open all parts on `device`; answers where they run, in words."""
         if precision == "auto":
             there = all((folder / f"nano_{part}_int8.onnx").is_file() for part in IN_8_BITS)
             precision = "int8" if device == "cpu" and there else "fp32"
@@ -70,16 +74,15 @@ class Nano:
         needed = {"fp16": "tensorrt", "int8": "cpu"}.get(precision, device)
         if device != needed:
             raise ValueError(f"precision: {precision} needs device {needed}, got {device}; use auto or fp32")
+        cache = engine_cache(folder.glob("nano_*")) if device == "tensorrt" else None
 
         def open_part(part: str) -> Any:
             kind = "_int8" if precision == "int8" and part in IN_8_BITS else ""
-            path = folder / f"nano_{part}{kind}.onnx"
-            return open_session(path, device, precision == "fp16", engine_cache(), threads)
+            return open_session(folder / f"nano_{part}{kind}.onnx", device, precision == "fp16", cache, threads)
 
         self._stem, self._trunk, self._enhancer = open_part("stem"), open_part("trunk"), open_part("enhancer")
         self._decoder, self._prompt = open_part("decoder"), open_part("prompt")
-        self.device = f"{device} ({precision}, onnxruntime, {self._stem.get_providers()[0]})"
-        _LOG.info("nano runs on %s", self.device)
+        return f"{device} ({precision}, onnxruntime, {self._stem.get_providers()[0]})"
 
     def encode(self, image: UInt8Array, budget: Budget) -> Embedding:
         """Features of the stem and the level; the trunk runs in `Embedding.finished`, so not for an enhanced image.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnxruntime as ort
 
+from glesam_ros.checksum import sha256
 from glesam_ros.models.base import OutOfMemory
 
 _LOG = logging.getLogger(__name__)
@@ -23,13 +25,42 @@ PROVIDERS = {
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Smallest, usual and largest shape of an input by its name."""
 
-LACKS = ("Failed to allocate", "bad allocation", "bad_alloc", "out of memory", "cudaErrorMemoryAllocation")
+LACKS = ("Failed to allocate", "bad allocation", "bad_alloc", "out of memory", "cudaErrorMemoryAllocation", "ALLOC_FAILED")
 """Parts of onnxruntime's messages that mean: not enough memory."""
 
 
-def engine_cache() -> Path:
-    """Folder of the engines that TensorRT built: glesam_ros/tensorrt in $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glesam_ros" / "tensorrt"
+_Model = TypeVar("_Model")
+
+
+class DeviceUnusable(RuntimeError):
+    """onnxruntime offers the device but cannot use it: driver, CUDA, cuDNN or TensorRT are missing or do not fit."""
+
+
+def engine_cache(weights: Iterable[Path]) -> Path:
+    """Folder of the engines that TensorRT builds of these files, below $XDG_CACHE_HOME or ~/.cache.
+
+    onnxruntime names an engine by the nodes of its graph, so without a folder of their own new weights in an old layout
+    would meet old engines.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glesam_ros" / "tensorrt"
+    return base / hashlib.sha256("".join(map(sha256, sorted(weights))).encode()).hexdigest()[:16]
+
+
+def on_device(device: str, open_on: Callable[[str], _Model]) -> _Model:
+    """What `open_on(name)` gives for the device; for "auto" for the first one that can be used.
+
+    Raises:
+        DeviceUnusable, and as `choose_device`.
+    """
+    if device != "auto":
+        return open_on(choose_device(device))
+    available = ort.get_available_providers()
+    for name in (name for name, provider in PROVIDERS.items() if provider in available and name != "cpu"):
+        try:
+            return open_on(name)
+        except DeviceUnusable as error:
+            _LOG.warning("%s; the next device is tried", error)
+    return open_on("cpu")
 
 
 def choose_device(device: str, available: list[str] | None = None) -> str:
@@ -69,6 +100,7 @@ def open_session(
 
     Raises:
         FileNotFoundError: the model file is missing.
+        DeviceUnusable: onnxruntime fell back to another device.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -95,10 +127,23 @@ def open_session(
                 settings[f"trt_profile_{which}_shapes"] = ",".join(
                     f"{name}:{'x'.join(map(str, shape[k]))}" for name, shape in (shapes or {}).items()
                 )
+        elif name == "cuda" and _version() >= (1, 18):
+            settings = {"use_tf32": 0}  # fp32 as it is written: TF32 has 10 bits, the level is measured with more
         chain.append((PROVIDERS[name], settings))
     session = ort.InferenceSession(str(path), options, providers=chain)
+    if (got := session.get_providers()[0]) != PROVIDERS[device]:
+        raise DeviceUnusable(
+            f"device {device}: expected onnxruntime to use {PROVIDERS[device]}, it fell back to {got}; check driver, "
+            "CUDA, cuDNN and TensorRT, and that onnxruntime and onnxruntime-gpu are not both installed; or set device "
+            "to cpu"
+        )
     _LOG.debug("%s runs on %s", path.name, ", ".join(session.get_providers()))
     return session
+
+
+def _version() -> tuple[int, int]:
+    major, minor = ort.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def run_session(session: ort.InferenceSession, feed: dict[str, Any], outputs: Sequence[str] | None = None) -> list[Any]:

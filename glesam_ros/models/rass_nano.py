@@ -6,6 +6,7 @@ docs/models.md. Weights of one's own classes are two files: a graph and what it 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from glesam_ros.models.nano import MULTIPLE, WEIGHTS, model_size, resized
-from glesam_ros.models.onnx_session import choose_device, engine_cache, open_session, run_session
+from glesam_ros.models.onnx_session import DeviceUnusable, engine_cache, on_device, open_session, run_session
 from glesam_ros.validation import FloatArray, UInt8Array, check_classes
 
 _LOG = logging.getLogger(__name__)
@@ -69,19 +70,17 @@ class RassNano:
         self, device: str = "auto", precision: str = "auto", weights: Path | None = None, threads: int = 0
     ) -> None:
         folder = WEIGHTS if weights is None else weights
-        device = choose_device(device)
         if precision == "auto":
             precision = "fp32"
         if precision not in ("fp32", "fp16"):
             raise ValueError(f"precision: expected auto, fp32 or fp16 (TensorRT) for {self.name}, got {precision!r}")
-        if precision == "fp16" and device != "tensorrt":
-            raise ValueError(f"precision: fp16 needs device tensorrt, got {device}; use auto or fp32")
         card = read_card(folder / CARD_FILE)
         self.classes, self.palette, self.long_side, self.licence = (
             card.classes, card.palette, card.long_side, card.licence
         )
-        self._session = _open(folder / GRAPH_FILE, len(self.classes), device, precision == "fp16", threads)
-        self.device = f"{device} ({precision}, onnxruntime, {self._session.get_providers()[0]})"
+        self._session, self.device = on_device(
+            device, functools.partial(_open_on, folder / GRAPH_FILE, len(self.classes), precision, threads)
+        )
         _LOG.info("%s runs on %s; licence of its weights: %s", self.name, self.device, self.licence)
 
     def logits(self, image: UInt8Array) -> FloatArray:
@@ -139,10 +138,19 @@ def _colours(rows: Sequence[Any]) -> UInt8Array:
     return np.array(rows, np.uint8).reshape(-1, 3)
 
 
+def _open_on(path: Path, count: int, precision: str, threads: int, device: str) -> tuple[Any, str]:
+    """The session on `device`, and where it runs in words."""
+    if precision == "fp16" and device != "tensorrt":
+        raise ValueError(f"precision: fp16 needs device tensorrt, got {device}; use auto or fp32")
+    session = _open(path, count, device, precision == "fp16", threads)
+    return session, f"{device} ({precision}, onnxruntime, {session.get_providers()[0]})"
+
+
 def _open(path: Path, count: int, device: str, fp16: bool, threads: int) -> Any:
+    cache = engine_cache([path]) if device == "tensorrt" and path.is_file() else None
     try:
-        session = open_session(path, device, fp16, engine_cache(), threads)
-    except FileNotFoundError:
+        session = open_session(path, device, fp16, cache, threads)
+    except (FileNotFoundError, DeviceUnusable):
         raise
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise ValueError(f"{path}: expected an ONNX graph, onnxruntime cannot open it: {error}; {AGAIN}") from error
