@@ -166,14 +166,36 @@ def test_a_camera_that_stops_and_returns(launch):
     client = launch()
     masks = client.subscribe(Image, "masks")
     wait_for(lambda: client.status(), "diagnostics")
-    assert client.status().level == WARN and "no frame yet" in client.status().message
+    topic = f"/{client.namespace}/image"
+    cure = "start the camera, or set image_topic (compressed:=true for JPEG)"
+    assert (client.status().level, client.status().message) == (WARN, f"no publisher on {topic}: {cure}")
+    client.publisher(Image, "image")
+    wait_for(lambda: client.status().message == f"no frame yet on {topic}", "a status that knows the publisher")
+    assert client.status().level == WARN
     client.stream(lambda: good(client), lambda: masks.messages and client.status().level == OK, "a good status")
     wait_for(lambda: client.status().level == STALE, "a stale status")
-    assert "camera stopped" in client.status().message
+    assert "camera stopped" in client.status().message and "no publisher" not in client.status().message
     client.wait_log("camera stopped: no frame on", "/image")
+    client.node.destroy_publisher(client.publisher(Image, "image"))
+    wait_for(lambda: f"; no publisher on {topic}: {cure}" in client.status().message, "a status that misses it")
+    assert client.status().level == STALE and "camera stopped" in client.status().message
+    client._publishers.clear()
     before = len(masks)
     client.stream(lambda: good(client), lambda: len(masks) > before and client.status().level == OK, "masks again")
     client.wait_log("camera is back")
+
+
+@pytest.mark.parametrize(("compressed", "kind", "has", "lacks"), [
+    (False, CompressedImage, "image/compressed", "image"),
+    (True, Image, "image", "image/compressed"),
+])
+def test_a_publisher_of_the_other_transport_is_named_with_the_switch(launch, compressed, kind, has, lacks):
+    client = launch(compressed=compressed)
+    client.node.create_publisher(kind, has, 1)
+    here, there = (f"/{client.namespace}/{name}" for name in (lacks, has))
+    text = f"no publisher on {here}, but one on {there}: set compressed:={str(not compressed).lower()}"
+    wait_for(lambda: client.status() and client.status().message == text, text)
+    assert client.status().level == WARN
 
 
 def test_a_camera_that_changes_its_resolution(launch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ class CameraLedger:
         size: (height, width) of the newest frame that could be read, None before.
         degradation, enhanced: of the newest result, None before.
         qos_mismatch: text of a QoS mismatch, "" where there is none.
+        no_publisher: text of a topic without a publisher, "" where it has one.
         latency_ms: from stamp to masks.
         encode_ms, decode_ms: of the pipeline.
         semantic_ms, restore_ms: of the semantic model and of the restorer, in `status` once there is one.
@@ -64,6 +66,7 @@ class CameraLedger:
         self.degradation: float | None = None
         self.enhanced: bool | None = None
         self.qos_mismatch = ""
+        self.no_publisher = ""
         self.latency_ms, self.encode_ms, self.decode_ms, self.own_ms = Ring(), Ring(), Ring(), Ring()
         self.semantic_ms, self.restore_ms = Ring(), Ring()
         self._lock = threading.Lock()
@@ -173,9 +176,11 @@ class CameraLedger:
         if self.qos_mismatch:
             return DiagnosticStatus.ERROR, self.qos_mismatch
         if self._last_arrival is None:
-            return DiagnosticStatus.WARN, f"no frame yet on {self.topic}"
+            # no error: cameras often start after the node
+            return DiagnosticStatus.WARN, self.no_publisher or f"no frame yet on {self.topic}"
         if now - self._last_arrival > STOPPED_AFTER_S:
-            return DiagnosticStatus.STALE, f"camera stopped: no frame for {now - self._last_arrival:.1f} s"
+            text = f"camera stopped: no frame for {now - self._last_arrival:.1f} s"
+            return DiagnosticStatus.STALE, f"{text}; {self.no_publisher}" if self.no_publisher else text
         if self._failures_in_a_row >= FAILURES_TO_ERROR:
             return DiagnosticStatus.ERROR, f"inference failed {self._failures_in_a_row} times in a row"
         if new_faults and rate_out == 0:
@@ -191,6 +196,24 @@ def status(name: str, hardware_id: str, level: bytes, message: str, values: dict
         level=level, name=name, hardware_id=hardware_id, message=message,
         values=[KeyValue(key=key, value=str(value)) for key, value in values.items()],
     )
+
+
+def no_publisher(topic: str, is_compressed: bool, count: Callable[[str], int]) -> str:
+    """Why no frame can come on `topic`, and what to do; "" where it has a publisher.
+
+    Args:
+        topic: full name.
+        is_compressed: whether JPEG or PNG is expected there.
+        count: how many publishers a topic has.
+    """
+    if count(topic):
+        return ""
+    other = topic.removesuffix("/compressed") if is_compressed else f"{topic}/compressed"
+    switch = f"compressed:={str(not is_compressed).lower()}"
+    if count(other):
+        return f"no publisher on {topic}, but one on {other}: set {switch}"
+    kind = "raw images" if is_compressed else "JPEG"
+    return f"no publisher on {topic}: start the camera, or set image_topic ({switch} for {kind})"
 
 
 def worth_a_log_line(count: int) -> bool:

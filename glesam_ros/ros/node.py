@@ -422,6 +422,9 @@ class PerceptionNode(LifecycleNode):
                     self.get_logger().warning(
                         f"{camera.label} stopped: no frame on {camera.ledger.topic} for {silence:.1f} s"
                     )
+                camera.ledger.no_publisher = diagnostics.no_publisher(
+                    camera.ledger.topic, self.settings.compressed, self.count_publishers
+                )
                 points, boxes = camera.prompts.count()
                 message.status.append(camera.ledger.status(
                     f"{name}: camera {camera.name}".rstrip(), hardware_id, now,
