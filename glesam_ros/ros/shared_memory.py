@@ -14,7 +14,12 @@ def enlarge() -> None:
     """Give publishers of this process and its children room for images; call before `rclpy.init`.
 
     Fast DDS's own segment of 512 kB is smaller than a 640x480 rgb8 image, so that best-effort subscribers lose frames
-    as soon as the machine is busy. A profile that the user has chosen stays.
+    as soon as the machine is busy. A profile or a network that the user has chosen stays.
     """
-    if not any(name in os.environ for name in VARIABLES):
+    if not any(name in os.environ for name in VARIABLES) and not _is_network_chosen():
         os.environ.update(dict.fromkeys(VARIABLES, str(PROFILE)))
+
+
+def _is_network_chosen() -> bool:
+    """Whether the environment names transports, or this machine alone; the profile's UDP would reach beyond it."""
+    return bool(os.environ.get("FASTDDS_BUILTIN_TRANSPORTS")) or os.environ.get("ROS_LOCALHOST_ONLY") == "1"
