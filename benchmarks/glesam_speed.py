@@ -192,7 +192,7 @@ def reset_memory() -> None:
 
 def peak_memory() -> int | None:
     """Peak of the GPU's memory in MB (10^6 bytes), None without a GPU."""
-    return round(torch.cuda.max_memory_allocated() / 1e6) if torch.cuda.is_available() else None
+    return round(torch.cuda.max_memory_reserved() / 1e6) if torch.cuda.is_available() else None
 
 
 def main() -> int:

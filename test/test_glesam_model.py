@@ -430,7 +430,7 @@ def test_a_capture_that_memory_lacks_for_is_tried_again_when_memory_was_freed() 
     def capture(function: Function, inputs: Any) -> Function:
         tried.append(len(inputs[0]))
         if len(inputs[0]) > 2:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError("CUDA error: out of memory")  # as where a graph is instantiated
         if len(tried) == 3:
             try:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -469,8 +469,8 @@ def test_a_capture_that_fails_at_its_end_leaves_the_thread_on_its_stream(monkeyp
             current[0] = before
 
     @contextlib.contextmanager
-    def graph(_: object, capture_error_mode: str) -> Iterator[None]:
-        assert current == [own] and capture_error_mode == "thread_local"
+    def graph(_: object, pool: Any, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
+        assert current == [own] and capture_error_mode == "thread_local" and pool is None and stream.waits == [own]
         current[0] = captured
         yield
         raise RuntimeError("operation failed due to a previous error during capture")  # as torch: the stream stays
@@ -487,6 +487,38 @@ def test_a_capture_that_fails_at_its_end_leaves_the_thread_on_its_stream(monkeyp
     warm = used[0]
     assert used[:-1] == [warm] * 3 and warm not in (own, captured)
     assert warm.waits == [own] and own.waits == [warm]
+
+
+def test_graphs_of_one_stream_share_memory_and_those_of_two_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS's workspace belongs to the stream of the capture, and graphs of two streams replay at the same time."""
+    current, captures = [FakeStream()], []
+
+    class Graph:
+        def __init__(self) -> None:
+            self.own = object()
+
+        def pool(self) -> object:
+            return self.own
+
+        def replay(self) -> None: ...
+
+    @contextlib.contextmanager
+    def graph(one: Graph, pool: Any, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
+        one.own = pool or one.own
+        captures.append((pool, stream))
+        yield
+
+    fakes = {"current_stream": lambda: current[0], "Stream": FakeStream, "CUDAGraph": Graph, "graph": graph,
+             "stream": lambda _: contextlib.nullcontext()}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    encode = [capture_cuda(lambda x: (x + 1,), (torch.zeros(n),)) for n in (2, 3)]
+    current[0] = FakeStream()
+    decode = capture_cuda(lambda x: (x + 1,), (torch.zeros(2),))
+    assert len(encode) == 2 and decode
+    (first, beside), (second, again), (third, other) = captures
+    assert first is None and second is not None and third is None
+    assert beside is again is not other
 
 
 def test_few_shapes_serve_all_numbers_of_prompts() -> None:
@@ -742,6 +774,7 @@ def test_a_closed_model_holds_no_weights() -> None:
 
 def test_allocation_failures_are_known_by_their_words() -> None:
     assert runtimes.means_out_of_memory(MemoryError())
+    assert runtimes.means_out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))
     assert not runtimes.means_out_of_memory(ValueError("out of memory"))
 
 

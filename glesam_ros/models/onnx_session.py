@@ -25,7 +25,9 @@ PROVIDERS = {
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Smallest, usual and largest shape of an input by its name."""
 
-LACKS = ("Failed to allocate", "bad allocation", "bad_alloc", "out of memory", "cudaErrorMemoryAllocation", "ALLOC_FAILED")
+LACKS = (
+    "Failed to allocate", "bad allocation", "bad_alloc", "out of memory", "cudaErrorMemoryAllocation", "ALLOC_FAILED",
+)
 """Parts of onnxruntime's messages that mean: not enough memory."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -18,12 +19,38 @@ MAX_REASON = 300
 WARM_UP = 3
 """Calls before a capture, so that libraries choose their kernels and reserve their memory outside of it."""
 _CAPTURING = threading.Lock()
-"""Held during a capture: CUDA graphs share torch's capture stream, so one at a time in a process."""
+"""Held during a capture, and where cached memory is given back, which torch forbids meanwhile."""
+_BESIDE: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
+"""Streams for warm-up and capture, by the stream that graphs are replayed on: torch keeps a workspace of cuBLAS for each
+stream, a graph remembers that of its capture, and graphs of two streams replay at the same time."""
+_LIVE: dict[torch.cuda.Stream, weakref.WeakSet[torch.cuda.CUDAGraph]] = {}
+"""Graphs by the stream that they are replayed on: they take turns, so they share memory."""
+ALLOCATION_FAILURES = (
+    "out of memory",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+    "NVML_SUCCESS",  # how torch reports it on Jetson
+    "unable to find an engine",  # cuDNN, where no workspace fits
+)
+"""Parts of the messages of a RuntimeError that means: not enough memory."""
 
 Function = Callable[..., tuple[Tensor, ...]]
 """Tensors -> tensors, without a side effect."""
 Capture = Callable[[Function, tuple[Tensor, ...]], Function]
 """(function, inputs) -> the same function for inputs of these shapes and dtypes."""
+
+
+def means_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or Python says that memory did not suffice, on any device."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in ALLOCATION_FAILURES)
+
+
+def give_back() -> None:
+    """Give cached memory of the GPU back to the device."""
+    with _CAPTURING:
+        torch.cuda.empty_cache()
 
 
 class Replayed:
@@ -34,7 +61,7 @@ class Replayed:
     as it is from then on.
 
     Args:
-        function: what to call; inputs are told apart by shape and dtype.
+        function: what to call; inputs are told apart by shape, dtype and, on a GPU, the stream that the call is on.
         what: its name in the log.
         capture: how to capture; None leaves the function as it is.
         at_once: capture in the first call with new shapes; else in the second, for shapes that may not come again.
@@ -47,7 +74,9 @@ class Replayed:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         if self._capture is None:
             return self._function(*inputs)
-        key = tuple((x.shape, x.dtype) for x in inputs)
+        # on another stream the inputs of a graph would be overwritten while its last replay still reads them
+        stream = torch.cuda.current_stream() if inputs[0].is_cuda else None
+        key = (stream, *((x.shape, x.dtype) for x in inputs))
         graph = self._graphs.get(key)
         if graph is None and (self._at_once or key in self._graphs):
             graph = self._try_capture(self._capture, inputs)
@@ -64,9 +93,7 @@ class Replayed:
                 return capture(self._function, inputs)
         except RuntimeError as error:
             # torch may report the end of the capture that memory was lacking in
-            if isinstance(error, torch.cuda.OutOfMemoryError) or isinstance(
-                error.__context__, torch.cuda.OutOfMemoryError
-            ):
+            if any(e is not None and means_out_of_memory(e) for e in (error, error.__context__)):
                 _LOG.info("%s runs without a CUDA graph until memory is freed: %s", self._what, _reason(error))
                 return self._function
             _LOG.warning("%s runs without CUDA graphs: %s", self._what, _reason(error))
@@ -82,17 +109,25 @@ class Replayed:
 def capture_cuda(function: Function, inputs: tuple[Tensor, ...]) -> Function:
     """Capture `function` on the current device; see `Capture`."""
     held = [x.clone() for x in inputs]
-    here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+    here = torch.cuda.current_stream()
+    if (beside := _BESIDE.get(here)) is None:
+        beside = _BESIDE[here] = torch.cuda.Stream()
     beside.wait_stream(here)
     with torch.cuda.stream(beside):
         for _ in range(WARM_UP):
             function(*held)
     here.wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
+    graph, live = torch.cuda.CUDAGraph(), _LIVE.setdefault(here, weakref.WeakSet())
+    pool = next((other.pool() for other in live), None)
+    _forget_workspaces()
     # thread_local: the other thread may allocate and copy meanwhile; the outer context because torch stays on the
     # stream of the capture where that fails at its end
-    with torch.cuda.stream(here), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = function(*held)
+    try:
+        with torch.cuda.stream(here), torch.cuda.graph(graph, pool, beside, capture_error_mode="thread_local"):
+            outputs = function(*held)
+    finally:
+        _forget_workspaces()
+    live.add(graph)
 
     def replay(*fresh: Tensor) -> tuple[Tensor, ...]:
         for own, x in zip(held, fresh):
@@ -102,6 +137,15 @@ def capture_cuda(function: Function, inputs: tuple[Tensor, ...]) -> Function:
         return tuple(y.clone() for y in outputs)
 
     return replay
+
+
+def _forget_workspaces() -> None:
+    """Let cuBLAS take its workspace within a capture from the graph's own memory, and none of it outside.
+
+    From torch 2.12 on the end of a graph takes the workspaces of the stream of its capture away from all other graphs.
+    """
+    if torch.__version__ >= (2, 12) and hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class Compiled:

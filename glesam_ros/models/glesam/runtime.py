@@ -15,19 +15,11 @@ from torch import Tensor
 from glesam_ros.models.base import OutOfMemory
 from glesam_ros.models.glesam.base import SIDE, BaseModel, Features
 from glesam_ros.models.glesam.enhancer import Enhancer, SmallEnhancer
-from glesam_ros.models.glesam.replay import Compiled, Function, Replayed, capture_cuda
+from glesam_ros.models.glesam.replay import Compiled, Function, Replayed, capture_cuda, give_back, means_out_of_memory
 from glesam_ros.validation import FloatArray, UInt8Array
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Precisions of torch models by their name in the settings."""
-ALLOCATION_FAILURES = (
-    "out of memory",
-    "can't allocate memory",
-    "ALLOC_FAILED",
-    "NVML_SUCCESS",  # how torch reports it on Jetson
-)
-"""Parts of the messages of a RuntimeError that means: not enough memory."""
-
 FEW_PROMPTS = 64
 """Up to here the number of prompts is rounded up; more come in batches of one size."""
 
@@ -121,13 +113,6 @@ def device_in_words(device: torch.device, dtype: torch.dtype, *more: str) -> str
     """Where and how a model of torch runs, for logs and diagnostics: "cpu (fp32, torch)"."""
     card = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
     return f"{device.type} ({', '.join([precision_name(dtype), 'torch', *card, *more])})"
-
-
-def means_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch or Python says that memory did not suffice, on any device."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in ALLOCATION_FAILURES)
 
 
 def memory_errors(call: Call) -> Call:
@@ -258,7 +243,7 @@ class TorchRuntime:
             for stage in self._stages.values():
                 stage.free()
             if self._on_cuda:
-                torch.cuda.empty_cache()
+                give_back()
 
     def close(self) -> None:
         """Free everything; the runtime cannot be used afterwards."""
@@ -266,7 +251,7 @@ class TorchRuntime:
         self._stages.clear()
         del self._base, self._enhancer
         if self._on_cuda:
-            torch.cuda.empty_cache()
+            give_back()
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, ...]:
         features = self._base.encode(pixels)

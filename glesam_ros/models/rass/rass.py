@@ -53,7 +53,7 @@ from glesam_ros.models.glesam.enhancer import (
     merge_layers,
     write_tensors,
 )
-from glesam_ros.models.glesam.replay import Replayed, capture_cuda
+from glesam_ros.models.glesam.replay import Replayed, capture_cuda, give_back
 from glesam_ros.models.glesam.runtime import choose_device, choose_precision, device_in_words, memory_errors
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
 from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, read_tensors, write_whole
@@ -635,14 +635,14 @@ class RassModel:
         """Drop captured graphs and give cached device memory back."""
         self._features.free()
         if self._place.type == "cuda":
-            torch.cuda.empty_cache()
+            give_back()
 
     def close(self) -> None:
         """Free memory; the model cannot be used afterwards."""
         self._features.free()
         del self._network, self._features
         if self._place.type == "cuda":
-            torch.cuda.empty_cache()
+            give_back()
 
 
 def load_rass(device: str, precision: str) -> RassModel:

@@ -54,7 +54,7 @@ from glesam_ros.models.glesam.enhancer import (
     merge_layers,
     one_step,
 )
-from glesam_ros.models.glesam.replay import Replayed, capture_cuda
+from glesam_ros.models.glesam.replay import Replayed, capture_cuda, give_back
 from glesam_ros.models.glesam.runtime import choose_device, choose_precision, device_in_words, memory_errors
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
 from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, write_whole
@@ -556,7 +556,7 @@ class ScrRestorer:
         """Drop captured graphs and give cached device memory back."""
         self._forward.free()
         if self._place.type == "cuda":
-            torch.cuda.empty_cache()
+            give_back()
 
     def close(self) -> None:
         """Free memory; the model cannot be used afterwards."""
