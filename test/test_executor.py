@@ -8,6 +8,7 @@ import time
 import pytest
 import rclpy
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
+from rclpy.exceptions import InvalidHandle
 from rclpy.executors import ExternalShutdownException
 from ros_graph import wait_for
 from std_msgs.msg import String
@@ -37,6 +38,8 @@ def spun():
                     executor.spin_once(timeout_sec=0.1)
                 except ExternalShutdownException:
                     return
+                except InvalidHandle:
+                    continue  # destroyed while it was waited for
 
         spinners.append(threading.Thread(target=spin))
         spinners[-1].start()
@@ -138,6 +141,53 @@ def test_a_callback_that_raises_is_reported_and_the_others_go_on(spun):
     spun(spun.pooled, fails, lambda: calls.append(0))
     wait_for(lambda: spun.failures and len(calls) >= 10, "a report and 10 calls")
     assert isinstance(spun.failures[0], LookupError)
+
+
+class Destroying(PooledExecutor):
+    """Destroys the subscription that it takes first; the fault leaves the handler, as it does in Humble."""
+
+    has_destroyed = False
+
+    def _take_subscription(self, subscription):
+        if not self.has_destroyed:
+            self.has_destroyed = True
+            [node] = self.get_nodes()
+            node.destroy_subscription(subscription)
+            with subscription.handle:
+                raise AssertionError("expected an invalid handle, this one can be used")
+        return super()._take_subscription(subscription)
+
+
+def test_a_subscription_destroyed_before_it_is_taken_frees_its_group(spun):
+    group, lost, kept = MutuallyExclusiveCallbackGroup(), [], []
+    spun.node.create_subscription(String, "lost", lost.append, 1, callback_group=group)
+    spun.node.create_subscription(String, "kept", kept.append, 1, callback_group=group)
+    publishers = [spun.node.create_publisher(String, name, 1) for name in ("lost", "kept")]
+    spun(lambda context: Destroying(2, spun.failures.append, context))
+    wait_for(lambda: all(p.get_subscription_count() for p in publishers), "the subscriptions")
+    publishers[0].publish(String())
+    wait_for(lambda: spun.failures, "the report")
+    publishers[1].publish(String(data="newest"))
+    wait_for(lambda: kept, "a message of the other subscription of the group")
+    assert isinstance(spun.failures[0], InvalidHandle) and len(spun.failures) == 1
+    assert not lost
+
+
+def test_an_invalid_handle_in_a_callback_ends_its_turn_once(spun):
+    inside, most, calls = [], [], []
+
+    def callback() -> None:
+        inside.append(0)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.pop()
+        calls.append(0)
+        raise InvalidHandle("a publisher that was destroyed")
+
+    spun(spun.pooled, callback, callback, group=MutuallyExclusiveCallbackGroup())
+    wait_for(lambda: len(calls) >= 20, "20 calls")
+    assert max(most) == 1
+    assert all(isinstance(error, InvalidHandle) for error in spun.failures)
 
 
 def test_the_end_of_the_context_is_told_to_who_waits(spun):

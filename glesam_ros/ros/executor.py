@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rclpy.context import Context
+from rclpy.exceptions import InvalidHandle
 from rclpy.executors import Executor, ShutdownException, TimeoutException
 
 
@@ -39,22 +41,40 @@ class PooledExecutor(Executor):
             ExternalShutdownException: the context was shut down.
             InvalidHandle: what was waited for was destroyed meanwhile; the next call goes on without it.
         """
+        entity: Any
         try:
-            task, _, _ = self.wait_for_ready_callbacks(timeout_sec)
+            task, entity, _ = self.wait_for_ready_callbacks(timeout_sec)
         except (ShutdownException, TimeoutException):
             return
         begun = threading.Event()
         try:
-            self._pool.submit(self._run, task, begun)
+            self._pool.submit(self._run, task, entity, begun)
         except RuntimeError:  # shut down since
             return
         begun.wait()
 
-    def _run(self, task: Any, begun: threading.Event) -> None:
+    def _run(self, task: Any, entity: Any, begun: threading.Event) -> None:
         begun.set()
         task()
-        if task.done() and task.exception() is not None:
-            self._failed(task.exception())
+        if task.done() and (error := task.exception()) is not None:
+            if isinstance(error, InvalidHandle):
+                self._end_turn(entity)
+            self._failed(error)
+
+    def _end_turn(self, entity: Any) -> None:
+        """Free the callback group of what was destroyed before it was taken.
+
+        rclpy does not: of messages, timers and services in Humble (rclpy issue 1150), of QoS events in Jazzy, too.
+
+        Args:
+            entity: subscription, timer, event or the like; None of a task that belongs to none.
+        """
+        # rclpy marks it until it is taken; afterwards the turn ends by itself
+        if entity is None or not entity._executor_event:
+            return
+        with contextlib.suppress(AssertionError):  # its turn has ended
+            entity.callback_group.ending_execution(entity)
+        self.wake()
 
     def shutdown(self, timeout_sec: float | None = None) -> bool:
         """As `Executor.shutdown`; nothing is handed over any more, and threads end with what they run."""
