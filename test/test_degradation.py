@@ -20,6 +20,7 @@ from glesam_ros.degradation import (
     names,
     robot,
 )
+from glesam_ros.degradation.lqseg import FIRST_OFFLINE
 
 
 def scene(seed: int, height: int = 192, width: int = 256) -> np.ndarray:
@@ -247,6 +248,15 @@ def test_sampled_parameters_are_in_the_published_ranges_and_shares() -> None:
     ):
         assert share == pytest.approx(published, abs=4 * math.sqrt(published * (1 - published) / 450))
     assert any(a["kernel_size"] != b["kernel_size"] for a, b in zip(first, second) if b["blur"])  # kernel of its own
+
+
+def test_the_first_round_of_the_published_test_sets_shrinks_more() -> None:
+    image = np.zeros((16, 16, 3), np.uint8)
+    drawn = [degrade_lqseg(image, 1, seed, first=FIRST_OFFLINE).parameters["first"] for seed in range(600)]
+    shares = [np.mean([q["resize"] == name for q in drawn]) for name in ("up", "down", "keep")]
+    assert shares == pytest.approx([0.2, 0.7, 0.1], abs=0.06)
+    factors = [q["factor"] for q in drawn]
+    assert 0.15 <= min(factors) < 0.2 and 1.4 < max(factors) <= 1.5
 
 
 def test_mixed_rates_have_the_published_shares() -> None:

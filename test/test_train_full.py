@@ -25,14 +25,15 @@ from torch.nn import functional as F  # noqa: E402
 from training_runs import same_tensors, stopped_after, trained_on_one_batch  # noqa: E402
 
 from glesam_ros.cli.main import main  # noqa: E402
-from glesam_ros.degradation import degrade_lqseg_mixed  # noqa: E402
+from glesam_ros.degradation import degrade_lqseg, degrade_lqseg_mixed  # noqa: E402
+from glesam_ros.degradation.lqseg import FIRST_OFFLINE  # noqa: E402
 from glesam_ros.models.glesam.enhancer import UNETS, Enhancer, EnhancerConfig, SmallUNet, load_enhancer  # noqa: E402
 from glesam_ros.models.glesam.model import build_base, load_parts  # noqa: E402
 from glesam_ros.models.glesam.weights import decoder_state, read_tensors  # noqa: E402
 from glesam_ros.training import checkpoint, full  # noqa: E402
 from glesam_ros.training import config as configs  # noqa: E402
 from glesam_ros.training.config import load_any  # noqa: E402
-from glesam_ros.training.full_config import FULL_STAGES, FullConfig  # noqa: E402
+from glesam_ros.training.full_config import FULL_STAGES, FullConfig, FullDegradationConfig  # noqa: E402
 from glesam_ros.training.full_networks import RANDOM_UNET, Networks, load_networks, write_enhancer  # noqa: E402
 from glesam_ros.training.loop import Run, Stop, make_accelerator, train  # noqa: E402
 from glesam_ros.training.matching import FIRST, LAST, Guide, carried, is_adapted, matching_gradient  # noqa: E402
@@ -152,7 +153,7 @@ def test_the_defaults_are_the_papers_and_written_out() -> None:
         ("restore.rates.lora=1", "restore.rates.lora: unknown key, expected one of enhancer, fake"),
         ("unet=sdxl", "unet: expected 'sd21-base' or 'sd15', got 'sdxl'"),
         ("precision=fp16", "precision: expected 'no' or 'bf16', got 'fp16'"),
-        ("degradation.rates=all", "degradation.rates: expected 'mixed' or 'levels', got 'all'"),
+        ("degradation.rates=all", "degradation.rates: expected 'mixed', 'levels' or 'x1', got 'all'"),
         ("sources=[{kind: coco, path: x, split: test}]", "nothing is trained on a test split"),
         ("model=sam", "model: expected one of nano, glesam"),
     ],
@@ -190,6 +191,16 @@ def test_rates_of_mixed_training_become_levels(unets: Path) -> None:
     assert seen == {1, 2, 3, 4}
 
 
+def test_rate_1_with_the_wide_first_resize_as_rass_trains() -> None:
+    mix, rng = FullDegradationConfig(rates="x1"), np.random.default_rng(0)
+    image = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
+    worse, level = full.worsen(image, mix, rng)
+    rng = np.random.default_rng(0)
+    rng.random()
+    assert np.array_equal(worse, degrade_lqseg(image, 1, rng, first=FIRST_OFFLINE).image) and level == 1 / 3
+    assert load_any("rass_ade20k").degradation.rates == "x1"
+
+
 def test_levels_and_kinds_instead_of_mixed_rates() -> None:
     image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
     for changes in (["degradation.rates=levels"], ["degradation.lq=0.0"]):
@@ -206,7 +217,7 @@ def test_crops_of_stage_2_have_points_inside_their_regions(data: Path, unets: Pa
     batch = stage.batch(np.random.default_rng(1))
     assert batch["input"].shape == (6, 64, 64, 3) and batch["regions"].shape == (6, 3, 64, 64)
     assert batch["points"].shape == (6, 3, 3, 2)
-    cells = (batch["points"] * 64 / config.side).long()
+    cells = ((batch["points"] + 0.5) * 64 / config.side).long()
     for b, o in np.ndindex(6, 3):
         assert all(batch["regions"][b, o, y, x] for x, y in cells[b, o])
     drawn, _ = full.draw_crops(scenes, np.random.default_rng(1), config, 20, 0.5)
@@ -281,15 +292,15 @@ def test_the_gradients_are_those_of_the_formulas(adapted: Networks) -> None:
         p.requires_grad_(True)
     x = latents(0)
 
-    def draws() -> tuple[Tensor, Tensor, Tensor]:
-        t, noise = torch.randint(FIRST, LAST + 1, (2,)), torch.randn_like(x)
+    def draws(first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        t, noise = torch.randint(first, last + 1, (2,)), torch.randn_like(x)
         share = guide.bars[t].view(-1, 1, 1, 1)
         return t, share, noise
 
     torch.manual_seed(5)
     gradient, sizes = guide.gradients(x, matching=0.5, adversarial=0.25)
     torch.manual_seed(5)
-    t, share, noise = draws()
+    t, share, noise = draws(FIRST, LAST)
     noised = share.sqrt() * x + (1 - share).sqrt() * noise
 
     def clean(unet: Any) -> Tensor:
@@ -302,7 +313,7 @@ def test_the_gradients_are_those_of_the_formulas(adapted: Networks) -> None:
         fake, real = clean(guide.unet), clean(bare)
     wanted = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
     assert wanted.abs().mean() > 1e-3
-    t, share, noise = draws()
+    t, share, noise = draws(0, 999)
     seen = x.clone().requires_grad_()
     loss = F.softplus(-guide.judge(share.sqrt() * seen + (1 - share).sqrt() * noise, t)).mean()
     loss.backward()
@@ -432,7 +443,7 @@ def test_the_loss_of_stage_2_is_dice_and_focal(adapted: Networks, data: Path, un
     p = up.sigmoid()
     dice = 1 - (2 * (p * y).sum(1) + 1e-6) / (p.sum(1) + y.sum(1) + 1e-6)
     right = torch.where(y > 0, p, 1 - p)
-    focal = -(torch.where(y > 0, 0.25, 0.75) * (1 - right) ** 2 * right.log()).mean(1)
+    focal = -(0.25 * (1 - right) ** 2 * right.log()).mean(1)
     assert losses["loss"].item() == pytest.approx((dice.mean() + focal.mean()).item(), rel=1e-5)
     stage.eval()
 

@@ -75,6 +75,9 @@ def test_focal_loss_known_answer() -> None:
     target = torch.tensor([1.0, 0, 0, 0])
     expected = (0.25 + 3 * 0.75) / 4 * 0.25 * math.log(2)
     assert float(losses.focal_loss(torch.zeros(4), target)) == pytest.approx(expected, rel=1e-6)
+    # as GleSAM released it: 0.25 everywhere
+    everywhere = losses.focal_loss(torch.zeros(4), target, balanced=False)
+    assert float(everywhere) == pytest.approx(0.25 * 0.25 * math.log(2), rel=1e-6)
     # Lin et al. 2017: p_t = 0.9 costs 100 times less than with cross-entropy (gamma 2)
     logit = torch.tensor([math.log(9.0)])
     sure = losses.focal_loss(logit, torch.ones(1), gamma=2, alpha=0.5)

@@ -7,7 +7,7 @@ order, back at the input size. All ranges are those of the authors' training con
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -64,6 +64,8 @@ class Order:
 
 
 FIRST = Order(1.0, (0.2, 3.0), (0.1, 0.2, 0.7), (0.5, 1.5), 0.5, (1.0, 30.0), (0.05, 3.0), 0.4, (30.0, 95.0))
+FIRST_OFFLINE = replace(FIRST, resize_probabilities=(0.2, 0.7, 0.1), resize_range=(0.15, 1.5))
+"""First round of the script that made the published test sets, and of RASS's training."""
 SECOND = Order(0.8, (0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), 0.5, (1.0, 25.0), (0.05, 2.5), 0.4, (30.0, 95.0))
 
 
@@ -83,7 +85,8 @@ class Degraded:
 
 
 def degrade_lqseg(
-    image: Any, level: int, seed: int | np.random.Generator, *, noise: np.random.Generator | None = None
+    image: Any, level: int, seed: int | np.random.Generator, *, noise: np.random.Generator | None = None,
+    first: Order = FIRST,
 ) -> Degraded:
     """Degrade an image to LQ-1, LQ-2 or LQ-3.
 
@@ -97,6 +100,7 @@ def degrade_lqseg(
         level: 1, 2 or 3.
         seed: an integer, or a generator to draw from. One seed gives the same bits on the same numpy and OpenCV.
         noise: draws the noise fields instead, so that the frames of a film differ in nothing else.
+        first: ranges of the first round; `FIRST_OFFLINE` for those of the published test sets, which shrink more.
 
     Raises:
         TypeError, ValueError: `image` is not such an array, or `level` not such a number.
@@ -105,7 +109,7 @@ def degrade_lqseg(
     if isinstance(level, bool) or level not in RATES:
         raise ValueError(f"level: expected 1, 2 or 3, got {level!r}")
     rng = np.random.default_rng(seed)
-    degraded, parameters = _chain(image, RATES[level], rng, noise or rng)
+    degraded, parameters = _chain(image, RATES[level], rng, noise or rng, first)
     return Degraded(degraded, level, parameters)
 
 
@@ -129,23 +133,23 @@ def degrade_lqseg_mixed(
     image = check_image(image)
     rng = np.random.default_rng(seed)
     rate = MIXED_RATES[int(rng.integers(len(MIXED_RATES)))]
-    degraded, parameters = _chain(image, rate, rng, noise or rng)
+    degraded, parameters = _chain(image, rate, rng, noise or rng, FIRST)
     return Degraded(degraded, min(rate, 3), parameters)
 
 
 def _chain(
-    image: UInt8Array, rate: int, rng: np.random.Generator, noise: np.random.Generator
+    image: UInt8Array, rate: int, rng: np.random.Generator, noise: np.random.Generator, first: Order
 ) -> tuple[UInt8Array, dict[str, Any]]:
     height, width = image.shape[:2]
     parameters: dict[str, Any] = {"rate": rate}
     out: Picture = cv2.cvtColor(image, cv2.COLOR_RGB2BGR).astype(np.float32)  # BGR, 0..255: what the JPEG codec takes
-    for name, order, divisor in (("first", FIRST, 1), ("second", SECOND, rate)):
+    for name, order, divisor in (("first", first, 1), ("second", SECOND, rate)):
         sampled: dict[str, Any] = {}
         parameters[name] = sampled
         out = _blur(out, order, rng, sampled)
         out = _resize(out, order, (height, width), divisor, rng, sampled)
         out = _noise(out, order, rng, noise, sampled)
-        if order is FIRST:
+        if name == "first":
             out = _jpeg(out, order, rng, sampled).astype(np.float32)
     sampled["jpeg_last"] = bool(rng.random() < 0.5)
     if sampled["jpeg_last"]:

@@ -82,7 +82,9 @@ def classical(image: Any) -> UInt8Array:
     noise = noise_level(out)
     if noise > _NOISE_SEEN:
         strength = 0.8 * noise
-        out = cv2.fastNlMeansDenoisingColored(out, None, strength, strength, 5, 11)
+        # it takes BGR
+        bgr = cv2.fastNlMeansDenoisingColored(cv2.cvtColor(out, cv2.COLOR_RGB2BGR), None, strength, strength, 5, 11)
+        out = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
     lightness, a, b = cv2.split(cv2.cvtColor(out, cv2.COLOR_RGB2LAB))
     mean = float(lightness.mean()) / 255
     if mean < _DARK:

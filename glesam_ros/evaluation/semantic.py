@@ -1,8 +1,7 @@
 """Maps of classes against truth: mean IoU, accuracies and a figure a class, clear and degraded, beside baselines.
 
 Figures are those of ADE20K and Cityscapes: one confusion matrix is added up over all pictures. In it, pixels without a
-true class do not count. The mean IoU leaves out classes that have pixels neither in truth nor in prediction; the mean
-class accuracy those without true pixels.
+true class do not count. The mean IoU and the mean class accuracy leave out classes without a true pixel.
 
 Intervals: percentile bootstrap over pictures. Methods are compared on the same drawn pictures. A picture is degraded
 by the seed and its name, so it is the same for every model and in every run, whatever the number of processes.
@@ -178,7 +177,8 @@ def figures(counts: Any) -> dict[str, Doubles]:
     """
     hit, true, _ = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
     return {
-        "miou": _mean(class_ious(counts)),
+        # classes without a true pixel are left out, as in detectron2's evaluator, which RASS's tables come from
+        "miou": _mean(np.where(true > 0, class_ious(counts), np.nan)),
         "pixel_accuracy": _ratio(hit.sum(-1), true.sum(-1)),
         "class_accuracy": _mean(_ratio(hit, true)),
     }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glesam_ros.degradation import degrade, degrade_lqseg, degrade_lqseg_mixed
+from glesam_ros.degradation.lqseg import FIRST_OFFLINE
 from glesam_ros.models.glesam.base import Features
 from glesam_ros.training.config import StageConfig
 from glesam_ros.training.crops import draw_crop, jitter
@@ -57,6 +58,8 @@ def worsen(image: Array, mix: FullDegradationConfig, rng: np.random.Generator) -
     if lqseg and mix.rates == "mixed":
         mixed = degrade_lqseg_mixed(image, rng)
         return mixed.image, level_of_rate(mixed.parameters["rate"])
+    if lqseg and mix.rates == "x1":
+        return degrade_lqseg(image, 1, rng, first=FIRST_OFFLINE).image, 1 / LEVELS
     level = int(rng.choice(np.arange(1, LEVELS + 1), p=np.asarray(mix.levels) / sum(mix.levels)))
     if lqseg:
         return degrade_lqseg(image, level, rng).image, level / LEVELS
@@ -75,7 +78,7 @@ def draw_crops(
     """
     crop = config.crop
     drawn = [draw_crop(scenes.draw, rng, crop.side, crop.side, crop.zoom, crop.paste, 1) for _ in range(count)]
-    images = [jitter(image, rng) for image, _ in drawn]
+    images = [jitter(image, rng) if crop.jitter else image for image, _ in drawn]
     inputs = [
         (image, 0.0) if rng.random() < clear else worsen(image, config.degradation, rng) for image in images
     ]
@@ -200,7 +203,8 @@ class Decode(FullStage):
         batch, regions = draw_crops(self.scenes, rng, self.config, self.settings.batch, self.settings.clear)
         chosen = [found[np.resize(rng.permutation(len(found)), self.config.objects)] for found in regions]
         xy = [[draw_points(region, POINTS, rng) for region in found] for found in chosen]
-        points = 0.5 * (np.asarray(xy, np.float32) + 1) * self.config.side
+        # of pixel centres, to which decode adds a half
+        points = 0.5 * (np.asarray(xy, np.float32) + 1) * self.config.side - 0.5
         return {
             "input": batch["input"], "regions": torch.from_numpy(np.stack(chosen)), "points": torch.from_numpy(points),
         }
@@ -214,7 +218,7 @@ class Decode(FullStage):
         target = batch["regions"].flatten(0, 1).float()
         logits = F.interpolate(logits.float(), target.shape[1:], mode="bilinear", align_corners=False)
         logits, target = logits.flatten(1), target.flatten(1)
-        dice, focal = dice_loss(logits, target, SMOOTH).mean(), focal_loss(logits, target).mean()
+        dice, focal = dice_loss(logits, target, SMOOTH).mean(), focal_loss(logits, target, balanced=False).mean()
         iou = soft_iou(logits[:, None], target[:, None]).mean()
         return {"loss": dice + focal, "dice": dice, "focal": focal, "iou": iou}
 

@@ -57,11 +57,13 @@ class SquareConfig:
         side: pixels; LQSeg is made for 512.
         zoom: range of the scale, 1 is the largest square that fits into the photograph.
         paste: share of crops that get objects of another photograph; the paper has none.
+        jitter: other contrast, brightness and colours; the paper has none. Half of the crops are mirrored in any case.
     """
 
     side: Annotated[int, Field(strict=True, ge=32, le=4096), AfterValidator(_crop_side)] = 512
     zoom: Annotated[tuple[Zoom, Zoom], AfterValidator(zoom_range)] = (1.0, 1.0)
     paste: Share = 0.0
+    jitter: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -69,11 +71,12 @@ class FullDegradationConfig(DegradationConfig):
     """What degrades the crops; by default LQSeg alone, at the rates that the released code trains with.
 
     Attributes:
-        rates: mixed (`glesam_ros.degradation.lqseg.MIXED_RATES`), or levels: LQ-1, 2, 3 by the weights of `levels`.
+        rates: mixed (`glesam_ros.degradation.lqseg.MIXED_RATES`), levels: LQ-1, 2, 3 by the weights of `levels`, or x1:
+            LQ-1 with the wider first resize of the published test sets, as RASS trains.
     """
 
     lq: Share = 1.0
-    rates: Literal["mixed", "levels"] = "mixed"
+    rates: Literal["mixed", "levels", "x1"] = "mixed"
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -40,16 +40,22 @@ def windows(regions: Tensor) -> Tensor:
     return inside(filled.any(-1))[..., :, None] * inside(filled.any(-2))[..., None, :]
 
 
-def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:
-    """Mean of -alpha_t (1 - p_t)^gamma log p_t over the positions of each mask (Lin et al. 2017): (..., P) -> (...)."""
+def focal_loss(
+    logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float = 0.25, balanced: bool = True
+) -> Tensor:
+    """Mean of -alpha_t (1 - p_t)^gamma log p_t over the positions of each mask: (..., P) -> (...).
+
+    `balanced`: alpha_t is alpha inside and 1 - alpha outside (Lin et al. 2017); else alpha everywhere, as in the code
+    that GleSAM released.
+    """
     ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     missed = 1 - torch.exp(-ce)
-    weight = alpha * target + (1 - alpha) * (1 - target)
+    weight = alpha * target + (1 - alpha) * (1 - target) if balanced else alpha
     return (weight * missed**gamma * ce).mean(-1)
 
 
 def dice_focal_loss(logits: Tensor, target: Tensor, window: Tensor | None = None) -> Tensor:
-    """Dice and focal loss one to one, as GleSAM's stage 2 has it, (..., P) -> (...); there is no use for `window`."""
+    """Dice and (balanced) focal loss one to one, (..., P) -> (...); there is no use for `window`."""
     return dice_loss(logits, target) + focal_loss(logits, target)
 
 

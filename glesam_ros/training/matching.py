@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from glesam_ros.models.glesam.enhancer import TIMESTEPS, Enhancer, alpha_bar, is_lora
 
 FIRST, LAST = 20, 980
-"""Timesteps at which distributions are compared; nearer to the ends nothing is to be learnt."""
+"""Timesteps at which distributions are compared; nearer to the ends nothing is to be learnt. The fake U-Net and the
+classifier learn at all of them, as in the released code."""
 HIDDEN = 256
 """Channels of the classifier."""
 LEAST = 1e-6
@@ -47,7 +48,7 @@ def carried(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 class Classifier(nn.Sequential):
-    """Logit of a clear latent from the middle block of a U-Net: (B, C, h, w) -> (B,)."""
+    """Logit of a clear latent from the middle block of a U-Net: (B, C, h, w) -> (B,); smaller than the released one."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(
@@ -100,7 +101,7 @@ class Guide(nn.Module):
         x = x.detach()
         total, sizes = torch.zeros_like(x), {}
         if matching:
-            t, noised, _ = self._noised(x)
+            t, noised, _ = self._noised(x, FIRST, LAST)
             with torch.no_grad():
                 with self._frozen():
                     fake = self._clean(noised, t)
@@ -132,9 +133,9 @@ class Guide(nn.Module):
         x, clear = x.detach(), clear.detach()
         t, noised, noise = self._noised(x)
         mse = F.mse_loss(self._noise(noised, t), noise)
-        t, restored, noise = self._noised(x)
-        real = self._add(clear, t, noise)
-        told = F.softplus(-self.judge(real, t)) + F.softplus(self.judge(restored, t))
+        t, restored, _ = self._noised(x)
+        at, real, _ = self._noised(clear)
+        told = F.softplus(-self.judge(real, at)) + F.softplus(self.judge(restored, t))
         return {"fake": mse, "classifier": told.mean()}
 
     def judge(self, noised: Tensor, t: Tensor) -> Tensor:
@@ -149,9 +150,9 @@ class Guide(nn.Module):
             h, _ = block(h, embedding, **attends)
         return self.classifier(unet.mid_block(h, embedding, encoder_hidden_states=prompt)).float()
 
-    def _noised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _noised(self, x: Tensor, first: int = 0, last: int = TIMESTEPS - 1) -> tuple[Tensor, Tensor, Tensor]:
         """Random timesteps (B,), x noised for them, and the noise."""
-        t = torch.randint(FIRST, LAST + 1, (len(x),), device=x.device)
+        t = torch.randint(first, last + 1, (len(x),), device=x.device)
         noise = torch.randn_like(x)
         return t, self._add(x, t, noise), noise
 

@@ -183,6 +183,6 @@ class RassTrainingConfig:
         LabelledSourceConfig("ADEChallengeData2016", "training"),
     )
     crop: LabelledCropConfig = field(default_factory=LabelledCropConfig)
-    degradation: FullDegradationConfig = field(default_factory=FullDegradationConfig)
+    degradation: FullDegradationConfig = field(default_factory=lambda: FullDegradationConfig(rates="x1"))
     scr: ScrConfig = field(default_factory=ScrConfig)
     rass: SegmentConfig = field(default_factory=SegmentConfig)

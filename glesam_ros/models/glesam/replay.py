@@ -21,8 +21,8 @@ WARM_UP = 3
 _CAPTURING = threading.Lock()
 """Held during a capture, and where cached memory is given back, which torch forbids meanwhile."""
 _BESIDE: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
-"""Streams for warm-up and capture, by the stream that graphs are replayed on: torch keeps a workspace of cuBLAS for each
-stream, a graph remembers that of its capture, and graphs of two streams replay at the same time."""
+"""Streams for warm-up and capture, by the stream that graphs are replayed on: torch keeps a workspace of cuBLAS for
+each stream, a graph remembers that of its capture, and graphs of two streams replay at the same time."""
 _LIVE: dict[torch.cuda.Stream, weakref.WeakSet[torch.cuda.CUDAGraph]] = {}
 """Graphs by the stream that they are replayed on: they take turns, so they share memory."""
 ALLOCATION_FAILURES = (
