@@ -114,6 +114,14 @@ def demo_photograph() -> Path:
     return photographs[0]
 
 
+def now() -> float:
+    """Seconds, when all work that was given to a GPU through torch is done."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def time_stages(pipeline: Pipeline, image: UInt8Array, frames: int) -> dict[str, list[float]]:
     """Milliseconds of `STAGES`, of the whole frame and of one not enhanced, one value a frame, after a warm-up."""
     from glesam_ros.pipeline import budget
@@ -121,17 +129,17 @@ def time_stages(pipeline: Pipeline, image: UInt8Array, frames: int) -> dict[str,
     model, allowed = pipeline.model, budget(pipeline.settings)
     marks = []
     for _ in range(frames + WARM_UP):
-        start = time.perf_counter()
+        start = now()
         embedding = model.encode(image, allowed)
-        encoded = time.perf_counter()
+        encoded = now()
         embedding.finished()
-        finished = time.perf_counter()
+        finished = now()
         embedding = model.enhance(embedding)
-        enhanced = time.perf_counter()
+        enhanced = now()
         instances = pipeline.decode(embedding)
-        decoded = time.perf_counter()
+        decoded = now()
         instances.label_map()
-        marks.append((start, encoded, finished, enhanced, decoded, time.perf_counter()))
+        marks.append((start, encoded, finished, enhanced, decoded, now()))
     stages: dict[str, list[float]] = {}
     for number, name in enumerate(STAGES):
         stages[name] = [1000 * (mark[number + 1] - mark[number]) for mark in marks[WARM_UP:]]
