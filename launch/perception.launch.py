@@ -24,6 +24,7 @@ CONFIG = Path(get_package_share_directory("glesam_ros")) / "config"
 MIRRORED = ("model", "device", "precision", "semantic", "restorer", "cameras", "compressed", "autostart")
 """Arguments that set a parameter of the node, when they are given; else params_file decides."""
 YES_NO = ("true", "false")
+OR_NOT = f"{' or '.join(YES_NO)}, in any case."
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -34,12 +35,16 @@ def generate_launch_description() -> LaunchDescription:
         _argument("image_topic", "", "Topic of the only camera; empty: image below the namespace."),
         _argument("image_topics", "", "Topics of several cameras, comma separated, in the order of cameras."),
         *(_argument(name, "", _mirrored_text(name)) for name in MIRRORED),
-        _argument("use_sim_time", "false", "Take the time from /clock.", YES_NO),
-        _argument("respawn", "false", f"Start the node again {RESPAWN_DELAY_S:g} s after it ended.", YES_NO),
+        _argument(
+            "use_sim_time", "", f"Take the time from /clock. {OR_NOT} Empty: as in params_file or a parent launch."
+        ),
+        _argument("respawn", "false", f"Start the node again {RESPAWN_DELAY_S:g} s after it ended. {OR_NOT}"),
         _argument("log_level", "info", "Log level of the node.", ("debug", "info", "warn", "error", "fatal")),
-        _argument("demo_camera", "false", "Start a camera that plays photographs, one for each camera name.", YES_NO),
-        _argument("rqt", "false", "Start rqt with sliders, overlay, quality and diagnostics.", YES_NO),
-        _argument("rviz", "false", "Start RViz with the result images.", YES_NO),
+        _argument(
+            "demo_camera", "false", f"Start a camera that plays photographs, one for each camera name. {OR_NOT}"
+        ),
+        _argument("rqt", "false", f"Start rqt with sliders, overlay, quality and diagnostics. {OR_NOT}"),
+        _argument("rviz", "false", f"Start RViz with the result images. {OR_NOT}"),
     ]
     return LaunchDescription([*arguments, OpaqueFunction(function=_start)])
 
@@ -58,11 +63,13 @@ def _mirrored_text(name: str) -> str:
 def _start(context: LaunchContext) -> list[Action]:
     given = {name: LaunchConfiguration(name).perform(context).strip() for name in _ARGUMENTS}
     changes = {name: _value(name, given[name]) for name in MIRRORED if given[name]}
-    use_sim_time = given["use_sim_time"] == "true"
+    # where it is not given nothing is passed on, not even false: that would win over a parent launch
+    clock = {"use_sim_time": _flag("use_sim_time", given["use_sim_time"])} if given["use_sim_time"] else {}
+    asked = {name: _flag(name, given[name]) for name in ("respawn", "demo_camera", "rqt", "rviz")}
     base = "/" + given["namespace"].strip("/")
     cameras = changes.get("cameras", [""])
     topics = _topics(given["image_topic"], given["image_topics"], cameras)
-    respawn = {"respawn": True, "respawn_delay": RESPAWN_DELAY_S} if given["respawn"] == "true" else {}
+    respawn = {"respawn": True, "respawn_delay": RESPAWN_DELAY_S} if asked["respawn"] else {}
 
     nodes: list[Action] = [
         LifecycleNode(
@@ -70,7 +77,7 @@ def _start(context: LaunchContext) -> list[Action]:
             executable="perception_node",
             name=NODE_NAME,
             namespace=base,
-            parameters=[given["params_file"], {**changes, "use_sim_time": use_sim_time}],
+            parameters=[given["params_file"], {**changes, **clock}],
             remappings=[rule for camera, topic in topics.items() for rule in _remappings(camera, topic)],
             arguments=["--ros-args", "--log-level", given["log_level"]],
             output="screen",
@@ -78,14 +85,14 @@ def _start(context: LaunchContext) -> list[Action]:
             **respawn,
         )
     ]
-    if given["demo_camera"] == "true":
+    if asked["demo_camera"]:
         nodes += [
             Node(
                 package="glesam_ros",
                 executable="demo_camera",
                 name=f"demo_camera_{camera}".rstrip("_"),
                 namespace=base,
-                parameters=[{"compressed": changes.get("compressed", settings.default("compressed"))}],
+                parameters=[{"compressed": changes.get("compressed", settings.default("compressed")), **clock}],
                 remappings=_remappings("", topics.get(camera) or (f"{camera}/image" if camera else "image")),
                 output="screen",
                 emulate_tty=True,
@@ -93,16 +100,15 @@ def _start(context: LaunchContext) -> list[Action]:
             for camera in cameras
         ]
     shown = "/".join(part for part in (base.strip("/"), cameras[0]) if part)
-    sim_time = [{"use_sim_time": use_sim_time}]
-    if given["rqt"] == "true":
+    if asked["rqt"]:
         _require("rqt", "rqt_gui", "rqt ros-$ROS_DISTRO-rqt-common-plugins ros-$ROS_DISTRO-rqt-runtime-monitor")
         view = _view("perception.perspective", base, shown)
         rqt = Node(package="rqt_gui", executable="rqt_gui", arguments=["--perspective-file", view])
         nodes.append(TimerAction(period=RQT_DELAY_S, actions=[rqt]))
-    if given["rviz"] == "true":
+    if asked["rviz"]:
         _require("rviz", "rviz2", "rviz2")
         view = _view("perception.rviz", base, shown)
-        nodes.append(Node(package="rviz2", executable="rviz2", arguments=["-d", view], parameters=sim_time))
+        nodes.append(Node(package="rviz2", executable="rviz2", arguments=["-d", view], parameters=[clock]))
     return nodes
 
 
@@ -121,13 +127,22 @@ def _value(name: str, text: str) -> str | bool | list[str]:
     default = settings.default(name)
     value: str | bool | list[str] = text
     if isinstance(default, bool):
-        if text.lower() not in YES_NO:
-            raise ValueError(f"{name}: expected true or false, got {text!r}")
-        value = text.lower() == "true"
+        value = _flag(name, text)
     elif isinstance(default, tuple):
         value = [part.strip() for part in text.split(",")]
     settings.check_value(name, value)
     return value
+
+
+def _flag(name: str, text: str) -> bool:
+    """True or false from the text of an argument, in any case: launch files in Python pass True.
+
+    Raises:
+        ValueError: something else.
+    """
+    if text.lower() not in YES_NO:
+        raise ValueError(f"{name}: expected true or false, got {text!r}")
+    return text.lower() == "true"
 
 
 def _topics(one: str, several: str, cameras: list[str]) -> dict[str, str]:

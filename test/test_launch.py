@@ -25,9 +25,11 @@ import sys
 from launch import LaunchDescription, LaunchService
 from launch.actions import IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch_ros.actions import PushRosNamespace, SetParameter
 arguments = [a.split(":=", 1) for a in sys.argv[2:]]
 service = LaunchService()
 service.include_launch_description(LaunchDescription([
+    *PARENT,
     IncludeLaunchDescription(PythonLaunchDescriptionSource(sys.argv[1]), launch_arguments=arguments)
 ]))
 sys.exit(service.run())
@@ -56,10 +58,11 @@ def prefix(tmp_path_factory) -> Path:
 
 
 class LaunchProcess(LoggedProcess):
-    """A launch in its own process."""
+    """A launch in its own process; `parent` are actions of a launch file that includes ours."""
 
-    def __init__(self, prefix: Path, arguments: dict[str, str]) -> None:
-        command = [sys.executable, "-c", RUNNER, str(LAUNCH_FILE), *(f"{k}:={v}" for k, v in arguments.items())]
+    def __init__(self, prefix: Path, arguments: dict[str, str], parent: str = "") -> None:
+        runner = RUNNER.replace("PARENT", f"[{parent}]")
+        command = [sys.executable, "-c", runner, str(LAUNCH_FILE), *(f"{k}:={v}" for k, v in arguments.items())]
         super().__init__(command, {"AMENT_PREFIX_PATH": prefix, "PYTHONPATH": ROOT})
 
     def wait(self) -> int:
@@ -73,12 +76,15 @@ class LaunchProcess(LoggedProcess):
 
 @pytest.fixture
 def launched(_ros, prefix):
-    """`launched(namespace, argument=value, ...)` starts the launch file and gives a `Client` of the namespace."""
+    """`launched(namespace, argument=value, ...)` starts the launch file and gives a `Client` of the namespace.
+
+    `parent` as for `LaunchProcess`; `below` is the namespace that comes of it.
+    """
     clients = []
 
-    def start(namespace: str, **arguments: str) -> Client:
-        process = LaunchProcess(prefix, {"model": "bright", "namespace": namespace, **arguments})
-        clients.append(Client(namespace, process))
+    def start(namespace: str, parent: str = "", below: str | None = None, **arguments: str) -> Client:
+        process = LaunchProcess(prefix, {"model": "bright", "namespace": namespace, **arguments}, parent)
+        clients.append(Client(below or namespace, process))
         return clients[-1]
 
     yield start
@@ -88,9 +94,9 @@ def launched(_ros, prefix):
         print(client.ros.output)
 
 
-def parameters(client: Client, *names: str) -> list:
+def parameters(client: Client, *names: str, node: str = "perception") -> list:
     request = GetParameters.Request(names=list(names))
-    return client.call(GetParameters, "perception/get_parameters", request).values
+    return client.call(GetParameters, f"{node}/get_parameters", request).values
 
 
 def test_two_cameras_are_remapped_and_answer_under_their_names(launched):
@@ -127,6 +133,33 @@ def test_autostart_off_waits_and_use_sim_time_is_passed_on(launched):
     assert client.change_state("configure") and client.state() == "inactive"
 
 
+@pytest.mark.parametrize("given", ["True", "FALSE"])
+def test_true_and_false_are_taken_in_any_case_and_demo_camera_has_the_same_time(launched, given):
+    client = launched("launch_case", use_sim_time=given, autostart=given, demo_camera="True")
+    client.wait_state("active" if given == "True" else "unconfigured")
+    for node in ("perception", "demo_camera"):
+        [sim] = parameters(client, "use_sim_time", node=node)
+        assert sim.bool_value is (given == "True"), node
+
+
+def test_use_sim_time_of_a_parent_launch_counts_unless_it_is_given(launched):
+    parent = "SetParameter('use_sim_time', True)"
+    client = launched("launch_parent", parent, autostart="false", demo_camera="true")
+    other = launched("launch_child", parent, autostart="false", use_sim_time="false")
+    for node in ("perception", "demo_camera"):
+        [sim] = parameters(client, "use_sim_time", node=node)
+        assert sim.bool_value is True, node
+    [sim] = parameters(other, "use_sim_time")
+    assert sim.bool_value is False
+
+
+def test_use_sim_time_of_the_params_file_counts(launched, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("/**:\n  ros__parameters:\n    use_sim_time: true\n    autostart: false\n")
+    [sim] = parameters(launched("launch_time", params_file=str(file)), "use_sim_time")
+    assert sim.bool_value is True
+
+
 def test_a_model_name_with_a_dot_and_a_plus_arrives_as_it_is(launched):
     client = launched("launch_name", model="bright2.1_tiny+glesam")
     client.wait_state("active")
@@ -160,7 +193,8 @@ def test_respawn_brings_the_node_back(launched):
         ({"image_topic": "/a", "image_topics": "/b"}, "leave one out"),
         ({"device": "tpu"}, "device: expected one of auto, cpu, cuda, tensorrt; got 'tpu'"),
         ({"compressed": "perhaps"}, "compressed: expected true or false, got 'perhaps'"),
-        ({"rviz": "maybe"}, "maybe"),
+        ({"use_sim_time": "1"}, "use_sim_time: expected true or false, got '1'"),
+        ({"rviz": "maybe"}, "rviz: expected true or false, got 'maybe'"),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_reason(prefix, arguments, reason):
