@@ -10,12 +10,13 @@ from launch import Action, LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction, TimerAction
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode, Node
+from launch_ros.utilities import make_namespace_absolute, prefix_namespace
 
 from glesam_ros import settings
 
 NODE_NAME = "perception"
-VIEW_NAMESPACE = "/glesam/"
-"""Prefix of topics in the rqt perspective and the RViz view, replaced where the launch uses another."""
+VIEW_NAMESPACE = "/glesam"
+"""Namespace of node and topics in the rqt perspective and the RViz view, replaced where the launch uses another."""
 RESPAWN_DELAY_S = 2.0
 RQT_DELAY_S = 5.0
 """rqt shows the sliders of the nodes that are there when it starts; later ones wait for its Refresh button."""
@@ -30,7 +31,10 @@ OR_NOT = f"{' or '.join(YES_NO)}, in any case."
 def generate_launch_description() -> LaunchDescription:
     """Arguments, then the processes that they ask for."""
     arguments = [
-        _argument("namespace", "glesam", "Namespace of node and topics."),
+        _argument(
+            "namespace", "glesam",
+            "Namespace of node and topics; where it does not begin with / it goes below that of a parent launch.",
+        ),
         _argument("params_file", str(CONFIG / "perception.yaml"), "Parameters of the node."),
         _argument("image_topic", "", "Topic of the only camera; empty: image below the namespace."),
         _argument("image_topics", "", "Topics of several cameras, comma separated, in the order of cameras."),
@@ -66,7 +70,9 @@ def _start(context: LaunchContext) -> list[Action]:
     # where it is not given nothing is passed on, not even false: that would win over a parent launch
     clock = {"use_sim_time": _flag("use_sim_time", given["use_sim_time"])} if given["use_sim_time"] else {}
     asked = {name: _flag(name, given[name]) for name in ("respawn", "demo_camera", "rqt", "rviz")}
-    base = "/" + given["namespace"].strip("/")
+    base = make_namespace_absolute(
+        prefix_namespace(context.launch_configurations.get("ros_namespace"), given["namespace"])
+    )
     cameras = changes.get("cameras", [""])
     topics = _topics(given["image_topic"], given["image_topics"], cameras)
     respawn = {"respawn": True, "respawn_delay": RESPAWN_DELAY_S} if asked["respawn"] else {}
@@ -179,11 +185,12 @@ def _require(argument: str, package: str, apt: str) -> None:
 def _view(name: str, base: str, shown: str) -> str:
     """Path of a view file of the package, or of a copy for the node below `base` and the topics below `shown`."""
     path = CONFIG / name
-    node = f"{base.rstrip('/')}/{NODE_NAME}"
-    if shown == VIEW_NAMESPACE.strip("/"):
+    if (base, f"/{shown}") == (VIEW_NAMESPACE, VIEW_NAMESPACE):
         return str(path)
-    text = path.read_text(encoding="utf-8").replace(f"{VIEW_NAMESPACE}{NODE_NAME}", "\0")
-    text = text.replace(VIEW_NAMESPACE, f"/{shown}/" if shown else "/").replace("\0", node)
+    node = f"{base.rstrip('/')}/{NODE_NAME}"
+    text = path.read_text(encoding="utf-8").replace(f"{VIEW_NAMESPACE}/{NODE_NAME}", "\0")
+    text = text.replace(f"{VIEW_NAMESPACE}/", f"/{shown}/" if shown else "/")
+    text = text.replace(f"'{VIEW_NAMESPACE}'", f"'{base}'").replace("\0", node)
     with tempfile.NamedTemporaryFile("w", suffix=path.suffix, delete=False, encoding="utf-8") as copy:
         copy.write(text)
     return copy.name

@@ -57,10 +57,33 @@ def prefix(tmp_path_factory) -> Path:
     return root
 
 
-class LaunchProcess(LoggedProcess):
-    """A launch in its own process; `parent` are actions of a launch file that includes ours."""
+@pytest.fixture(scope="module")
+def viewers(tmp_path_factory) -> Path:
+    """An ament prefix of an RViz and an rqt that write the files that they are started with to `seen/<package>`."""
+    root = tmp_path_factory.mktemp("viewers")
+    (root / "seen").mkdir()
+    for package in ("rviz2", "rqt_gui"):
+        index, programs = root / "share/ament_index/resource_index/packages", root / "lib" / package
+        for folder in (index, programs):
+            folder.mkdir(parents=True, exist_ok=True)
+        (index / package).touch()
+        script, seen = programs / package, root / "seen" / package
+        # moved when it is whole, as a test waits for it
+        script.write_text(
+            f'#!/bin/sh\nfor file in "$@"; do [ -f "$file" ] && cat "$file"; done >"{seen}.part"\n'
+            f'mv "{seen}.part" "{seen}"\n'
+        )
+        script.chmod(0o755)
+    return root
 
-    def __init__(self, prefix: Path, arguments: dict[str, str], parent: str = "") -> None:
+
+class LaunchProcess(LoggedProcess):
+    """A launch in its own process; `parent` are actions of a launch file that includes ours.
+
+    `prefix` may be several prefixes, in the form of AMENT_PREFIX_PATH.
+    """
+
+    def __init__(self, prefix: Path | str, arguments: dict[str, str], parent: str = "") -> None:
         runner = RUNNER.replace("PARENT", f"[{parent}]")
         command = [sys.executable, "-c", runner, str(LAUNCH_FILE), *(f"{k}:={v}" for k, v in arguments.items())]
         super().__init__(command, {"AMENT_PREFIX_PATH": prefix, "PYTHONPATH": ROOT})
@@ -158,6 +181,48 @@ def test_use_sim_time_of_the_params_file_counts(launched, tmp_path):
     file.write_text("/**:\n  ros__parameters:\n    use_sim_time: true\n    autostart: false\n")
     [sim] = parameters(launched("launch_time", params_file=str(file)), "use_sim_time")
     assert sim.bool_value is True
+
+
+@pytest.mark.parametrize(("namespace", "below"), [
+    ("inner", "launch_push/inner"),
+    ("", "launch_push"),
+    ("/launch_absolute", "launch_absolute"),
+])
+def test_a_namespace_of_a_parent_launch_is_kept_unless_ours_is_absolute(launched, namespace, below):
+    client = launched(namespace, "PushRosNamespace('launch_push')", below, demo_camera="true")
+    client.wait_state("active")
+    assert parameters(client, "compressed", node="demo_camera")
+    assert client.node.count_publishers(f"/{below}/masks")
+
+
+@pytest.mark.parametrize(("parent", "arguments", "names"), [
+    ("PushRosNamespace('robot')", {}, ("/robot/glesam", "/robot/glesam")),
+    ("PushRosNamespace('robot')", {"namespace": "/mine", "cameras": "front,rear"}, ("/mine", "/mine/front")),
+    ("", {"namespace": "/"}, ("", "")),
+    ("", {}, ("/glesam", "/glesam")),
+])
+def test_views_show_the_resulting_names(_ros, prefix, viewers, parent, arguments, names):
+    base, shown = names
+    for seen in (viewers / "seen").iterdir():
+        seen.unlink()
+    process = LaunchProcess(
+        os.pathsep.join((str(viewers), str(prefix))),
+        {"model": "bright", "autostart": "false", "use_sim_time": "true", "rqt": "true", "rviz": "true", **arguments},
+        parent,
+    )
+    try:
+        rviz, rqt = (
+            wait_for((viewers / "seen" / name).is_file, f"{name}\n{process.output}")
+            and (viewers / "seen" / name).read_text()
+            for name in ("rviz2", "rqt_gui")
+        )
+    finally:
+        process.end()
+    assert f"Value: {shown}/overlay\n" in rviz and "use_sim_time: true" in rviz
+    assert f"'{shown}/overlay'" in rqt and f"'{shown}/quality/results[0]/score'" in rqt
+    assert f"['{base}/perception']" in rqt and f"['{base or '/'}']" in rqt
+    if "/glesam" not in base:
+        assert "/glesam" not in rviz + rqt
 
 
 def test_a_model_name_with_a_dot_and_a_plus_arrives_as_it_is(launched):
