@@ -11,6 +11,7 @@ from ros_graph import LOST_ANSWER, image_message, picture, wait_for
 from sensor_msgs.msg import Image
 from std_srvs.srv import SetBool
 
+OK, ERROR = b"\x00", b"\x02"
 SQUARE = (20, 20, 60, 60)
 CHANGE_STATE = "perception/change_state"
 
@@ -45,6 +46,56 @@ def test_deactivate_frees_the_model_and_activate_loads_it_again(launch):
     # the old model refuses to work after close(), so a result proves a new one
     client.stream(frames(client), lambda: len(masks) > before, "masks after the second activate")
     wait_for(lambda: len(client.logged("model bright loaded")) == loads + 1, "a second load in the log")
+
+
+@pytest.fixture
+def stuck(launch, tmp_path, monkeypatch):
+    """A node whose deactivate has given up on a frame, and the file that holds the frame up."""
+    file = tmp_path / "stuck"
+    file.touch()
+    monkeypatch.setenv("STUCK", str(file))
+    monkeypatch.setenv("STOP_TIMEOUT_S", "0.2")
+    client = launch(model="stuck")
+    client.subscribe(Image, "masks")
+    client.stream(
+        lambda: image_message(picture(ground=(255, 0, 0)), client.stamp()),
+        lambda: client.counts()["dropped_overwritten"] >= 3, "frames behind the one that is stuck",
+    )
+    assert not client.change_state("deactivate")
+    return client, file
+
+
+def says(client, level, *texts):
+    status = client.status("model")
+    return status is not None and status.level == level and all(text in status.message for text in texts)
+
+
+def test_no_second_model_is_loaded_beside_one_that_is_stuck(stuck):
+    client, file = stuck
+    assert client.state() == "unconfigured"  # by way of the error processing
+    client.wait_log("error processing done")
+    error = "deactivate: StuckInference: the model did not finish a frame within 0.2 s"
+    wait_for(lambda: says(client, ERROR, error), "the error of deactivate in diagnostics")
+    assert not client.change_state("configure") and client.state() == "unconfigured"
+    client.wait_log("configure failed", "it is still with the one that deactivate gave up on; try again later")
+    wait_for(lambda: says(client, ERROR, "configure: StuckInference: "), "the refusal in diagnostics")
+    assert not client.logged("stuck closed") and len(client.logged("model stuck loaded")) == 1
+
+    file.unlink()
+    client.wait_log("the frame that deactivate gave up on has ended, its model is freed")
+    assert len(client.logged("stuck closed")) == 1
+    assert client.change_state("configure") and client.change_state("activate")
+    wait_for(lambda: says(client, OK, "active"), "a good status")
+    masks = client.subscribe(Image, "masks")
+    client.stream(frames(client), lambda: masks.messages, "masks")
+    assert len(client.logged("model stuck loaded")) == 2
+    assert not client.logged("Traceback")
+
+
+def test_the_process_ends_beside_an_inference_that_is_stuck(stuck):
+    client, _ = stuck
+    assert client.ros.end() == 0
+    assert "Traceback" not in client.ros.output
 
 
 def test_a_model_that_cannot_be_loaded_fails_configure_and_says_why(launch):

@@ -60,7 +60,14 @@ WARM_UP_SIZE = (480, 640)
 CLICK_TOPIC = "overlay_mouse_left"
 """rqt_image_view publishes clicks on `<image topic>_mouse_left` as geometry_msgs/Point in pixels."""
 
-FOR_THE_USER = (FileNotFoundError, ModuleNotFoundError, OutOfMemory)
+Models = tuple[Pipeline | None, SemanticSegmenter | None, Restorer | None]
+
+
+class StuckInference(RuntimeError):
+    """An inference does not end, so the memory of its model cannot be freed."""
+
+
+FOR_THE_USER = (FileNotFoundError, ModuleNotFoundError, OutOfMemory, StuckInference)
 """Faults of transitions whose text says what to do, so that a traceback would only hide it."""
 
 SUCCESS, FAILURE, ERROR = (
@@ -92,6 +99,7 @@ class PerceptionNode(LifecycleNode):
         self._segmenter: SemanticSegmenter | None = None
         self._restorer: Restorer | None = None
         self._worker: Worker | None = None
+        self._is_stuck = False
         self._cameras: dict[str, Camera] = {}
         self._frames = NewestFrames(self.settings.cameras)
         self._subscriptions_of_images: list[Subscription] = []
@@ -149,12 +157,17 @@ class PerceptionNode(LifecycleNode):
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         """After a fault that a transition could not undo: free what can be freed, back to unconfigured."""
-        return self._transition("error processing", self._clean_up)
+        return self._transition("error processing", self._clean_up, mends=False)
 
     def _transition(
-        self, name: str, action: Callable[[], None], undo: Callable[[], None] | None = None
+        self, name: str, action: Callable[[], None], undo: Callable[[], None] | None = None, mends: bool = True
     ) -> TransitionCallbackReturn:
-        """Run `action`; rclpy is silent about exceptions in transitions, so they are logged here."""
+        """Run `action`; rclpy is silent about exceptions in transitions, so they are logged here.
+
+        Args:
+            undo: run where `action` fails; None where there is no way back.
+            mends: whether diagnostics forget the error of an earlier transition where `action` works.
+        """
         self._is_in_transition = True
         try:
             action()
@@ -168,7 +181,8 @@ class PerceptionNode(LifecycleNode):
             return FAILURE
         finally:
             self._is_in_transition = False
-        self._last_error = ""
+        if mends:
+            self._last_error = ""
         self.get_logger().info(f"{name} done")
         return SUCCESS
 
@@ -211,20 +225,34 @@ class PerceptionNode(LifecycleNode):
         models = self._pipeline, self._segmenter, self._restorer
         self._pipeline = self._segmenter = self._restorer = None
         if worker is not None and not worker.stop(STOP_TIMEOUT_S):
-            raise RuntimeError(
+            self._is_stuck = True
+            threading.Thread(target=self._free_later, args=(worker, models), name="freeing", daemon=True).start()
+            raise StuckInference(
                 f"the model did not finish a frame within {STOP_TIMEOUT_S:g} s, so its memory cannot be freed; "
                 "restart the node if it does not recover"
             )
         self._forget_frames("disabled")
-        for model in models:
-            if model is not None:
-                model.close()
-        del worker, model, models
+        _close(models)
+        del worker, models
         gc.collect()
         for camera in self._cameras.values():
             camera.ledger.rest()
 
+    def _free_later(self, worker: Worker, models: Models) -> None:
+        """Close `models` once the frame has ended that `_deactivate` gave up on."""
+        worker.stop(None)
+        try:
+            _close(models)
+        finally:
+            self._is_stuck = False
+        self.get_logger().info("the frame that deactivate gave up on has ended, its model is freed; configure again")
+
     def _load(self) -> Pipeline:
+        if self._is_stuck:
+            raise StuckInference(
+                "expected that the model had ended its frame before another one is loaded, it is still with the one "
+                "that deactivate gave up on; try again later, or restart the node"
+            )
         settings = self.settings
         started = time.monotonic()
         self._pipeline = load_pipeline(**dataclasses.asdict(settings))
@@ -470,11 +498,9 @@ class PerceptionNode(LifecycleNode):
     def close(self) -> bool:
         """Stop working at once; False when a model is still busy, so that threads are left behind."""
         worker, self._worker = self._worker, None
-        stopped = worker is None or worker.stop(EXIT_TIMEOUT_S)
+        stopped = (worker is None or worker.stop(EXIT_TIMEOUT_S)) and not self._is_stuck
         if stopped and not self._is_in_transition:
-            for model in (self._pipeline, self._segmenter, self._restorer):
-                if model is not None:
-                    model.close()
+            _close((self._pipeline, self._segmenter, self._restorer))
         return stopped and not self._is_in_transition
 
 
@@ -495,6 +521,12 @@ class NodeLog(logging.Handler):
             self._logger.warning(text)
         elif record.levelno >= logging.INFO:
             self._logger.info(text)
+
+
+def _close(models: Models) -> None:
+    for model in models:
+        if model is not None:
+            model.close()
 
 
 def _corners(box: Any) -> tuple[float, float, float, float]:

@@ -112,16 +112,16 @@ class Worker:
         """Whether frames are still taken and finished."""
         return all(thread.is_alive() for thread in self._threads)
 
-    def stop(self, timeout_s: float) -> bool:
-        """Ask the threads to end and wait; False when an inference still runs after `timeout_s`."""
+    def stop(self, timeout_s: float | None) -> bool:
+        """Ask the threads to end and wait; False when an inference still runs after `timeout_s`; None is for ever."""
         self._stopping.set()
         self._frames.close()
         if self._hand_over is not None:
             self._hand_over.close()
-        end = time.monotonic() + timeout_s
+        end = None if timeout_s is None else time.monotonic() + timeout_s
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(max(0.0, end - time.monotonic()))
+                thread.join(None if end is None else max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _take_frames(self) -> None:

@@ -2,7 +2,8 @@
 
 Models: `bright` finds connected bright regions; `steady` sleeps 0.1 s in each encode, `slow` 2 s; `busy` holds the
 interpreter for 2 s in each encode; `fragile` raises on a red image; `absent` cannot be loaded; `filed` can where the
-file that WEIGHTS names is there. `bright2.1_tiny+glesam` is `bright` with a name like those of full-size models.
+file that WEIGHTS names is there; `stuck` encodes a red image as long as the file that STUCK names is there, and logs
+that it was closed. `bright2.1_tiny+glesam` is `bright` with a name like those of full-size models.
 
 Short of memory, own size 1024: `tight` has room for 768 pixels and 16 prompts a batch while the picture is red, `scant`
 has it always; `hungry` has room for nothing while the picture is red, `starved` always.
@@ -14,6 +15,7 @@ Semantic models: `horizon` says white is "person", the rest "sky" in the upper h
 300; `starless` never has memory; `horizon-filed` can be loaded where the file that SEMANTIC_WEIGHTS names is there.
 Restorer: `negative`, which raises on a red picture and lacks memory for a green one. Their calls are logged.
 
+STOP_TIMEOUT_S, where it is set, is how long the node waits for an inference that should end.
 At its end the process prints which modules of ours and which libraries of networks it has imported.
 """
 
@@ -133,6 +135,17 @@ class Fragile(Bright):
         if is_red(image):
             raise RuntimeError("red is too much")
         return super().encode(image, budget)
+
+
+class Stuck(Bright):
+    def encode(self, image, budget):
+        while is_red(image) and Path(os.environ["STUCK"]).exists():
+            time.sleep(0.01)
+        return super().encode(image, budget)
+
+    def close(self):
+        super().close()
+        LOG.info("stuck closed")
 
 
 class Tight(Bright):
@@ -277,9 +290,10 @@ def _filed(device: str, precision: str):
 
 
 if __name__ == "__main__":
-    from glesam_ros.ros.node import main
+    from glesam_ros.ros import node
 
-    for model in (Bright, Steady, Slow, Busy, Fragile, Tight, Hungry, Scant, Starved, Paired, Single):
+    node.STOP_TIMEOUT_S = float(os.environ.get("STOP_TIMEOUT_S", node.STOP_TIMEOUT_S))
+    for model in (Bright, Steady, Slow, Busy, Fragile, Stuck, Tight, Hungry, Scant, Starved, Paired, Single):
         register_model(model.__name__.lower(), model)
     register_model(DOTTED, Bright)
     register_model("absent", _absent)
@@ -289,6 +303,6 @@ if __name__ == "__main__":
     register_semantic("starless", Starless)
     register_semantic("horizon-filed", _horizon_filed)
     register_restorer("negative", Negative)
-    code = main()
+    code = node.main()
     print("modules:", *sorted(m for m in sys.modules if m.startswith("glesam_ros.") or m in NETWORK_LIBRARIES))
     sys.exit(code)
