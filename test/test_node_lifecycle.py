@@ -48,6 +48,19 @@ def test_deactivate_frees_the_model_and_activate_loads_it_again(launch):
     wait_for(lambda: len(client.logged("model bright loaded")) == loads + 1, "a second load in the log")
 
 
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", ["640x480"]), ("cuda", ["640x480", "1280x720"])])
+def test_warm_up_has_the_usual_sizes_then_that_of_the_camera(launch, device, sizes):
+    client = launch(model="sized", device=device)
+    client.wait_log("warm-up inference took", f"({', '.join(sizes)})")
+    assert client.logged("encode ") == [f"encode {size}" for size in sizes]
+    masks = client.subscribe(Image, "masks")
+    client.stream(frames(client), lambda: masks.messages, "masks")
+    assert client.change_state("deactivate")
+    assert client.change_state("activate")
+    client.wait_log("warm-up inference took", "(160x120)")
+    assert all(len(client.logged(f"encode {size}")) == 1 for size in sizes)  # not again
+
+
 @pytest.fixture
 def stuck(launch, tmp_path, monkeypatch):
     """A node whose deactivate has given up on a frame, and the file that holds the frame up."""

@@ -56,7 +56,8 @@ CALLBACK_THREADS = 4
 """Callbacks that run at once; a transition and a prompt may take long."""
 EXIT_TIMEOUT_S = 1.0
 """How long the process waits for a running inference when it is told to end."""
-WARM_UP_SIZE = (480, 640)
+WARM_UP_SIZES = (480, 640), (720, 1280)
+"""(height, width) of most cameras, for warm-up before a frame has come."""
 CLICK_TOPIC = "overlay_mouse_left"
 """rqt_image_view publishes clicks on `<image topic>_mouse_left` as geometry_msgs/Point in pixels."""
 
@@ -277,18 +278,33 @@ class PerceptionNode(LifecycleNode):
 
     def _warm_up(self, pipeline: Pipeline) -> None:
         started = time.monotonic()
-        image = np.random.default_rng(0).integers(0, 256, (*WARM_UP_SIZE, 3), np.uint8)
-        pipeline.warm_up(image)
+        sizes = self._sizes_to_expect(pipeline.model.device)
+        for size in sizes:
+            pipeline.warm_up(_noise(size))
         if self._segmenter is not None:
-            self._warm_up_beside("semantic model", self._segmenter.segment, image)
+            self._warm_up_beside("semantic model", self._segmenter.segment, self._segmenter.device)
         if self._restorer is not None:
-            self._warm_up_beside("restorer", self._restorer.restore, image)
-        self.get_logger().info(f"warm-up inference took {1e3 * (time.monotonic() - started):.0f} ms")
+            self._warm_up_beside("restorer", self._restorer.restore, self._restorer.device)
+        self.get_logger().info(
+            f"warm-up inference took {1e3 * (time.monotonic() - started):.0f} ms "
+            f"({', '.join(f'{width}x{height}' for height, width in sizes)})"
+        )
 
-    def _warm_up_beside(self, what: str, model: Callable[[UInt8Array], Any], image: UInt8Array) -> None:
+    def _sizes_to_expect(self, device: str) -> list[tuple[int, int]]:
+        """(height, width) that the cameras had; of one without a frame yet the usual sizes, on a CPU the first alone.
+
+        A GPU builds engines or tunes kernels for each size, a CPU does not.
+        """
+        sizes = {camera.ledger.size for camera in self._cameras.values()}
+        if None in sizes:
+            sizes.update(WARM_UP_SIZES[:1] if device.startswith("cpu") else WARM_UP_SIZES)
+        return sorted(size for size in sizes if size is not None)
+
+    def _warm_up_beside(self, what: str, model: Callable[[UInt8Array], Any], device: str) -> None:
         """As for frames: what cannot be made beside the masks does not stop them."""
         try:
-            model(image)
+            for size in self._sizes_to_expect(device):
+                model(_noise(size))
         except Exception as error:  # whatever the model raises
             self.get_logger().error(f"warm-up of the {what} failed, masks go on: {type(error).__name__}: {error}")
 
@@ -521,6 +537,11 @@ class NodeLog(logging.Handler):
             self._logger.warning(text)
         elif record.levelno >= logging.INFO:
             self._logger.info(text)
+
+
+def _noise(size: tuple[int, int]) -> UInt8Array:
+    """A picture of `size` (height, width) to warm up with."""
+    return np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
 
 
 def _close(models: Models) -> None:

@@ -3,7 +3,8 @@
 Models: `bright` finds connected bright regions; `steady` sleeps 0.1 s in each encode, `slow` 2 s; `busy` holds the
 interpreter for 2 s in each encode; `fragile` raises on a red image; `absent` cannot be loaded; `filed` can where the
 file that WEIGHTS names is there; `stuck` encodes a red image as long as the file that STUCK names is there, and logs
-that it was closed. `bright2.1_tiny+glesam` is `bright` with a name like those of full-size models.
+that it was closed; `sized` logs the sizes that it encodes, and says that it runs on the device that was asked for.
+`bright2.1_tiny+glesam` is `bright` with a name like those of full-size models.
 
 Short of memory, own size 1024: `tight` has room for 768 pixels and 16 prompts a batch while the picture is red, `scant`
 has it always; `hungry` has room for nothing while the picture is red, `starved` always.
@@ -146,6 +147,16 @@ class Stuck(Bright):
     def close(self):
         super().close()
         LOG.info("stuck closed")
+
+
+class Sized(Bright):
+    def __init__(self, device: str, precision: str) -> None:
+        super().__init__(device, precision)
+        self.device = device
+
+    def encode(self, image, budget):
+        LOG.info("encode %dx%d", image.shape[1], image.shape[0])
+        return super().encode(image, budget)
 
 
 class Tight(Bright):
@@ -293,7 +304,7 @@ if __name__ == "__main__":
     from glesam_ros.ros import node
 
     node.STOP_TIMEOUT_S = float(os.environ.get("STOP_TIMEOUT_S", node.STOP_TIMEOUT_S))
-    for model in (Bright, Steady, Slow, Busy, Fragile, Stuck, Tight, Hungry, Scant, Starved, Paired, Single):
+    for model in (Bright, Steady, Slow, Busy, Fragile, Stuck, Sized, Tight, Hungry, Scant, Starved, Paired, Single):
         register_model(model.__name__.lower(), model)
     register_model(DOTTED, Bright)
     register_model("absent", _absent)
