@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from geometry_msgs.msg import Point, PointStamped
-from ros_graph import image_message, picture, pixels_of
+from ros_graph import image_message, picture, pixels_of, wait_for
 from sensor_msgs.msg import Image
 from std_srvs.srv import Trigger
 from vision_msgs.msg import Detection2D, Detection2DArray
@@ -105,21 +107,50 @@ def test_a_point_outside_is_refused_with_the_numbers(scene):
     scene.client.wait_count("noticed_refused_prompt", 1)
 
 
-def test_a_box_outside_and_an_empty_box_are_refused_with_the_numbers(scene):
-    scene.boxes((170, 10, 200, 40))
-    scene.client.wait_log("refused", "160x120", "(170, 10, 200, 40)")
-    scene.boxes((50, 50, 50, 60))
-    scene.client.wait_log("refused", "x1 < x2", "(50, 50, 50, 60)")
+@pytest.mark.parametrize(("box", "parts"), [
+    ((170, 10, 200, 40), ("160x120", "(170, 10, 200, 40)")),
+    ((50, 50, 50, 60), ("x1 < x2", "(50, 50, 50, 60)")),
+])
+def test_a_box_outside_or_empty_is_refused_with_the_numbers(scene, box, parts):
+    scene.boxes(box)
+    scene.client.wait_log("refused", *parts)
 
 
-def test_a_prompt_for_a_frame_that_is_gone_is_refused_with_its_age(scene):
+def test_refused_prompts_are_counted_and_the_1st_and_the_10th_are_logged(scene):
+    for x in range(200, 212):
+        scene.point((float(x), 50.0))
+        time.sleep(0.02)  # the node keeps 10
+    scene.client.wait_count("noticed_refused_prompt", 12)
+    scene.client.wait_log("refused", "[10 so far, next note at 100]")
+    assert len(scene.client.logged("refused")) == 2
+    wait_for(lambda: "got (211, 50)" in scene.client.values()["last_fault"], "the newest refusal in diagnostics")
+
+
+def stamped(scene, age_s):
+    """A point with the stamp of an image of that age."""
     stamp = scene.client.stamp()
-    stamp.sec -= 20
+    stamp.sec -= age_s
     scene.point(IN_LEFT, stamp=stamp)
-    line = scene.client.wait_log("refused", "its frame is gone")
-    assert "at most 500 ms" in line and "got 20" in line
-    fresh = scene.client.stamp()
-    scene.point(IN_LEFT, stamp=fresh)
+
+
+def test_a_prompt_on_an_image_that_a_person_looked_at_is_taken(scene):
+    stamped(scene, 20)  # far beyond max_frame_age_ms
+    scene.see("the left square alone", only_left)
+    assert not scene.client.logged("refused")
+
+
+def test_a_prompt_on_an_image_beyond_its_timeout_is_refused_with_its_age(launch):
+    scene = Scene(launch(prompt_timeout_s=10.0))
+    stamped(scene, 20)
+    line = scene.client.wait_log("refused", "its image is too old")
+    assert "at most 10 s old (prompt_timeout_s), got 20." in line
+    stamped(scene, 0)
+    scene.see("the left square alone", only_left)
+
+
+def test_without_a_timeout_the_image_of_a_prompt_may_be_of_any_age(launch):
+    scene = Scene(launch(prompt_timeout_s=0.0))
+    stamped(scene, 100_000)
     scene.see("the left square alone", only_left)
 
 

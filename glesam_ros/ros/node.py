@@ -400,23 +400,28 @@ class PerceptionNode(LifecycleNode):
     def _prompt(
         self, camera: Camera, stamp: Any, kind: str, accept: Callable[[tuple[int, int]], str | None]
     ) -> None:
-        """Hand a prompt to `accept`, unless its frame is gone; a refusal is a warning with the numbers."""
+        """Hand a prompt to `accept`, unless its image is too old; a refusal is a warning with the numbers."""
         try:
             if camera.ledger.size is None:
                 raise ValueError(
                     f"no frame of {camera.ledger.topic} was read yet; send the prompt after the first result"
                 )
             stamp_ns = stamp.sec * 1_000_000_000 + stamp.nanosec if stamp is not None else 0
-            age_ms = (self.get_clock().now().nanoseconds - stamp_ns) / 1e6
-            if stamp_ns and age_ms > self.settings.max_frame_age_ms:
+            age_s = (self.get_clock().now().nanoseconds - stamp_ns) / 1e9
+            limit_s = self.settings.prompt_timeout_s
+            # a person looks at the image for longer than a frame may wait
+            if stamp_ns and limit_s and age_s > limit_s:
                 raise ValueError(
-                    f"its frame is gone: expected a stamp at most {self.settings.max_frame_age_ms} ms old "
-                    f"(max_frame_age_ms), got {age_ms:.0f} ms; a stamp of 0 means the newest frame"
+                    f"its image is too old: expected a stamp at most {limit_s:g} s old (prompt_timeout_s), got "
+                    f"{age_s:.1f} s; a stamp of 0 means the newest image"
                 )
             warning = accept(camera.ledger.size)
         except ValueError as error:
-            camera.ledger.noticed("refused_prompt", str(error))
-            self.get_logger().warning(f"{camera.label}: prompt ({kind}) refused: {error}")
+            count = camera.ledger.noticed("refused_prompt", str(error))
+            if diagnostics.worth_a_log_line(count):
+                self.get_logger().warning(
+                    f"{camera.label}: prompt ({kind}) refused: {error} [{count} so far, next note at {10 * count}]"
+                )
             return
         if warning:
             self.get_logger().warning(f"{camera.label}: {warning}")
