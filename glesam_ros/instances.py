@@ -66,6 +66,13 @@ class Instances:
         if not 0.0 <= self.degradation <= 1.0:
             raise ValueError(f"degradation: expected 0..1, got {self.degradation}")
 
+    @classmethod
+    def empty(cls, size: tuple[int, int], degradation: float = 0.0, enhanced: bool = False) -> Instances:
+        """No instance in an image of `size` (height, width)."""
+        none = np.zeros(0, np.float32)
+        masks, boxes = np.zeros((0, *size), np.bool_), np.zeros((0, 4), np.float32)
+        return cls(masks, boxes, none, none, np.zeros(0, np.int32), degradation, enhanced)
+
     def __len__(self) -> int:
         return int(self.masks.shape[0])
 

@@ -138,6 +138,9 @@ class Settings:
     max_frame_age_ms: int = _param(
         500, "A frame older than this is dropped, not processed.", low=1, high=10_000, unit="ms"
     )
+    everything: bool = _param(
+        True, "While a camera has no prompt, segment everything; false: masks stay empty until one comes.",
+    )
     prompt_timeout_s: float = _param(
         30.0, "A prompt expires after this time; 0 keeps it until it is cleared.", low=0.0, high=3600.0, unit="s"
     )

@@ -27,13 +27,6 @@ def fields(**changes: Any) -> dict[str, Any]:
     return {**made, **changes}
 
 
-def empty() -> Instances:
-    return Instances(
-        np.zeros((0, 8, 10), np.bool_), np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.float32),
-        np.zeros(0, np.int32), 0.0, False,
-    )
-
-
 def test_length_size_areas() -> None:
     found = Instances(**fields())
     assert (len(found), found.size) == (2, (8, 10))
@@ -42,8 +35,8 @@ def test_length_size_areas() -> None:
 
 
 def test_empty() -> None:
-    none = empty()
-    assert (len(none), none.size) == (0, (8, 10))
+    none = Instances.empty((8, 10), 0.5, True)
+    assert (len(none), none.size, none.degradation, none.enhanced) == (0, (8, 10), 0.5, True)
     assert none.areas.shape == (0,) and none.areas.dtype == np.int64
     assert none.label_map().shape == (8, 10) and not none.label_map().any()
     assert none.confidence_map().dtype == np.float32 and not none.confidence_map().any()

@@ -74,6 +74,17 @@ def test_points_add_to_one_object_until_cleared(scene):
     scene.see("everything again", lambda m: len({m[50, 40], m[50, 120], 0}) == 3)
 
 
+def test_without_everything_masks_stay_empty_until_a_prompt_comes(scene):
+    scene.client.set_parameters(everything=False)
+    scene.see("nothing", lambda m: not m.any())
+    scene.point(IN_LEFT)
+    scene.see("the left square alone", only_left)
+    assert "masks stay empty until the next prompt" in scene.clear().message
+    scene.see("nothing again", lambda m: not m.any())
+    scene.client.set_parameters(everything=True)
+    scene.see("everything", lambda m: len({m[50, 40], m[50, 120], 0}) == 3)
+
+
 def test_a_click_in_rqt_image_view_is_a_positive_point(scene):
     scene.client.send(Point(x=IN_LEFT[0], y=IN_LEFT[1]), "overlay_mouse_left")
     scene.see("the left square alone", only_left)

@@ -432,7 +432,8 @@ class PerceptionNode(LifecycleNode):
         held = [camera.prompts.clear() for camera in self._cameras.values()]
         points, boxes = sum(p for p, _ in held), sum(b for _, b in held)
         response.success = True
-        response.message = f"cleared {points} points and {boxes} boxes of {len(held)} cameras; everything mode is back"
+        now = "everything mode is back" if self.settings.everything else "masks stay empty until the next prompt"
+        response.message = f"cleared {points} points and {boxes} boxes of {len(held)} cameras; {now}"
         return response
 
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from rclpy.clock import Clock
 from sensor_msgs.msg import CompressedImage
 
+from glesam_ros.instances import Instances
 from glesam_ros.models import Embedding, OutOfMemory
 from glesam_ros.pipeline import Pipeline
 from glesam_ros.ros.camera import Camera
@@ -189,8 +190,11 @@ class Worker:
         instances = labels = semantic = None
         began = time.perf_counter()
         if embedding is not None and wanted & OF_INSTANCES:
-            with _inference():
-                instances = self._pipeline.decode(embedding, **encoded.prompts)
+            if encoded.prompts or self._pipeline.settings.everything:
+                with _inference():
+                    instances = self._pipeline.decode(embedding, **encoded.prompts)
+            else:
+                instances = Instances.empty(embedding.size, embedding.degradation, embedding.enhanced)
         decode_s = in_models_s = time.perf_counter() - began
         if self._stopping.is_set():
             ledger.dropped("disabled")
