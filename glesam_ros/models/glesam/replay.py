@@ -144,8 +144,9 @@ def _forget_workspaces() -> None:
 
     From torch 2.12 on the end of a graph takes the workspaces of the stream of its capture away from all other graphs.
     """
-    if torch.__version__ >= (2, 12) and hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
-        torch._C._cuda_clearCublasWorkspaces()
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12):
+        clear()
 
 
 class Compiled:
