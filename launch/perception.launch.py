@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ament_index_python.packages import PackageNotFoundError, get_package_prefix, get_package_share_directory
 from launch import Action, LaunchContext, LaunchDescription
@@ -83,7 +84,7 @@ def _start(context: LaunchContext) -> list[Action]:
             executable="perception_node",
             name=NODE_NAME,
             namespace=base,
-            parameters=[given["params_file"], {**changes, **clock}],
+            parameters=[given["params_file"], *_some({**changes, **clock})],
             remappings=[rule for camera, topic in topics.items() for rule in _remappings(camera, topic)],
             arguments=["--ros-args", "--log-level", given["log_level"]],
             output="screen",
@@ -114,7 +115,7 @@ def _start(context: LaunchContext) -> list[Action]:
     if asked["rviz"]:
         _require("rviz", "rviz2", "rviz2")
         view = _view("perception.rviz", base, shown)
-        nodes.append(Node(package="rviz2", executable="rviz2", arguments=["-d", view], parameters=[clock]))
+        nodes.append(Node(package="rviz2", executable="rviz2", arguments=["-d", view], parameters=_some(clock)))
     return nodes
 
 
@@ -138,6 +139,11 @@ def _value(name: str, text: str) -> str | bool | list[str]:
         value = [part.strip() for part in text.split(",")]
     settings.check_value(name, value)
     return value
+
+
+def _some(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """`parameters` for a node, nothing where there are none: not every parser takes an empty list of them."""
+    return [parameters] if parameters else []
 
 
 def _flag(name: str, text: str) -> bool:
