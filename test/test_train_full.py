@@ -362,7 +362,7 @@ def test_the_classifier_learns_to_tell_restored_from_clear(adapted: Networks) ->
 
 STAGES = {
     # changes, loss that falls, share of the first that is left at most
-    "level": (("level.steps=30", "level.warm_up=0", "level.clear=0.5", "level.ema=0.0"), "loss", 0.5),
+    "level": (("level.steps=60", "level.warm_up=0", "level.clear=0.5", "level.ema=0.0"), "loss", 0.5),
     "restore": (("restore.steps=12", "restore.rates.enhancer=5.0e-3", "restore.warm_up=0", "enhancer.timestep=200"),
                 "reconstruction", 0.9),
     "decode": (("decode.steps=12", "decode.rates.decoder=1.0e-3"), "loss", 0.9),
