@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glesam_ros.picture_files import SUFFIXES
+from glesam_ros.validation import UInt8Array
 
 IGNORE = 255
 """Label of a pixel without a class, in label maps of uint8."""
@@ -39,7 +40,6 @@ _ADE_SPLITS = {"train": "training", "val": "validation", "test": "validation"}
 _NOT_A_CLASS = -1
 _SHOWN = 10
 
-UInt8Array = NDArray[np.uint8]
 Labels = NDArray[Any]
 """(H, W) uint8 or uint16."""
 

@@ -222,6 +222,14 @@ class Restorer(_Loaded[RestorerModel]):
         return restored
 
 
+def device_beside(device: str) -> str:
+    """The device for the models that run beside that of the masks, which has `device`.
+
+    Torch models have no TensorRT; auto takes it where a model has it.
+    """
+    return "auto" if device == "tensorrt" else device
+
+
 def load_semantic(name: str = "rass-nano", device: str = "auto", precision: str = "auto") -> SemanticSegmenter:
     """Load a model of classes by name.
 

@@ -105,19 +105,25 @@ def test_long_callbacks_do_not_keep_others_waiting(spun):
         release.set()
 
 
-def test_callbacks_of_one_group_take_turns(spun):
-    inside, most, calls = [], [], []
+class Turns:
+    """A callback that counts its calls, and how many ran at once at most."""
 
-    def callback() -> None:
-        inside.append(0)
-        most.append(len(inside))
+    def __init__(self) -> None:
+        self.inside, self.most, self.calls = [], 0, 0
+
+    def __call__(self) -> None:
+        self.inside.append(0)
+        self.most = max(self.most, len(self.inside))
         time.sleep(0.002)
-        inside.pop()
-        calls.append(0)
+        self.inside.pop()
+        self.calls += 1
 
-    spun(spun.pooled, callback, callback, group=MutuallyExclusiveCallbackGroup())
-    wait_for(lambda: len(calls) >= 20, "20 calls")
-    assert max(most) == 1
+
+def test_callbacks_of_one_group_take_turns(spun):
+    turns = Turns()
+    spun(spun.pooled, turns, turns, group=MutuallyExclusiveCallbackGroup())
+    wait_for(lambda: turns.calls >= 20, "20 calls")
+    assert turns.most == 1
 
 
 def test_reentrant_callbacks_run_at_once(spun):
@@ -174,19 +180,15 @@ def test_a_subscription_destroyed_before_it_is_taken_frees_its_group(spun):
 
 
 def test_an_invalid_handle_in_a_callback_ends_its_turn_once(spun):
-    inside, most, calls = [], [], []
+    turns = Turns()
 
     def callback() -> None:
-        inside.append(0)
-        most.append(len(inside))
-        time.sleep(0.002)
-        inside.pop()
-        calls.append(0)
+        turns()
         raise InvalidHandle("a publisher that was destroyed")
 
     spun(spun.pooled, callback, callback, group=MutuallyExclusiveCallbackGroup())
-    wait_for(lambda: len(calls) >= 20, "20 calls")
-    assert max(most) == 1
+    wait_for(lambda: turns.calls >= 20, "20 calls")
+    assert turns.most == 1
     assert all(isinstance(error, InvalidHandle) for error in spun.failures)
 
 

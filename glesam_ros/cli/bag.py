@@ -148,10 +148,9 @@ def _segment_bag(args: argparse.Namespace) -> int:
 
 def _open_beside(args: argparse.Namespace) -> tuple[SemanticSegmenter | None, Restorer | None]:
     """The semantic model and the restorer, None where off."""
-    from glesam_ros.semantic import load_restorer, load_semantic
+    from glesam_ros.semantic import device_beside, load_restorer, load_semantic
 
-    # as in the node: torch models have no TensorRT, and auto takes it where a model has it
-    device = "auto" if args.device == "tensorrt" else args.device
+    device = device_beside(args.device)
     try:
         segmenter = load_semantic(args.semantic, device) if args.semantic != OFF else None
         restorer = load_restorer(args.restorer, device) if args.restorer != OFF else None

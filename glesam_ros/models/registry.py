@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from glesam_ros.models.base import RestorerModel, SegmentationModel, SemanticModel
 from glesam_ros.models.glesam import catalogue
+from glesam_ros.optional import OPTIONAL
 
 Factory = Callable[[str, str], SegmentationModel]
 """(device, precision) -> model."""
@@ -16,10 +17,6 @@ SemanticLoader = Callable[[str, str], SemanticModel]
 """(device, precision) -> model."""
 RestorerLoader = Callable[[str, str], RestorerModel]
 """(device, precision) -> model."""
-FULL_SIZE_PACKAGES = (
-    "torch", "torchvision", "diffusers", "peft", "transformers", "safetensors", "segment_anything", "sam2"
-)
-"""What full-size models may need: the extra `glesam` of setup.py, and sam2, which comes apart."""
 
 _Model = TypeVar("_Model")
 
@@ -156,10 +153,7 @@ def _load(
     try:
         return registry[name](device, precision)
     except ModuleNotFoundError as error:
-        if error.name not in FULL_SIZE_PACKAGES:
+        if error.name not in OPTIONAL:
             raise
-        how = "pip install 'glesam_ros[glesam]'"
-        if error.name == "sam2":
-            how = "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2"
-        text = f"{what} {name}: {error}; install what it needs: {how}"
+        text = f"{what} {name}: {error}; install what it needs: {OPTIONAL[error.name]}"
         raise ModuleNotFoundError(text, name=error.name) from error

@@ -44,7 +44,7 @@ from glesam_ros.ros.executor import PooledExecutor
 from glesam_ros.ros.outputs import VISION_MSGS_MISSING, Outputs, vision
 from glesam_ros.ros.scheduling import Frame, NewestFrames
 from glesam_ros.ros.worker import Worker
-from glesam_ros.semantic import Restorer, SemanticSegmenter, load_restorer, load_semantic
+from glesam_ros.semantic import Restorer, SemanticSegmenter, device_beside, load_restorer, load_semantic
 from glesam_ros.settings import OFF
 from glesam_ros.validation import UInt8Array
 
@@ -261,8 +261,7 @@ class PerceptionNode(LifecycleNode):
         self._pipeline.settings = self.settings
         self._device_text = self._pipeline.model.device
         self._log_load("model", settings.model, self._device_text, started)
-        # torch models have no TensorRT; auto takes it where a model has it
-        device = "auto" if settings.device == "tensorrt" else settings.device
+        device = device_beside(settings.device)
         if settings.semantic != OFF:
             started = time.monotonic()
             self._segmenter = load_semantic(settings.semantic, device)
