@@ -46,7 +46,7 @@ def _about(results: dict[str, Any]) -> str:
     text = (
         f"{settings['set']}: {counts['pictures']} pictures, {len(results['classes'])} classes (split "
         f"{settings['split']}, seed {settings['seed']}). In per cent, with 95 % bootstrap intervals over pictures; "
-        "one confusion matrix over all pictures; a class without pixels in truth and prediction is left out of the "
+        "one confusion matrix over all pictures; a class without a true pixel is left out of the "
         "mean. clear: the pictures as they are."
     )
     if any(" + " in row["method"] for row in results["rows"]):
