@@ -27,8 +27,8 @@ from training_runs import killed_at_first_checkpoint  # noqa: E402
 
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.models.nano_net import LATENT, STATISTICS, NanoNet  # noqa: E402
-from glesam_ros.training import batches, checkpoint, nano  # noqa: E402
-from glesam_ros.training.config import STAGES, SourceConfig, load_config, make_config, to_dict  # noqa: E402
+from glesam_ros.training import batches, checkpoint, export, nano  # noqa: E402
+from glesam_ros.training.config import STAGES, SourceConfig, load_config, make_config, to_dict, to_yaml  # noqa: E402
 from glesam_ros.training.sources import load_scenes  # noqa: E402
 
 # gradients that are summed up, and a loss of the paper on the way
@@ -425,6 +425,18 @@ def test_an_lqseg_set_gives_its_clear_pictures_of_the_right_split(data: Path, tm
     assert drawn.image.shape == (120, 160, 3)
     with pytest.raises(ValueError, match="expected a data set of the split 'val', it is of 'train'"):
         load_scenes((SourceConfig("lqseg", "lq", split="val"),), tmp_path)
+
+
+def test_8_bit_graphs_are_calibrated_by_what_the_run_trained_on(data: Path, tmp_path: Path) -> None:
+    assert export.sources_of(tmp_path / "nano.pt") == make_config({}).sources
+    own = {"sources": [{"kind": "coco", "path": "coco_small"}]}
+    (tmp_path / "config.yaml").write_text(to_yaml(make_config(own)))
+    sources = export.sources_of(tmp_path / "nano.pt")
+    assert sources == (SourceConfig("coco", "coco_small"),)
+    pictures = export.calibration_pictures(data, pairs=2, sources=sources)
+    assert len(pictures) == 4 and all(not np.array_equal(*pair) for pair in zip(pictures[:2], pictures[2:]))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        export.calibration_pictures(data, pairs=2, sources=[SourceConfig("coco", "nowhere")])
 
 
 def test_an_ablation_begins_with_the_package_and_an_enhancer_that_changes_nothing(data: Path, tmp_path: Path) -> None:

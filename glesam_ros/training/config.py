@@ -278,7 +278,8 @@ class DecodeConfig(StageConfig):
         agreement: weight of the mean squared distance between the latents of clear crops with and without enhancement;
             changes nothing where the decoder alone trains.
         restoration: weight of the mean squared distance of a degraded crop's restored latent to that of the clear crop
-            without enhancement, which gets no gradient by it: stage 1's loss, kept up while the enhancer trains on.
+            without enhancement, which gets no gradient by it: stage 1's loss, kept up while the enhancer trains on;
+            changes nothing where the decoder alone trains.
     """
 
     steps: CountOrNone = 1000
