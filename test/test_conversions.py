@@ -13,7 +13,14 @@ import cv2
 import numpy as np
 import pytest
 
-from glesam_ros.ros.conversions import ENCODINGS, ConversionError, array_to_image, compressed_to_rgb, image_to_rgb
+from glesam_ros.ros.conversions import (
+    ENCODINGS,
+    ConversionError,
+    array_to_compressed,
+    array_to_image,
+    compressed_to_rgb,
+    image_to_rgb,
+)
 
 RED, GREEN, BLUE = (240, 0, 0), (0, 240, 0), (0, 0, 240)
 RGB = np.array([[(10, 20, 30), (200, 100, 50)], [(0, 255, 1), (7, 8, 9)], [(90, 80, 70), (255, 254, 253)]], np.uint8)
@@ -429,4 +436,34 @@ class TestArrayToImage:
     def test_faults(self, pixels: np.ndarray[Any, Any], encoding: str, reason: str) -> None:
         with pytest.raises(ConversionError) as caught:
             array_to_image(pixels, encoding, self.header)
+        assert caught.value.reason == reason
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+    def test_compressed_label_maps_come_back_exactly(self, dtype: type[np.generic]) -> None:
+        labels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (30, 41)).astype(dtype)[::-2, ::-1]
+        encoding = {np.uint8: "mono8", np.uint16: "mono16"}[dtype]
+        msg = array_to_compressed(labels, encoding, self.header)
+        assert msg.format == f"{encoding}; png compressed "
+        assert (msg.header.frame_id, msg.header.stamp.sec) == ("camera", 12)
+        decoded = cv2.imdecode(np.frombuffer(msg.data, np.uint8), cv2.IMREAD_UNCHANGED)
+        assert decoded.dtype == dtype
+        np.testing.assert_array_equal(decoded, labels)
+
+    @pytest.mark.parametrize("encoding", ["rgb8", "bgr8"])
+    def test_compressed_pictures_keep_their_colours(self, encoding: str) -> None:
+        picture = np.empty((32, 48, 3), np.uint8)
+        picture[:, :24], picture[:, 24:] = (200, 40, 20), (10, 60, 220)
+        msg = array_to_compressed(picture, encoding, self.header)
+        assert msg.format == f"{encoding}; jpeg compressed bgr8"
+        apart = np.abs(compressed_to_rgb(msg).astype(int) - picture)
+        assert apart[:, :16].max() <= 4 and apart[:, 32:].max() <= 4
+        assert len(msg.data) < picture.nbytes / 4
+
+    @pytest.mark.parametrize(
+        ("pixels", "encoding", "reason"),
+        [(GREY, "mono16", "bad_array"), (RGB, "mono8", "bad_array"), (GREY, "32FC1", "unknown_encoding")],
+    )
+    def test_faults_of_compression(self, pixels: np.ndarray[Any, Any], encoding: str, reason: str) -> None:
+        with pytest.raises(ConversionError) as caught:
+            array_to_compressed(pixels, encoding, self.header)
         assert caught.value.reason == reason

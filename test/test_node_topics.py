@@ -115,6 +115,20 @@ def test_compressed_input(launch):
     assert pixels_of(masks.last)[50, 50] == 1
 
 
+def test_compressed_results_are_made_for_their_subscribers_alone(launch):
+    client = launch(max_frame_age_ms=10_000)
+    masks, overlay = (client.subscribe(CompressedImage, f"{name}/compressed") for name in ("masks", "overlay"))
+    sent = image_message(picture((LARGE, SMALL)), client.stamp(), "front_optical")
+    client.stream(lambda: sent, lambda: masks.messages and overlay.messages, "compressed masks and overlay")
+    assert masks.last.header == overlay.last.header == sent.header
+    labels = cv2.imdecode(np.frombuffer(masks.last.data, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert labels.dtype == np.uint16
+    assert labels[50, 50] == 1 and labels[60, 120] == 2 and labels[5, 5] == 0
+    drawn = cv2.imdecode(np.frombuffer(overlay.last.data, np.uint8), cv2.IMREAD_COLOR)
+    assert drawn.shape[:2] == (sent.height, sent.width)
+    assert np.abs(drawn[-8:, -8:].astype(int) - (90, 60, 30)).max() <= 6  # the ground, BGR
+
+
 def test_nothing_is_inferred_without_a_subscriber_and_only_what_is_subscribed_is_published(launch):
     client = launch()
     client.stream(

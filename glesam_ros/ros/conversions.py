@@ -285,12 +285,7 @@ def array_to_image(array: np.ndarray[Any, Any], encoding: str, header: Any) -> A
 
     if encoding not in _OUT:
         raise ConversionError("unknown_encoding", f"expected encoding one of {', '.join(_OUT)}; got {encoding!r}")
-    ndim, dtype = _OUT[encoding]
-    if array.ndim != ndim or array.dtype != dtype or (ndim == 3 and array.shape[2] != 3):
-        shape = "(H, W)" if ndim == 2 else "(H, W, 3)"
-        raise ConversionError(
-            "bad_array", f"expected a {shape} {dtype} array for {encoding}, got {array.shape} {array.dtype}"
-        )
+    _check_array(array, encoding)
     height, width = array.shape[:2]
     if encoding == "bgr8":
         array = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
@@ -300,11 +295,54 @@ def array_to_image(array: np.ndarray[Any, Any], encoding: str, header: Any) -> A
         width=width,
         encoding=encoding,
         is_bigendian=int(sys.byteorder == "big"),
-        step=width * array.itemsize * (3 if ndim == 3 else 1),
+        step=width * array.itemsize * (3 if array.ndim == 3 else 1),
     )
     # filling the empty array.array avoids the setter, which looks at each element of bytes (rclpy issue 836)
     message.data.frombytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return message
+
+
+JPEG_QUALITY = 80
+"""Of 100; enough for pictures that people look at."""
+
+
+def array_to_compressed(array: np.ndarray[Any, Any], encoding: str, header: Any) -> Any:
+    """A `sensor_msgs/CompressedImage` that image_transport's "compressed" subscribers read.
+
+    Args:
+        array: as for `array_to_image`: pictures become JPEG, label maps PNG, whose values come back exactly.
+        encoding: mono8, mono16, rgb8 or bgr8.
+        header: std_msgs/Header of the message, used as it is.
+
+    Raises:
+        ConversionError: unknown_encoding, or bad_array for another shape or dtype.
+        ImportError: sensor_msgs is not installed.
+    """
+    from sensor_msgs.msg import CompressedImage
+
+    known = [name for name, (_, dtype) in _OUT.items() if dtype != np.float32]
+    if encoding not in known:
+        raise ConversionError("unknown_encoding", f"expected encoding one of {', '.join(known)}; got {encoding!r}")
+    _check_array(array, encoding)
+    if array.ndim == 3:
+        bgr = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
+        coded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        coding = "jpeg compressed bgr8"
+    else:
+        coded = cv2.imencode(".png", np.ascontiguousarray(array), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        coding = "png compressed "  # image_transport names a target for colours alone
+    message = CompressedImage(header=header, format=f"{encoding}; {coding}")
+    message.data.frombytes(coded[1])
+    return message
+
+
+def _check_array(array: np.ndarray[Any, Any], encoding: str) -> None:
+    ndim, dtype = _OUT[encoding]
+    if array.ndim != ndim or array.dtype != dtype or (ndim == 3 and array.shape[2] != 3):
+        shape = "(H, W)" if ndim == 2 else "(H, W, 3)"
+        raise ConversionError(
+            "bad_array", f"expected a {shape} {dtype} array for {encoding}, got {array.shape} {array.dtype}"
+        )
 
 
 def _view(

@@ -574,7 +574,7 @@ def main(args: list[str] | None = None) -> int:
     """
     with _end_requests() as (wait_for_end, request_end):
         shared_memory.enlarge()
-    # rclpy's own handlers raise KeyboardInterrupt in the middle of callbacks; here a signal only asks to end
+        # rclpy's own handlers raise KeyboardInterrupt in the middle of callbacks; here a signal only asks to end
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         try:
             node = PerceptionNode()

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from rclpy.node import Node
 from rclpy.publisher import Publisher
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
 from glesam_ros.instances import Instances
 from glesam_ros.overlay import draw_overlay
 from glesam_ros.ros import qos
-from glesam_ros.ros.conversions import array_to_image
+from glesam_ros.ros.conversions import array_to_compressed, array_to_image
 from glesam_ros.semantic import NO_CLASS, SemanticMap, class_of_instances
 from glesam_ros.validation import UInt8Array
 
@@ -38,6 +38,10 @@ OF_EMBEDDING = OF_INSTANCES | {"quality"}
 """Outputs for which the picture is encoded."""
 OF_CLASSES = frozenset({"semantic", "semantic/confidence"})
 """Outputs that show nothing but the class map."""
+COMPRESSED = "/compressed"
+"""Ends the topic of an output that is also there as JPEG or PNG, as image_transport names it."""
+IN_BOTH = frozenset({"masks", "overlay", "semantic", "enhanced"})
+"""Outputs that are. Those of confidence are not: PNG has no float."""
 WITH_CLASSES = OF_CLASSES | {"detections", "overlay"}
 """Outputs for which, where a semantic model is loaded, classes are found."""
 
@@ -73,6 +77,7 @@ class Outputs:
             types["enhanced"] = Image
         if vision is not None:
             types |= {"detections": vision.Detection2DArray, "quality": vision.Classification}
+        types |= {name + COMPRESSED: CompressedImage for name in sorted(IN_BOTH & types.keys())}
         self._publishers: dict[str, Publisher] = {
             name: node.create_publisher(
                 kind, prefix + name, qos.result_output(), qos_overriding_options=qos.overridable()
@@ -87,8 +92,8 @@ class Outputs:
                 self._latch(prefix + "semantic/label_info", enumerate(semantic_classes), 0.0)
 
     def wanted(self) -> frozenset[str]:
-        """Names of the outputs that have a subscriber now."""
-        return frozenset(n for n, p in self._publishers.items() if p.get_subscription_count() > 0)
+        """Names of the outputs that have a subscriber now, raw or compressed."""
+        return frozenset(topic.removesuffix(COMPRESSED) for topic in self._publishers if self._is_heard(topic))
 
     def publish_masks(self, wanted: frozenset[str], header: Header, instances: Instances) -> LabelMap | None:
         """Publish `masks` and `confidence` where wanted, with `header` as it came.
@@ -100,10 +105,10 @@ class Outputs:
         if wanted & {"masks", "confidence"}:
             labels = instances.label_map()
             if "masks" in wanted:
-                self._publishers["masks"].publish(array_to_image(labels, "mono16", header))
+                self._show("masks", labels, "mono16", header)
             if "confidence" in wanted:
                 confidence = instances.confidence_map(labels)
-                self._publishers["confidence"].publish(array_to_image(confidence, "32FC1", header))
+                self._show("confidence", confidence, "32FC1", header)
         return labels
 
     def publish_detections(
@@ -127,14 +132,14 @@ class Outputs:
         """
         if "semantic" in wanted:
             encoding = "mono8" if semantic.labels.dtype == np.uint8 else "mono16"
-            self._publishers["semantic"].publish(array_to_image(semantic.labels, encoding, header))
+            self._show("semantic", semantic.labels, encoding, header)
         if "semantic/confidence" in wanted:
-            self._publishers["semantic/confidence"].publish(array_to_image(semantic.confidence, "32FC1", header))
+            self._show("semantic/confidence", semantic.confidence, "32FC1", header)
 
     def publish_enhanced(self, wanted: frozenset[str], header: Header, image: UInt8Array) -> None:
         """Publish `enhanced` where wanted: the restored picture, (H, W, 3) uint8 RGB, as rgb8."""
         if "enhanced" in wanted:
-            self._publishers["enhanced"].publish(array_to_image(image, "rgb8", header))
+            self._show("enhanced", image, "rgb8", header)
 
     def publish_quality(self, wanted: frozenset[str], header: Header, degradation: float, enhanced: bool) -> None:
         """Publish `quality` where wanted: degradation 0 (clear) .. 1, and enhanced as 0 or 1."""
@@ -159,7 +164,17 @@ class Outputs:
         """Publish `overlay` where wanted: the (H, W, 3) RGB `image`, class colours, the masks over it, as bgr8."""
         if "overlay" in wanted:
             picture = draw_overlay(image, instances, alpha, labels, semantic)
-            self._publishers["overlay"].publish(array_to_image(picture, "bgr8", header))
+            self._show("overlay", picture, "bgr8", header)
+
+    def _is_heard(self, topic: str) -> bool:
+        return self._publishers[topic].get_subscription_count() > 0
+
+    def _show(self, name: str, array: np.ndarray[Any, Any], encoding: str, header: Header) -> None:
+        """Publish an image, raw, compressed or both, as its subscribers have it."""
+        if self._is_heard(name):
+            self._publishers[name].publish(array_to_image(array, encoding, header))
+        if name in IN_BOTH and self._is_heard(name + COMPRESSED):
+            self._publishers[name + COMPRESSED].publish(array_to_compressed(array, encoding, header))
 
     def destroy(self) -> None:
         """Remove the topics."""
