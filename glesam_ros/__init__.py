@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from glesam_ros.identity import IdKeeper
     from glesam_ros.instances import Instances
     from glesam_ros.pipeline import EnhancementGate, Pipeline, load_pipeline
     from glesam_ros.semantic import SemanticMap, load_restorer, load_semantic
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "EnhancementGate", "Instances", "Pipeline", "SemanticMap", "Settings", "load_pipeline", "load_restorer",
+    "EnhancementGate", "IdKeeper", "Instances", "Pipeline", "SemanticMap", "Settings", "load_pipeline", "load_restorer",
     "load_semantic",
 ]
 
 _HOMES = {
-    "EnhancementGate": "pipeline", "Instances": "instances", "Pipeline": "pipeline",
+    "EnhancementGate": "pipeline", "IdKeeper": "identity", "Instances": "instances", "Pipeline": "pipeline",
     "SemanticMap": "semantic", "Settings": "settings", "load_pipeline": "pipeline", "load_restorer": "semantic",
     "load_semantic": "semantic",
 }

@@ -141,6 +141,9 @@ class Settings:
     everything: bool = _param(
         True, "While a camera has no prompt, segment everything; false: masks stay empty until one comes.",
     )
+    stable_ids: bool = _param(
+        True, "An object of everything mode keeps its id from frame to frame; false: ids are 1, 2, ... by rank.",
+    )
     prompt_timeout_s: float = _param(
         30.0, "A prompt expires after this time; 0 keeps it until it is cleared.", low=0.0, high=3600.0, unit="s"
     )

@@ -115,6 +115,23 @@ def test_compressed_input(launch):
     assert pixels_of(masks.last)[50, 50] == 1
 
 
+@pytest.mark.parametrize("stable_ids", [True, False])
+def test_objects_keep_their_ids_when_their_ranks_change(launch, stable_ids):
+    client = launch(max_frame_age_ms=10_000, stable_ids=stable_ids)
+    masks = client.subscribe(Image, "masks")
+    detections = client.subscribe(Detection2DArray, "detections")
+    for number, squares in enumerate(((LARGE, SMALL), ((22, 22, 50, 50), (96, 36, 56, 56)))):
+        client.stream(
+            lambda: image_message(picture(squares), client.stamp(), str(number)),  # noqa: B023  # used at once
+            lambda: all(x.messages and x.last.header.frame_id == str(number) for x in (masks, detections)),  # noqa: B023
+            f"results of picture {number}",
+        )
+    labels, kept = pixels_of(masks.last), (1, 2) if stable_ids else (2, 1)
+    assert (labels[50, 50], labels[60, 120]) == kept
+    # best first: the right one is larger now
+    assert [d.id for d in detections.last.detections] == [str(kept[1]), str(kept[0])]
+
+
 def test_compressed_results_are_made_for_their_subscribers_alone(launch):
     client = launch(max_frame_age_ms=10_000)
     masks, overlay = (client.subscribe(CompressedImage, f"{name}/compressed") for name in ("masks", "overlay"))

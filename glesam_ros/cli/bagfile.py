@@ -33,6 +33,7 @@ from rosbags.typesys.store import Typestore
 
 from glesam_ros.cli.options import CommandError
 from glesam_ros.cli.result_topics import ALL_RESULTS, COMPRESSED, IMAGE, LABEL_INFO
+from glesam_ros.identity import IdKeeper
 from glesam_ros.instances import Instances
 from glesam_ros.models import OutOfMemory
 from glesam_ros.overlay import draw_overlay
@@ -293,6 +294,7 @@ class ResultWriter:
         self._segmenter = segmenter if set(results) & _WITH_CLASSES else None
         self._restorer = restorer if "enhanced" in results else None
         self._gates = {topic: EnhancementGate() for topic in topics}
+        self._identities = {topic: IdKeeper() for topic in topics}
         self._named: set[str] = set()  # image topics whose names of classes are written
         self._connections: dict[tuple[str, str], Connection] = {}
         for topic in topics:
@@ -322,6 +324,8 @@ class ResultWriter:
         semantic = restored = None
         try:
             instances = self.pipeline.segment(image, gate=self._gates[frame.topic])
+            if self.pipeline.settings.stable_ids:
+                instances = self._identities[frame.topic].update(instances)
             if self._segmenter is not None:
                 semantic = self._segmenter.segment(image)
             if self._restorer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glesam_ros.identity import IdKeeper
 from glesam_ros.pipeline import EnhancementGate
 from glesam_ros.ros.diagnostics import CameraLedger
 from glesam_ros.ros.outputs import Outputs
@@ -26,6 +27,7 @@ class Camera:
         self.ledger = CameraLedger(topic)
         self.prompts = CameraPrompts()
         self.gate = EnhancementGate()
+        self.identity = IdKeeper()
         self.last_stamp_ns = 0
 
     @property
@@ -34,6 +36,7 @@ class Camera:
         return f"camera {self.name!r}" if self.name else "camera"
 
     def forget_time(self) -> None:
-        """Start anew after a jump of the clock or of the stamps: no previous stamp, enhancement gate closed."""
+        """Start anew after a jump of clock or stamps: no previous stamp, enhancement gate closed, ids from 1."""
         self.last_stamp_ns = 0
         self.gate = EnhancementGate()
+        self.identity = IdKeeper()

@@ -193,6 +193,9 @@ class Worker:
             if encoded.prompts or self._pipeline.settings.everything:
                 with _inference():
                     instances = self._pipeline.decode(embedding, **encoded.prompts)
+                # ids of prompts are their order
+                if self._pipeline.settings.stable_ids and not encoded.prompts:
+                    instances = camera.identity.update(instances)
             else:
                 instances = Instances.empty(embedding.size, embedding.degradation, embedding.enhanced)
         decode_s = in_models_s = time.perf_counter() - began

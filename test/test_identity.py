@@ -1,0 +1,141 @@
+"""Ids that stay with their objects: known scenes that move, swap ranks, vanish and come back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from glesam_ros import identity
+from glesam_ros.identity import LOST, IdKeeper
+from glesam_ros.instances import MAX_ID, Instances
+
+SIZE = 240, 320
+Box = tuple[int, int, int, int]
+LEFT, RIGHT = (40, 60, 100, 120), (200, 80, 260, 140)
+
+
+def seen(*boxes: Box, size: tuple[int, int] = SIZE) -> Instances:
+    """Rectangles xyxy, best first, with the ids of a single frame: 1, 2, ..."""
+    masks = np.zeros((len(boxes), *size), bool)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes):
+        mask[y1:y2, x1:x2] = True
+    count = len(boxes)
+    scores = np.linspace(0.9, 0.5, count, dtype=np.float32)
+    return Instances(
+        masks, np.array(boxes, np.float32).reshape(count, 4), scores, scores, np.arange(1, count + 1, dtype=np.int32),
+        0.25, True,
+    )
+
+
+def moved(box: Box, x: int, y: int = 0) -> Box:
+    return box[0] + x, box[1] + y, box[2] + x, box[3] + y
+
+
+def ids(keeper: IdKeeper, *boxes: Box, size: tuple[int, int] = SIZE) -> list[int]:
+    found: list[int] = keeper.update(seen(*boxes, size=size)).ids.tolist()
+    return found
+
+
+def test_ids_follow_objects_that_move_and_not_their_rank() -> None:
+    keeper = IdKeeper()
+    assert ids(keeper, LEFT, RIGHT) == [1, 2]
+    for step in range(1, 8):
+        left, right = moved(LEFT, 10 * step), moved(RIGHT, -5 * step, 3 * step)
+        boxes = (right, left) if step % 2 else (left, right)
+        assert ids(keeper, *boxes) == ([2, 1] if step % 2 else [1, 2])
+
+
+def test_nothing_but_ids_changes() -> None:
+    keeper = IdKeeper()
+    keeper.update(seen(RIGHT))
+    before = seen(LEFT, RIGHT)
+    after = keeper.update(before)
+    assert after.ids.tolist() == [2, 1] and before.ids.tolist() == [1, 2]
+    for name in ("masks", "boxes", "scores", "stability"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+    assert (after.degradation, after.enhanced) == (0.25, True)
+
+
+def test_an_object_that_jumps_further_than_its_masks_overlap_is_a_new_one() -> None:
+    keeper = IdKeeper()
+    ids(keeper, LEFT)
+    # IoU of two squares of 60, x apart: (60 - x) / (60 + x)
+    assert ids(keeper, moved(LEFT, 24)) == [1]  # 0.43
+    assert ids(keeper, moved(LEFT, 24 + 28)) == [2]  # 0.36
+
+
+@pytest.mark.parametrize(("gone", "expected"), [(1, 1), (LOST, 1), (LOST + 1, 3)])
+def test_an_object_is_remembered_for_a_while(gone: int, expected: int) -> None:
+    keeper = IdKeeper()
+    ids(keeper, LEFT, RIGHT)
+    for _ in range(gone):
+        assert ids(keeper, RIGHT) == [2]
+    assert ids(keeper, LEFT, RIGHT) == [expected, 2]
+
+
+def test_frames_without_an_object_count_as_gone() -> None:
+    keeper = IdKeeper()
+    assert ids(keeper) == []
+    ids(keeper, LEFT)
+    for _ in range(LOST):
+        assert ids(keeper) == []
+    assert ids(keeper, LEFT) == [1]
+
+
+def test_a_part_does_not_take_the_id_of_its_whole() -> None:
+    keeper = IdKeeper()
+    whole, part = (40, 40, 140, 140), (50, 50, 120, 130)
+    assert ids(keeper, whole, part) == [1, 2]
+    assert ids(keeper, part, whole) == [2, 1]
+    # of two that overlap one known object enough, the one that overlaps it more has its id
+    assert ids(IdKeeper(), part) == [1]
+    keeper = IdKeeper()
+    ids(keeper, whole)
+    assert ids(keeper, part, moved(whole, 2)) == [2, 1]
+
+
+def test_another_size_of_the_image_begins_anew() -> None:
+    keeper = IdKeeper()
+    ids(keeper, RIGHT)
+    assert ids(keeper, LEFT, RIGHT) == [2, 1]
+    assert ids(keeper, LEFT, size=(241, 320)) == [1]
+
+
+def test_forgetting_begins_anew() -> None:
+    keeper = IdKeeper()
+    ids(keeper, RIGHT)
+    keeper.forget()
+    assert ids(keeper, LEFT, RIGHT) == [1, 2]
+
+
+def test_after_the_last_id_the_first_free_one_comes() -> None:
+    keeper = IdKeeper()
+    ids(keeper, LEFT)
+    keeper._next = MAX_ID
+    far = (10, 150, 30, 200)
+    assert ids(keeper, LEFT, far) == [1, MAX_ID]
+    assert ids(keeper, LEFT, far, RIGHT) == [1, MAX_ID, 2]
+
+
+def test_small_objects_and_small_images_keep_their_ids() -> None:
+    keeper = IdKeeper()
+    size, tiny = (1080, 1920), (903, 505, 925, 527)
+    assert ids(keeper, tiny, size=size) == [1]
+    assert ids(keeper, moved(tiny, 3, 2), size=size) == [1]
+    keeper = IdKeeper()
+    assert ids(keeper, (2, 2, 5, 5), size=(8, 8)) == [1]
+    assert ids(keeper, (2, 2, 5, 6), size=(8, 8)) == [1]
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "MOST", 4)
+    keeper = IdKeeper()
+    places: Sequence[Box] = [(20 * k, 10, 20 * k + 15, 25) for k in range(12)]
+    for place in places:
+        ids(keeper, place)
+    assert len(keeper._ids) == len(keeper._bits) == len(keeper._boxes) == len(keeper._unseen) == 4
+    # the three seen last beside the newest are known, older ones are not
+    assert ids(keeper, places[11], places[10], places[9], places[8]) == [12, 11, 10, 9]
+    assert ids(keeper, places[0]) == [13]
