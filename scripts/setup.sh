@@ -4,7 +4,8 @@
 #   bash scripts/setup.sh               what is needed to run
 #   bash scripts/setup.sh test train    and these extras of setup.py
 #   bash scripts/setup.sh glesam        and SAM, SAM 2 and GleSAM at full size
-#   GPU=1 bash scripts/setup.sh         onnxruntime for CUDA and TensorRT instead of the CPU one, the newest torch
+#   GPU=1 bash scripts/setup.sh         onnxruntime for CUDA and TensorRT instead of the CPU one, the newest torch;
+#                                       GPU=0 goes back
 #
 # torch from PyPI brings gigabytes of CUDA on Linux. Where pip knows PyTorch's own index for CPUs, too
 # (PIP_EXTRA_INDEX_URL), it takes the small build from there.
@@ -50,6 +51,10 @@ if [ "${GPU:-0}" != 1 ]; then
   # the ones that were tested, and that fit each other
   if wants glesam || wants train; then pins+=(torch==2.13.0); fi
   if wants glesam; then pins+=(torchvision==0.28.0); fi
+fi
+if [ "${GPU:-0}" != 1 ] && compgen -G "$venv/lib/python*/site-packages/onnxruntime_gpu-*" >/dev/null; then
+  # of a set-up for a GPU: both packages own the same folder
+  "$venv/bin/python" -m pip uninstall --quiet --yes onnxruntime onnxruntime-gpu
 fi
 install --editable ".[$extras]" "${pins[@]}"
 # sam2 is built with the torch that is there, isolated it would download one of its own; older setuptools need wheel
