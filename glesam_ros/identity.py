@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from glesam_ros.instances import MAX_ID, Instances
-from glesam_ros.models.proposals import Bits, Indices, packed, set_bits
+from glesam_ros.models.proposals import Bits, Counts, Indices, packed, set_bits
+from glesam_ros.validation import BoolArray, FloatArray
 
 SAME = 0.4
 """Masks of one object overlap by more than this (IoU)."""
@@ -39,6 +39,7 @@ class IdKeeper:
         self._ids = np.zeros(0, np.int32)
         self._unseen = np.zeros(0, np.intp)
         self._bits: Bits = np.zeros((0, 0), np.uint64)
+        self._areas = np.zeros(0, np.int32)
         self._boxes = np.zeros((0, 4), np.float32)
 
     def update(self, instances: Instances) -> Instances:
@@ -46,16 +47,15 @@ class IdKeeper:
         if instances.size != self._size:
             self.forget()
             self._size = instances.size
-        step = max(1, min(instances.size) // GRID)
-        coarse = np.ascontiguousarray(instances.masks[:, ::step, ::step])
-        bits = packed(coarse.reshape(len(coarse), coarse.shape[1] * coarse.shape[2]))
+        bits = packed(_coarse(instances))
+        areas = set_bits(bits)
         if not len(self._ids):
             self._bits = bits[:0]
-        known, found = self._matches(bits, instances.boxes)
+        known, found = self._matches(bits, areas, instances.boxes)
         ids = np.zeros(len(instances), np.int32)
         ids[found] = self._ids[known]
-        for k in np.flatnonzero(ids == 0):
-            ids[k] = self._new_id(ids)
+        new = np.flatnonzero(ids == 0)
+        ids[new] = self._new_ids(len(new))
 
         lost = np.ones(len(self._ids), np.bool_)
         lost[known] = False
@@ -65,12 +65,13 @@ class IdKeeper:
         self._unseen = np.concatenate([np.zeros(len(ids), np.intp), self._unseen[keep] + 1])
         self._ids = np.concatenate([ids, self._ids[keep]])
         self._bits = np.concatenate([bits, self._bits[keep]])
+        self._areas = np.concatenate([areas, self._areas[keep]])
         self._boxes = np.concatenate([instances.boxes, self._boxes[keep]])
         return dataclasses.replace(instances, ids=ids)
 
-    def _matches(self, bits: Bits, boxes: np.ndarray[Any, np.dtype[np.float32]]) -> tuple[Indices, Indices]:
-        """Rows of what is known, and rows of `bits`, that are the same objects."""
-        before, now = set_bits(self._bits), set_bits(bits)
+    def _matches(self, bits: Bits, now: Counts, boxes: FloatArray) -> tuple[Indices, Indices]:
+        """Rows of what is known, and rows of `bits`, whose areas are `now`, that are the same objects."""
+        before = self._areas
         near = _touch(self._boxes, boxes) & (np.minimum.outer(before, now) > SAME * np.maximum.outer(before, now))
         known, found = np.nonzero(near)
         both = set_bits(self._bits[known] & bits[found])
@@ -85,15 +86,35 @@ class IdKeeper:
                 taken.add(i)
         return np.array(list(pairs.values()), np.intp), np.array(list(pairs), np.intp)
 
-    def _new_id(self, given: np.ndarray[Any, np.dtype[np.int32]]) -> int:
-        in_use = {*self._ids.tolist(), *given.tolist()}
-        while self._next in in_use:
+    def _new_ids(self, count: int) -> list[int]:
+        in_use = set(self._ids.tolist())
+        new: list[int] = []
+        while len(new) < count:
+            if self._next not in in_use:
+                new.append(self._next)
             self._next = self._next % MAX_ID + 1
-        new, self._next = self._next, self._next % MAX_ID + 1
         return new
 
 
-def _touch(first: Any, second: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _coarse(instances: Instances) -> BoolArray:
+    """Every n-th pixel of every n-th row of each mask, see `GRID`: (K, P)."""
+    step = max(1, min(instances.size) // GRID)
+    height, width = (-(-side // step) for side in instances.size)
+    coarse = np.zeros((len(instances), height, width), np.bool_)
+    # most of a mask is empty
+    for mask, whole, (x1, y1, x2, y2) in zip(coarse, instances.masks, _cells(instances.boxes, step)):
+        mask[y1:y2, x1:x2] = whole[y1 * step : y2 * step : step, x1 * step : x2 * step : step]
+    return coarse.reshape(len(coarse), height * width)
+
+
+def _cells(boxes: FloatArray, step: int) -> list[list[int]]:
+    """Boxes xyxy in pixels -> those around their cells of `step` pixels, within the image from its first cell on."""
+    first = np.maximum(boxes[:, :2], 0) // step
+    found: list[list[int]] = np.concatenate([first, -(-boxes[:, 2:] // step)], 1).astype(int).tolist()
+    return found
+
+
+def _touch(first: FloatArray, second: FloatArray) -> BoolArray:
     """(N, M): whether boxes (N, 4) and (M, 4), xyxy, have pixels in common."""
-    a, b = first[:, None], second[None]
-    return np.asarray(np.all((a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:]), -1))
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = first.T[..., None], second.T[:, None]
+    return (ax1 < bx2) & (bx1 < ax2) & (ay1 < by2) & (by1 < ay2)

@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt  # noqa: E402  # after the choice of the backend
 STAGES = {"base": ("prompt", "dense", "iou"), "level": ("loss",), "restore": ("restoration", "iou"),
           "decode": ("prompt", "dense", "iou"), "tune": ("prompt", "dense", "iou"),
           "decoder": ("prompt", "dense"), "agreement": ("prompt", "dense"),
-          "enhancer": ("prompt", "dense"), "turned": ("prompt", "dense"), "enhancer_again": ("prompt", "dense")}
+          "enhancer": ("prompt", "dense"), "turned": ("prompt", "dense"), "enhancer_again": ("prompt", "dense"),
+          "lq3": ("prompt", "dense")}
 """CSV file stem to the columns that are drawn, where there is such a file."""
 COLUMNS = 4
 """Stages beside each other."""
