@@ -515,3 +515,19 @@ def test_either_a_bag_or_pictures(arguments, capsys):
         main(["bag", *arguments])
     assert stop.value.code == 2
     assert "either a bag IN or --from-images" in capsys.readouterr().err
+
+
+def test_objects_keep_their_ids_when_their_ranks_change(tmp_path):
+    frames = []
+    for number, (left, right) in enumerate((((36, 30), (24, 24)), ((26, 26), (28, 28)))):
+        picture = np.zeros((64, 128, 3), np.uint8)
+        picture[12 : 12 + left[1], 10 : 10 + left[0]] = 220
+        picture[20 : 20 + right[1], 80 : 80 + right[0]] = 220
+        frames.append(("/front/image_raw", IMAGE, number, image(number, picture)))
+    source = write_bag(tmp_path / "drive", frames)
+    assert bag(source, "--out", tmp_path / "out", "--results-only", "--result", "masks", "--result", "detections") == 0
+    found = read(tmp_path / "out")
+    # best first: the right one is larger in the second frame
+    assert [[d.id for d in m.detections] for _, m in found["/glesam/detections"]] == [["1", "2"], ["2", "1"]]
+    for _, mask in found["/glesam/masks"]:
+        assert (pixels(mask, "u2")[30, 20], pixels(mask, "u2")[30, 90]) == (1, 2)
