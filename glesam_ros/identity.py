@@ -8,6 +8,7 @@ import numpy as np
 
 from glesam_ros.instances import MAX_ID, Instances
 from glesam_ros.models.proposals import Bits, Counts, Indices, packed, set_bits
+from glesam_ros.pipeline import may_overlap
 from glesam_ros.validation import BoolArray, FloatArray
 
 SAME = 0.4
@@ -40,18 +41,18 @@ class IdKeeper:
         self._unseen = np.zeros(0, np.intp)
         self._bits: Bits = np.zeros((0, 0), np.uint64)
         self._areas = np.zeros(0, np.int32)
-        self._boxes = np.zeros((0, 4), np.float32)
+        self._extents = np.zeros((0, 4), np.intp)
 
     def update(self, instances: Instances) -> Instances:
         """The same instances of the next frame, in the same order, with ids that go on; another size begins anew."""
+        step = max(1, min(instances.size) // GRID)
+        extents = _cells(instances.boxes, step)
+        bits = packed(_coarse(instances, extents, step))
+        areas = set_bits(bits)
         if instances.size != self._size:
             self.forget()
-            self._size = instances.size
-        bits = packed(_coarse(instances))
-        areas = set_bits(bits)
-        if not len(self._ids):
-            self._bits = bits[:0]
-        known, found = self._matches(bits, areas, instances.boxes)
+            self._size, self._bits = instances.size, bits[:0]
+        known, found = self._matches(bits, areas, extents)
         ids = np.zeros(len(instances), np.int32)
         ids[found] = self._ids[known]
         new = np.flatnonzero(ids == 0)
@@ -66,16 +67,14 @@ class IdKeeper:
         self._ids = np.concatenate([ids, self._ids[keep]])
         self._bits = np.concatenate([bits, self._bits[keep]])
         self._areas = np.concatenate([areas, self._areas[keep]])
-        self._boxes = np.concatenate([instances.boxes, self._boxes[keep]])
+        self._extents = np.concatenate([extents, self._extents[keep]])
         return dataclasses.replace(instances, ids=ids)
 
-    def _matches(self, bits: Bits, now: Counts, boxes: FloatArray) -> tuple[Indices, Indices]:
-        """Rows of what is known, and rows of `bits`, whose areas are `now`, that are the same objects."""
-        before = self._areas
-        near = _touch(self._boxes, boxes) & (np.minimum.outer(before, now) > SAME * np.maximum.outer(before, now))
-        known, found = np.nonzero(near)
+    def _matches(self, bits: Bits, areas: Counts, extents: Indices) -> tuple[Indices, Indices]:
+        """Rows of what is known, and of these masks, that are the same objects."""
+        known, found = np.nonzero(may_overlap(self._extents, self._areas, extents, areas, SAME))
         both = set_bits(self._bits[known] & bits[found])
-        overlap = both / np.maximum(before[known] + now[found] - both, 1)
+        overlap = both / np.maximum(self._areas[known] + areas[found] - both, 1)
         order = np.lexsort((self._unseen[known], -overlap))
         pairs: dict[int, int] = {}
         taken: set[int] = set()
@@ -96,25 +95,16 @@ class IdKeeper:
         return new
 
 
-def _coarse(instances: Instances) -> BoolArray:
-    """Every n-th pixel of every n-th row of each mask, see `GRID`: (K, P)."""
-    step = max(1, min(instances.size) // GRID)
+def _coarse(instances: Instances, extents: Indices, step: int) -> BoolArray:
+    """Every `step`-th pixel of every `step`-th row of each mask, within its `extents` (K, 4): (K, P)."""
     height, width = (-(-side // step) for side in instances.size)
     coarse = np.zeros((len(instances), height, width), np.bool_)
     # most of a mask is empty
-    for mask, whole, (x1, y1, x2, y2) in zip(coarse, instances.masks, _cells(instances.boxes, step)):
+    for mask, whole, (x1, y1, x2, y2) in zip(coarse, instances.masks, extents.tolist()):
         mask[y1:y2, x1:x2] = whole[y1 * step : y2 * step : step, x1 * step : x2 * step : step]
     return coarse.reshape(len(coarse), height * width)
 
 
-def _cells(boxes: FloatArray, step: int) -> list[list[int]]:
-    """Boxes xyxy in pixels -> those around their cells of `step` pixels, within the image from its first cell on."""
-    first = np.maximum(boxes[:, :2], 0) // step
-    found: list[list[int]] = np.concatenate([first, -(-boxes[:, 2:] // step)], 1).astype(int).tolist()
-    return found
-
-
-def _touch(first: FloatArray, second: FloatArray) -> BoolArray:
-    """(N, M): whether boxes (N, 4) and (M, 4), xyxy, have pixels in common."""
-    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = first.T[..., None], second.T[:, None]
-    return (ax1 < bx2) & (bx1 < ax2) & (ay1 < by2) & (by1 < ay2)
+def _cells(boxes: FloatArray, step: int) -> Indices:
+    """Boxes (K, 4) xyxy in pixels -> those around their cells of `step` pixels, none before the first of the image."""
+    return np.concatenate([np.maximum(boxes[:, :2], 0) // step, -(-boxes[:, 2:] // step)], 1).astype(np.intp)

@@ -16,7 +16,7 @@ import numpy as np
 from glesam_ros.instances import Instances
 from glesam_ros.models import Budget, Candidates, Embedding, OutOfMemory, SegmentationModel, load_model
 from glesam_ros.models.base import STABILITY_OFFSET
-from glesam_ros.models.proposals import Indices, packed, row_sums, set_bits
+from glesam_ros.models.proposals import Counts, Indices, packed, row_sums, set_bits
 from glesam_ros.settings import Settings
 from glesam_ros.validation import BoolArray, FloatArray, UInt8Array, check_boxes, check_image, check_points
 
@@ -386,8 +386,9 @@ def mask_nms(masks: BoolArray, iou_threshold: float, limit: int, extents: Indice
     if not len(masks):
         return np.zeros(0, np.intp)
     bits = packed(masks.reshape(len(masks), -1))
-    area = set_bits(bits).astype(np.int64)
-    near = _may_overlap(_extents(masks) if extents is None else extents, area, iou_threshold)
+    area = set_bits(bits)
+    extents = _extents(masks) if extents is None else extents
+    near = np.triu(may_overlap(extents, area, extents, area, iou_threshold), 1)
     alive = np.ones(len(masks), np.bool_)
     kept: list[int] = []
     for k in range(len(masks)):
@@ -403,13 +404,16 @@ def mask_nms(masks: BoolArray, iou_threshold: float, limit: int, extents: Indice
     return np.array(kept, np.intp)
 
 
-def _may_overlap(extents: Indices, area: np.ndarray[Any, np.dtype[np.int64]], iou_threshold: float) -> BoolArray:
-    """(K, K): whether mask j > k can overlap mask k by more than the threshold, from boxes and areas alone."""
-    x1, y1, x2, y2 = extents.astype(np.float32).T
-    across = np.minimum.outer(x2, x2) - np.maximum.outer(x1, x1)
-    down = np.minimum.outer(y2, y2) - np.maximum.outer(y1, y1)
-    both = np.minimum(np.maximum(across, 0) * np.maximum(down, 0), np.minimum.outer(area, area))
-    return np.triu(both > iou_threshold * (np.add.outer(area, area) - both), 1)
+def may_overlap(
+    first: Indices, first_areas: Counts, second: Indices, second_areas: Counts, iou_threshold: float
+) -> BoolArray:
+    """(N, M): whether masks can overlap by more than the threshold, from extents (N, 4), (M, 4) and areas alone."""
+    ax1, ay1, ax2, ay2 = first.astype(np.float32).T
+    bx1, by1, bx2, by2 = second.astype(np.float32).T
+    across = np.minimum.outer(ax2, bx2) - np.maximum.outer(ax1, bx1)
+    down = np.minimum.outer(ay2, by2) - np.maximum.outer(ay1, by1)
+    both = np.minimum(np.maximum(across, 0) * np.maximum(down, 0), np.minimum.outer(first_areas, second_areas))
+    return both > iou_threshold * (np.add.outer(first_areas, second_areas) - both)
 
 
 def _areas(masks: BoolArray) -> np.ndarray[Any, np.dtype[np.int64]]:

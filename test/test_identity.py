@@ -89,8 +89,8 @@ def test_a_part_does_not_take_the_id_of_its_whole() -> None:
     whole, part = (40, 40, 140, 140), (50, 50, 120, 130)
     assert ids(keeper, whole, part) == [1, 2]
     assert ids(keeper, part, whole) == [2, 1]
-    # of two that overlap one known object enough, the one that overlaps it more has its id
     assert ids(IdKeeper(), part) == [1]
+    # of two that overlap one known object enough, the one that overlaps it more has its id
     keeper = IdKeeper()
     ids(keeper, whole)
     assert ids(keeper, part, moved(whole, 2)) == [2, 1]
@@ -135,7 +135,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     places: Sequence[Box] = [(20 * k, 10, 20 * k + 15, 25) for k in range(12)]
     for place in places:
         ids(keeper, place)
-    assert len(keeper._ids) == len(keeper._bits) == len(keeper._boxes) == len(keeper._unseen) == 4
+    assert len(keeper._ids) == len(keeper._bits) == len(keeper._extents) == len(keeper._unseen) == 4
     # the three seen last beside the newest are known, older ones are not
     assert ids(keeper, places[11], places[10], places[9], places[8]) == [12, 11, 10, 9]
     assert ids(keeper, places[0]) == [13]

@@ -132,7 +132,7 @@ def test_objects_keep_their_ids_when_their_ranks_change(launch, stable_ids):
     assert [d.id for d in detections.last.detections] == [str(kept[1]), str(kept[0])]
 
 
-def test_compressed_results_are_made_for_their_subscribers_alone(launch):
+def test_compressed_results_come_without_a_subscriber_of_the_raw_ones(launch):
     client = launch(max_frame_age_ms=10_000)
     masks, overlay = (client.subscribe(CompressedImage, f"{name}/compressed") for name in ("masks", "overlay"))
     sent = image_message(picture((LARGE, SMALL)), client.stamp(), "front_optical")

@@ -326,13 +326,13 @@ def array_to_compressed(array: np.ndarray[Any, Any], encoding: str, header: Any)
     _check_array(array, encoding)
     if array.ndim == 3:
         bgr = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
-        coded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
         coding = "jpeg compressed bgr8"
     else:
-        coded = cv2.imencode(".png", np.ascontiguousarray(array), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        _, data = cv2.imencode(".png", np.ascontiguousarray(array), [cv2.IMWRITE_PNG_COMPRESSION, 1])
         coding = "png compressed "  # image_transport names a target for colours alone
     message = CompressedImage(header=header, format=f"{encoding}; {coding}")
-    message.data.frombytes(coded[1])
+    message.data.frombytes(data)
     return message
 
 
