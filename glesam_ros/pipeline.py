@@ -285,7 +285,9 @@ class Pipeline:
                 wanted = gate.update(embedding.degradation, s.enhance_above, s.enhance_below)
             else:
                 wanted = s.enhancement == "always"
-            return self.model.enhance(embedding) if wanted else embedding.finished()
+            if wanted:
+                return self.model.enhance(embedding)
+            return embedding.adapted() if s.enhancement == "auto" else embedding.finished()
 
     def _candidates(
         self, embedding: Embedding, prompts: tuple[FloatArray, FloatArray] | None, s: Settings

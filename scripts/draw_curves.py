@@ -16,7 +16,8 @@ STAGES = {"base": ("prompt", "dense", "iou"), "level": ("loss",), "restore": ("r
           "decode": ("prompt", "dense", "iou"), "tune": ("prompt", "dense", "iou"),
           "decoder": ("prompt", "dense"), "agreement": ("prompt", "dense"),
           "enhancer": ("prompt", "dense"), "turned": ("prompt", "dense"), "enhancer_again": ("prompt", "dense"),
-          "lq3": ("prompt", "dense")}
+          "lq3": ("prompt", "dense"), "adapted": ("prompt", "dense"), "enhancer_alone": ("prompt", "dense"),
+          "refit": ("prompt", "dense")}
 """CSV file stem to the columns that are drawn, where there is such a file."""
 COLUMNS = 4
 """Stages beside each other."""

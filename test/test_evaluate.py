@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import operator
 import re
@@ -83,6 +84,26 @@ def test_the_threshold_of_automatic_mode_is_that_of_the_settings() -> None:
         pipe = Pipeline(Middling(), Settings(enhance_above=threshold, enhance_below=0.1))
         [found] = Evaluator(pipe, Options()).measure(case(rectangles()))
         assert found.enhanced is expected
+
+
+def test_automatic_mode_is_measured_as_the_pipeline_runs_it() -> None:
+    class Adapting(Blind):
+        """Of a picture that needs no step it takes another latent, which finds nothing."""
+
+        def encode(self, image, budget):
+            found = super().encode(image, budget)
+            return dataclasses.replace(found, adapt=lambda: dataclasses.replace(found, latent=found.latent * 0.1))
+
+    clear, dark = evaluator(Adapting()).measure(case(rectangles(), CLEAR, NIGHT))
+    for metric in METRICS:
+        assert dark.values["auto", metric] == dark.values["always", metric]
+    for metric in ("points_iou", "everything_best_iou"):
+        assert clear.values["off", metric] == clear.values["always", metric] == [1.0]
+        assert clear.values["auto", metric][0] < 1
+    pipe = Pipeline(Adapting(), Settings(enhancement="auto", max_instances=100))
+    assert len(pipe.segment(rectangles().image)) == 0
+    result = agreement.agree(evaluator(Adapting(), modes=("off", "auto")), unlabelled())
+    assert result.values is None  # automatic mode finds no mask in the photograph
 
 
 def test_only_what_was_asked_for_is_measured() -> None:

@@ -14,7 +14,7 @@ from glesam_ros import load_pipeline
 from glesam_ros.cli.bench import load_frame
 from glesam_ros.models import onnx_session
 from glesam_ros.models.base import Budget, OutOfMemory
-from glesam_ros.models.nano import WEIGHTS, Nano, model_size
+from glesam_ros.models.nano import IN_8_BITS, WEIGHTS, Nano, model_size
 from glesam_ros.models.onnx_session import DeviceUnusable, choose_device, engine_cache
 from glesam_ros.models.rass_nano import RassNano
 
@@ -40,7 +40,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_weights_fit_the_promised_size() -> None:
     files = list(WEIGHTS.glob("nano_*"))
-    parts = {"stem", "trunk", "enhancer", "decoder", "prompt"}
+    parts = {"stem", "trunk", "adapted", "enhancer", "decoder", "prompt"}
     allowed = {f"nano_{p}{kind}.onnx" for p in parts for kind in ("", "_int8")} | {"nano_weights.bin"}
     assert {f"nano_{p}.onnx" for p in parts} <= {p.name for p in files} <= allowed
     assert sum(p.stat().st_size for p in files) <= 20_000_000
@@ -61,14 +61,14 @@ def test_weights_of_a_folder_run_by_its_name(scene, tmp_path) -> None:
         load_pipeline("nanoo")
 
 
-@pytest.mark.parametrize("part", ["stem", "trunk", "enhancer", "decoder", "prompt"])
+@pytest.mark.parametrize("part", ["stem", "trunk", "adapted", "enhancer", "decoder", "prompt"])
 def test_a_lack_of_memory_in_any_part_is_said_as_such(part: str, scene, monkeypatch: pytest.MonkeyPatch) -> None:
     class Lacking:
         def run(self, *args: Any) -> Any:
             raise RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer")
 
     image, _ = scene
-    pipe = load_pipeline("nano", device="cpu", enhancement="always" if part == "enhancer" else "off")
+    pipe = load_pipeline("nano", device="cpu", enhancement="always" if part in ("adapted", "enhancer") else "off")
     monkeypatch.setattr(pipe.model, f"_{part}", Lacking())
     with pytest.raises(OutOfMemory, match="Failed to allocate.*at least processing size 256 of 512"):
         pipe.segment(image, points=[[170, 160]])
@@ -144,11 +144,15 @@ class Counted:
 
 @pytest.mark.parametrize(
     ("enhancement", "runs"),
-    [("off", {"stem": 1, "trunk": 1, "enhancer": 0}), ("always", {"stem": 1, "trunk": 0, "enhancer": 1})],
+    [
+        ("off", {"stem": 1, "trunk": 1, "adapted": 0, "enhancer": 0}),
+        ("always", {"stem": 1, "trunk": 0, "adapted": 1, "enhancer": 1}),
+        ("auto", {"stem": 1, "trunk": 0, "adapted": 1, "enhancer": 0}),
+    ],
 )
-def test_a_frame_runs_one_trunk_the_encoders_or_the_enhancers(scene, enhancement: str, runs: dict[str, int]) -> None:
-    pipe = load_pipeline("nano", enhancement=enhancement)
-    counted = {part: Counted(getattr(pipe.model, f"_{part}")) for part in ("stem", "trunk", "enhancer", "decoder")}
+def test_a_frame_runs_one_trunk_and_a_clear_one_no_step(scene, enhancement: str, runs: dict[str, int]) -> None:
+    pipe = load_pipeline("nano", enhancement=enhancement, enhance_above=1.0, enhance_below=1.0)
+    counted = {part: Counted(getattr(pipe.model, f"_{part}")) for part in (*runs, "decoder")}
     for part, session in counted.items():
         setattr(pipe.model, f"_{part}", session)
     embedding = pipe.encode(scene[0])
@@ -167,8 +171,13 @@ def test_what_encode_left_out_is_computed_where_it_is_decoded_and_stays_what_it_
     assert enhanced.finished() is enhanced and enhanced.enhanced and not raw.finished().enhanced
     assert np.abs(enhanced.latent - raw.finished().latent).max() > 0.01
     # enhanced before or after it was finished, or once more: the same latent
-    for other in (pipe.model.enhance(raw.finished()), pipe.model.enhance(enhanced)):
+    for other in (pipe.model.enhance(raw.finished()), pipe.model.enhance(raw.adapted()), pipe.model.enhance(enhanced)):
         np.testing.assert_array_equal(other.latent, enhanced.latent)
+    # what the step starts from is neither its result nor the encoder's own latent, and says that it is not enhanced
+    adapted = raw.adapted()
+    assert not adapted.enhanced and adapted.adapted() is adapted
+    for other in (enhanced, raw.finished()):
+        assert np.abs(adapted.latent - other.latent).max() > 0.01
     plain, late = pipe.decode(raw.finished()), pipe.decode(raw)
     np.testing.assert_array_equal(plain.masks, late.masks)
     assert len(plain) and not np.array_equal(plain.scores, pipe.decode(enhanced).scores)
@@ -215,15 +224,15 @@ class Opened:
 @pytest.mark.parametrize(
     ("device", "precision", "files", "expected"),
     [
-        ("cpu", "auto", True, ["stem_int8", "trunk_int8", "enhancer_int8", "decoder_int8", "prompt"]),
-        ("cpu", "int8", True, ["stem_int8", "trunk_int8", "enhancer_int8", "decoder_int8", "prompt"]),
-        ("cpu", "auto", False, ["stem", "trunk", "enhancer", "decoder", "prompt"]),
-        ("cpu", "fp32", True, ["stem", "trunk", "enhancer", "decoder", "prompt"]),
-        ("cuda", "auto", True, ["stem", "trunk", "enhancer", "decoder", "prompt"]),
+        ("cpu", "auto", True, ["stem_int8", "trunk_int8", "adapted_int8", "enhancer_int8", "decoder_int8", "prompt"]),
+        ("cpu", "int8", True, ["stem_int8", "trunk_int8", "adapted_int8", "enhancer_int8", "decoder_int8", "prompt"]),
+        ("cpu", "auto", False, ["stem", "trunk", "adapted", "enhancer", "decoder", "prompt"]),
+        ("cpu", "fp32", True, ["stem", "trunk", "adapted", "enhancer", "decoder", "prompt"]),
+        ("cuda", "auto", True, ["stem", "trunk", "adapted", "enhancer", "decoder", "prompt"]),
     ],
 )
 def test_8_bits_are_for_the_cpu(monkeypatch, tmp_path, device, precision, files, expected) -> None:
-    for part in ("stem", "trunk", "enhancer", "decoder") if files else ():
+    for part in IN_8_BITS if files else ():
         (tmp_path / f"nano_{part}_int8.onnx").touch()
     opened = []
     monkeypatch.setattr(onnx_session, "choose_device", lambda name: name)

@@ -92,7 +92,7 @@ def test_same_padding_matches_tensorflow_on_even_sizes() -> None:
     assert padded[0, 0, 0, 0] == 1 and padded[0, 0, -1, -1] == 0
 
 
-PARTS = ("stem", "trunk", "enhancer", "decoder")
+PARTS = ("stem", "trunk", "adapted", "enhancer", "decoder")
 """Parts that have an 8-bit file."""
 
 
@@ -135,7 +135,9 @@ def test_exported_files_agree_with_torch_to_1e_3(net: NanoNet, exported, size: t
     with torch.no_grad():
         agree([s4, s8, level], StemGraph(net)(image))
         agree([latent], (net.trunk(*features),))
-        agree(outputs(folder / "nano_enhancer.onnx", s4=s4, s8=s8, level=np.float32([0.3])),
+        [adapted] = found = outputs(folder / "nano_adapted.onnx", s4=s4, s8=s8)
+        agree(found, (net.enhancer.trunk(*features),))
+        agree(outputs(folder / "nano_enhancer.onnx", latent=adapted, level=np.float32([0.3])),
               (net.enhancer(*features, torch.tensor([0.3])),))
         agree(outputs(folder / "nano_decoder.onnx", latent=latent), DecoderGraph(net)(torch.from_numpy(latent)))
 
@@ -170,10 +172,10 @@ def test_bytes_of_the_image_and_of_the_stems_features_are_taken_as_they_are(expo
     graphs = {part: onnx.load(folder / f"nano_{part}_int8.onnx", load_external_data=False).graph for part in PARTS}
     kinds = {part: {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
              for part, graph in graphs.items()}
-    for part in ("stem", "trunk", "enhancer"):
+    for part in ("stem", "trunk", "adapted"):
         assert kinds[part]["s4"] == kinds[part]["s8"] == onnx.TensorProto.UINT8
     assert kinds["stem"]["image"] == onnx.TensorProto.UINT8
-    for part in ("stem", "trunk", "enhancer"):
+    for part in ("stem", "trunk", "adapted"):
         graph = graphs[part]
         sources = {value.name for value in graph.input}
         readers = [node for node in graph.node if sources & set(node.input) and node.op_type != "Transpose"]
@@ -189,8 +191,9 @@ def test_8_bit_files_are_near_fp32_and_keep_the_scores_of_the_grid_smooth(export
     s4, s8, level = outputs(folder / "nano_stem_int8.onnx", image=image)
     assert s4.shape == (1, 24, 16, 24) and s8.shape == (1, 40, 8, 12) and level.shape == (1,)
     (latent,) = outputs(folder / "nano_trunk_int8.onnx", s4=s4, s8=s8)
-    (restored,) = outputs(folder / "nano_enhancer_int8.onnx", s4=s4, s8=s8, level=level)
-    assert latent.shape == restored.shape == (1, nano_net.LATENT, 8, 12)
+    (adapted,) = outputs(folder / "nano_adapted_int8.onnx", s4=s4, s8=s8)
+    (restored,) = outputs(folder / "nano_enhancer_int8.onnx", latent=adapted, level=level)
+    assert adapted.shape == latent.shape == restored.shape == (1, nano_net.LATENT, 8, 12)
     scores = outputs(folder / "nano_decoder_int8.onnx", latent=restored)[-1]
     assert len(np.unique(scores)) > 0.9 * scores.size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from typing import Any
@@ -121,6 +122,25 @@ class TestEnhancement:
         assert embedding.enhanced is expected
         assert (embedding.latent.item() < 0) is (expected and level > 0)
         assert embedding.degradation == pytest.approx(level)
+
+    @pytest.mark.parametrize(("mode", "level", "expected"), [("off", 0.2, 0), ("auto", 0.2, 1), ("auto", 0.9, 0)])
+    def test_auto_takes_for_a_clear_frame_what_the_enhancer_starts_from(
+        self, mode: str, level: float, expected: int
+    ) -> None:
+        class Adapting(Known):
+            adapted = 0
+
+            def encode(self, image: Any, budget: Any) -> Embedding:
+                seen = super().encode(image, budget)
+                return dataclasses.replace(seen, adapt=lambda: self.adapt(seen))
+
+            def adapt(self, seen: Embedding) -> Embedding:
+                self.adapted += 1
+                return seen
+
+        model = Adapting()
+        assert pipeline(model, enhancement=mode).encode(picture(level)).enhanced is (level > 0.5)
+        assert model.adapted == expected
 
     def test_auto_remembers_by_camera(self) -> None:
         pipe = pipeline(Known(), enhancement="auto", enhance_above=0.6, enhance_below=0.4)

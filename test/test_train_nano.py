@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -29,6 +30,7 @@ from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.models.nano_net import LATENT, STATISTICS, NanoNet  # noqa: E402
 from glesam_ros.training import batches, checkpoint, export, nano  # noqa: E402
 from glesam_ros.training.config import STAGES, SourceConfig, load_config, make_config, to_dict, to_yaml  # noqa: E402
+from glesam_ros.training.shipped import PARTS  # noqa: E402
 from glesam_ros.training.sources import load_scenes  # noqa: E402
 
 # gradients that are summed up, and a loss of the paper on the way
@@ -76,10 +78,11 @@ def changed(before: State, after: State) -> set[str]:
 
 
 def test_stages_change_what_they_say_and_nothing_else(whole: Path) -> None:
-    base, level, restore, decode = (checkpoint.read(whole / f"{name}.pt") for name in STAGES)
+    base, level, restore, decode, refit = (checkpoint.read(whole / f"{name}.pt") for name in STAGES)
     assert changed(base, level) == {"stem.level"}
     assert changed(level, restore) and all(name.startswith("enhancer.") for name in changed(level, restore))
     assert {name.split(".")[0] for name in changed(restore, decode)} == {"enhancer", "decoder"}
+    assert {name.split(".")[0] for name in changed(decode, refit)} == {"trunk"}
     torch.manual_seed(load_config("tiny").seed)
     fresh = NanoNet()
     fresh.load_backbone(nano.pretrained_backbone())
@@ -204,13 +207,12 @@ def stage_of(name: str, data: Path, **changes: Any) -> nano.NanoStage:
     return stage
 
 
-def ways(count: int, plain: list[int]) -> dict[str, Any]:
-    """The entries of a batch of stage 2 whose crops `plain` skip the enhancer."""
-    skip = torch.zeros(count, dtype=torch.bool)
-    skip[plain] = True
-    rows = {"plain": skip.nonzero().flatten(), "enhanced": (~skip).nonzero().flatten()}
-    rows["degraded"] = rows["enhanced"]
-    return {**rows, "skip": skip, "both": torch.zeros(count, dtype=torch.bool)}
+def ways(count: int, skip: list[int]) -> dict[str, Any]:
+    """The entries of a batch of stage 2 whose crops `skip` go past the step; all others are degraded."""
+    skips = torch.zeros(count, dtype=torch.bool)
+    skips[skip] = True
+    others = (~skips).nonzero().flatten()
+    return {"denoised": others, "degraded": others, "skip": skips, "both": torch.zeros(count, dtype=torch.bool)}
 
 
 def test_batches_depend_on_their_seed_alone(data: Path) -> None:
@@ -235,45 +237,61 @@ def test_clear_inputs_of_stage_1_are_their_own_target(data: Path) -> None:
     assert float(stage(batch)["restoration"].detach()) > 0
 
 
-def test_some_clear_crops_of_stage_2_skip_the_enhancer(data: Path) -> None:
+def test_some_clear_crops_of_stage_2_skip_the_step(data: Path) -> None:
     for skip, (least, most) in ((0.5, (10, 30)), (0.0, (0, 0)), (1.0, (40, 40))):
         decode = {"clear": 1.0, "batch": 40, "skip": skip}
         stage = stage_of("decode", data, decode=decode, crop={"height": 32, "width": 32})
         batch = stage.batch(np.random.default_rng(0))
-        assert least <= len(batch["plain"]) <= most
-        assert sorted([*batch["plain"].tolist(), *batch["enhanced"].tolist()]) == list(range(40))
+        skipped = batch["skip"].nonzero().flatten().tolist()
+        assert least <= len(skipped) <= most
+        assert sorted([*skipped, *batch["denoised"].tolist()]) == list(range(40))
     stage = stage_of("decode", data, decode={"clear": 0.0, "batch": 4})
-    assert not len(stage.batch(np.random.default_rng(0))["plain"])
+    assert not bool(stage.batch(np.random.default_rng(0))["skip"].any())
 
 
-def test_each_crop_of_stage_2_goes_one_way(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = stage_of("decode", data, decode={"batch": 4, "train": ["decoder", "enhancer", "trunk"]})
+def test_each_crop_of_stage_2_is_decoded_after_or_before_the_step(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = stage_of("decode", data, decode={"batch": 4, "train": ["decoder", "enhancer"]})
     batch = stage.batch(np.random.default_rng(0))
     seen: list[Any] = []
     monkeypatch.setattr(nano, "decoder_loss", lambda net, latent, *_: seen.append(latent) or {})
     with torch.no_grad():
         s4, s8, statistics = nano.see(stage.model, batch["images"])
-        plain = stage.model.trunk(s4, s8)
+        adapted = stage.model.enhancer.trunk(s4, s8)
         restored = stage.model.enhancer(s4, s8, stage.condition(statistics))
-        for enhanced in ([0, 1, 2, 3], [], [2, 0]):
-            stage({**batch, **ways(4, plain=[k for k in (3, 1, 0, 2) if k not in enhanced])})
+        assert float((adapted - restored).abs().max()) > 1e-3
+        for skip in ([], [0, 1, 2, 3], [1, 3]):
+            stage({**batch, **ways(4, skip)})
             latent = seen.pop()
             for k in range(4):
-                assert torch.allclose(latent[k], (restored if k in enhanced else plain)[k], atol=1e-5), (enhanced, k)
+                assert torch.allclose(latent[k], (adapted if k in skip else restored)[k], atol=1e-5), (skip, k)
 
 
-def test_the_trunk_of_the_encoder_learns_from_crops_that_skip_the_enhancer(data: Path) -> None:
-    stage = stage_of("decode", data, decode={"batch": 2, "train": ["decoder", "trunk"]})
+def test_the_refit_trains_the_trunk_of_the_encoder_on_clear_crops(data: Path) -> None:
+    stage = stage_of("refit", data, refit={"batch": 2})
+    stage.set_modes()
+    before = copy.deepcopy(stage.model.state_dict())
     batch = stage.batch(np.random.default_rng(0))
-    for rows, learns in (([0], True), ([], False)):
-        stage.zero_grad()
-        stage({**batch, **ways(2, plain=rows)})["loss"].backward()
-        gradient = stage.model.trunk.fuse[1].weight.grad
-        assert (gradient is not None and bool(gradient.any())) == learns
+    as_base = stage_of("base", data, base={"batch": 2}).batch(np.random.default_rng(0))
+    assert torch.equal(batch["images"], as_base["images"])
+    stage(batch)["loss"].backward()
+    [group] = stage.groups()
+    own = {id(p) for p in stage.model.trunk.parameters()}
+    assert {id(p) for p in group.parameters} == own and all(p.grad is not None for p in group.parameters)
+    # no statistic of normalisation moves
+    after = stage.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_agreement_draws_both_latents_of_clear_crops_to_each_other(data: Path) -> None:
-    decode = {"batch": 4, "clear": 0.5, "skip": 0.5, "train": ["enhancer", "trunk"]}
+def test_stage_2_leaves_the_encoder_as_it_is(data: Path) -> None:
+    stage = stage_of("decode", data, decode={"batch": 2, "clear": 0.5, "agreement": 1.0, "restoration": 1.0})
+    stage(stage.batch(np.random.default_rng(0)))["loss"].backward()
+    assert bool(stage.model.enhancer.trunk.fuse[1].weight.grad.any())
+    for part in (stage.model.stem, stage.model.trunk):
+        assert all(p.grad is None for p in part.parameters())
+
+
+def test_agreement_draws_the_latents_of_clear_crops_before_and_after_the_step_to_each_other(data: Path) -> None:
+    decode = {"batch": 4, "clear": 0.5, "skip": 0.5, "train": ["enhancer"]}
     stage = stage_of("decode", data, decode={**decode, "agreement": 3.0})
     batch = stage.batch(np.random.default_rng(2))
     clear = batch["both"].nonzero().flatten().tolist()
@@ -281,44 +299,42 @@ def test_agreement_draws_both_latents_of_clear_crops_to_each_other(data: Path) -
     losses, alone = stage(batch), stage_of("decode", data, decode=decode)(batch)
     with torch.no_grad():
         s4, s8, statistics = nano.see(stage.model, batch["images"])
-        apart = stage.model.trunk(s4, s8) - stage.model.enhancer(s4, s8, stage.condition(statistics))
+        apart = stage.model.enhancer.trunk(s4, s8) - stage.model.enhancer(s4, s8, stage.condition(statistics))
         expected = float((apart[clear] ** 2).mean())
     assert float(losses["apart"]) == pytest.approx(expected, rel=1e-4) and expected > 0
     assert float(losses["loss"]) == pytest.approx(float(alone["loss"]) + 3.0 * expected, rel=1e-4)
     losses["apart"].backward()
-    for trunk in (stage.model.trunk, stage.model.enhancer.trunk):
-        assert bool(trunk.fuse[1].weight.grad.any())
+    assert bool(stage.model.enhancer.conv_in.weight.grad.any())
     # without a clear crop the loss says so, and nothing else changes
-    nothing = stage({**batch, **ways(4, plain=[])})
+    nothing = stage({**batch, **ways(4, skip=[])})
     assert float(nothing["apart"]) == 0
 
 
 def test_restoration_draws_the_latents_of_degraded_crops_to_those_of_the_clear_ones(data: Path) -> None:
-    decode = {"batch": 4, "clear": 0.5, "skip": 0.5, "train": ["enhancer", "trunk"]}
+    decode = {"batch": 4, "clear": 0.5, "skip": 0.5, "train": ["enhancer"]}
     stage = stage_of("decode", data, decode={**decode, "restoration": 3.0})
     batch = stage.batch(np.random.default_rng(2))
     degraded = batch["degraded"].tolist()
     changed = (batch["images"] != batch["clear"]).flatten(1).any(1)
     assert degraded == changed.nonzero().flatten().tolist() and 0 < len(degraded) < 4
     losses, alone = stage(batch), stage_of("decode", data, decode=decode)(batch)
+    # the clear latent is a target: it is as without gradient
     with torch.no_grad():
-        s4, s8, statistics = nano.see(stage.model, batch["images"])
-        restored = stage.model.enhancer(s4, s8, stage.condition(statistics))
-        expected = float(((restored - nano.plain_latent(stage.model, batch["clear"]))[degraded] ** 2).mean())
-    assert float(losses["restoration"]) == pytest.approx(expected, rel=1e-4) and expected > 0
-    assert float(losses["loss"]) == pytest.approx(float(alone["loss"]) + 3.0 * expected, rel=1e-4)
-    # the clear latent is a target: only the restored one moves
-    losses["restoration"].backward()
-    assert bool(stage.model.enhancer.trunk.fuse[1].weight.grad.any()) and stage.model.trunk.fuse[1].weight.grad is None
+        target = nano.latent_of(stage.model.enhancer.trunk, stage.model, batch["clear"])
+    s4, s8, statistics = nano.see(stage.model, batch["images"])
+    expected = ((stage.model.enhancer(s4, s8, stage.condition(statistics)) - target)[degraded] ** 2).mean()
+    assert float(losses["restoration"]) == pytest.approx(float(expected), rel=1e-4) and float(expected) > 0
+    assert float(losses["loss"]) == pytest.approx(float(alone["loss"]) + 3.0 * float(expected), rel=1e-4)
+    weight = stage.model.enhancer.trunk.fuse[1].weight
+    one, other = (torch.autograd.grad(loss, weight)[0] for loss in (losses["restoration"], expected))
+    assert torch.allclose(one, other, rtol=1e-3, atol=1e-6 * float(other.abs().max())) and bool(other.any())
     # without a degraded crop the loss says so, and nothing else changes
-    assert float(stage({**batch, **ways(4, plain=[0, 1, 2, 3])})["restoration"]) == 0
+    assert float(stage({**batch, **ways(4, skip=[0, 1, 2, 3])})["restoration"]) == 0
 
 
 def test_the_paper_trains_the_decoder_alone(data: Path) -> None:
     assert [g.name for g in stage_of("decode", data, decode={"train": ["decoder"]}).groups()] == ["decoder"]
     assert [g.name for g in stage_of("decode", data).groups()] == ["decoder", "trunk", "unet"]
-    every = stage_of("decode", data, decode={"train": ["trunk", "decoder", "enhancer"]})
-    assert [g.name for g in every.groups()] == ["decoder", "trunk", "unet", "encoder"]
 
 
 def test_without_its_condition_the_enhancer_gets_a_constant(data: Path) -> None:
@@ -472,7 +488,7 @@ def test_an_ablation_trains_and_exports_what_is_missing(
     out = tmp_path / "ablation"
     ablation.train_runs(runs, data, out, "cpu")
     for name in runs:
-        for part in ("stem", "trunk", "enhancer", "decoder", "prompt"):
+        for part in PARTS:
             assert (out / name / "weights" / f"nano_{part}.onnx").is_file()
     capsys.readouterr()
     ablation.train_runs(runs, data, out, "cpu")

@@ -40,8 +40,9 @@ def parts_of(net: NanoNet, images: Any) -> dict[str, Any]:
         xy, labels = torch.tensor([[[[0.1, -0.3], [0.5, 0.2]]]] * count), torch.tensor([[[1, 0]]] * count)
         prompted = net.decoder.prompt(features, trunk, grid, xy, labels)
         return {
-            "s4": s4, "s8": s8, "level": level, "plain": net.trunk(s4, s8), "restored": restored, "features": features,
-            "dense": dense, "prompted": prompted,
+            "s4": s4, "s8": s8, "level": level, "plain": net.trunk(s4, s8),
+            "adapted": net.enhancer.trunk(s4, s8), "restored": restored, "features": features, "dense": dense,
+            "prompted": prompted,
         }
 
 
@@ -88,8 +89,9 @@ def test_the_files_of_the_package_come_back() -> None:
     net, image = read_shipped(WEIGHTS), picture(1)[:1]
     s4, s8, level = open_graph(str(WEIGHTS / "nano_stem.onnx")).run(None, {"image": image.numpy()})
     (plain,) = open_graph(str(WEIGHTS / "nano_trunk.onnx")).run(None, {"s4": s4, "s8": s8})
-    (restored,) = open_graph(str(WEIGHTS / "nano_enhancer.onnx")).run(None, {"s4": s4, "s8": s8, "level": level})
-    expected = {"s4": s4, "s8": s8, "level": level, "plain": plain, "restored": restored}
+    (adapted,) = open_graph(str(WEIGHTS / "nano_adapted.onnx")).run(None, {"s4": s4, "s8": s8})
+    (restored,) = open_graph(str(WEIGHTS / "nano_enhancer.onnx")).run(None, {"latent": adapted, "level": level})
+    expected = {"s4": s4, "s8": s8, "level": level, "plain": plain, "adapted": adapted, "restored": restored}
     got = parts_of(net, image)
     assert_the_same({name: torch.from_numpy(value) for name, value in expected.items()}, got)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,11 @@ import numpy as np
 
 from glesam_ros.degradation import degrade
 from glesam_ros.evaluation.metrics import bootstrap_interval, mean_best_iou, mean_gains, pairwise_iou
-from glesam_ros.evaluation.protocol import Condition, Evaluator, photograph_seed
+from glesam_ros.evaluation.protocol import Condition, Evaluator, by_mode, photograph_seed
 from glesam_ros.evaluation.sheet import UNMATCHED, Tile, paint
 from glesam_ros.models import Embedding
 from glesam_ros.overlay import PALETTE
-from glesam_ros.pipeline import EnhancementGate, budget
+from glesam_ros.pipeline import budget
 from glesam_ros.validation import BoolArray, UInt8Array
 
 SET_NAME = "agreement"
@@ -164,12 +165,7 @@ def _everything(
     evaluator: Evaluator, image: UInt8Array, modes: Sequence[str]
 ) -> tuple[Embedding, dict[str, BoolArray]]:
     """The embedding without enhancement, and the masks of each mode."""
-    pipe, settings = evaluator.pipe, evaluator.pipe.settings
-    raw = pipe.model.encode(image, budget(settings))
-    enhanced = EnhancementGate().update(raw.degradation, settings.enhance_above, settings.enhance_below)
-    enhances = {"off": False, "always": True, "auto": enhanced}
-    masks = {
-        flag: pipe.decode(pipe.model.enhance(raw) if flag else raw).masks
-        for flag in sorted({enhances[mode] for mode in modes})
-    }
-    return raw, {mode: masks[enhances[mode]] for mode in modes}
+    pipe = evaluator.pipe
+    raw = pipe.model.encode(image, budget(pipe.settings))
+    decode = functools.cache(pipe.decode)
+    return raw, {mode: decode(embedding).masks for mode, embedding in by_mode(pipe, raw, modes).items()}

@@ -8,6 +8,7 @@ processes matters.
 
 from __future__ import annotations
 
+import functools
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -223,6 +224,32 @@ def make_target(case: Case, seed: int) -> Target | None:
     return Target(first, boundary(first), points, mask_boxes(first), tuple(annotators))
 
 
+def is_enhanced(pipe: Pipeline, raw: Embedding) -> bool:
+    """Whether automatic mode enhances a single image of this embedding."""
+    return EnhancementGate().update(raw.degradation, pipe.settings.enhance_above, pipe.settings.enhance_below)
+
+
+def by_mode(pipe: Pipeline, raw: Embedding, modes: Sequence[str]) -> dict[str, Embedding]:
+    """What an image is decoded from in each mode of enhancement; the same object where two modes have the same.
+
+    Args:
+        pipe: its settings say when automatic mode enhances.
+        raw: from `pipe.model.encode`.
+        modes: some of `MODES`.
+    """
+    enhanced = is_enhanced(pipe, raw)
+    found: dict[str, Embedding] = {}
+    if "off" in modes:
+        found["off"] = raw.finished()
+    if "always" in modes:
+        found["always"] = pipe.model.enhance(raw)
+    if "auto" in modes and enhanced:
+        found["auto"] = found.get("always") or pipe.model.enhance(raw)
+    elif "auto" in modes:
+        found["auto"] = raw.adapted()
+    return found
+
+
 class Evaluator:
     """Measures photographs, one after the other.
 
@@ -279,21 +306,17 @@ class Evaluator:
         start = time.process_time()
         image = self._picture(case, condition, given)
         raw = self._encode(image)
-        settings = self.pipe.settings
-        enhanced = EnhancementGate().update(raw.degradation, settings.enhance_above, settings.enhance_below)
-        enhances = {"off": False, "always": True, "auto": enhanced}
-        # automatic mode is one of the other two, so each is scored once
-        scored = {
-            flag: self._scores(self.pipe.model.enhance(raw) if flag else raw, target)
-            for flag in sorted({enhances[mode] for mode in self.options.modes})
-        }
-        values: Values = {(mode, m): v for mode in self.options.modes for m, v in scored[enhances[mode]].items()}
+        modes = by_mode(self.pipe, raw, self.options.modes)
+        # automatic mode may be one of the other two, which is scored once
+        scores = functools.cache(functools.partial(self._scores, target=target))
+        values: Values = {(mode, m): v for mode, embedding in modes.items() for m, v in scores(embedding).items()}
         seconds = time.process_time() - start
         for name in self.options.baselines:
             if applies(name, condition.kind):
                 values |= {(name, metric): v for metric, v in self._baseline(name, image, target).items()}
         return Measurement(
-            case.set_name, case.photograph.name, condition, float(raw.degradation), enhanced, values, seconds
+            case.set_name, case.photograph.name, condition, float(raw.degradation),
+            is_enhanced(self.pipe, raw), values, seconds,
         )
 
     def _baseline(self, name: str, image: UInt8Array, target: Target) -> dict[str, list[float]]:

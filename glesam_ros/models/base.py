@@ -48,9 +48,11 @@ class Embedding:
             needs another one; then `finished` has it.
         size: (height, width) of the image in pixels.
         degradation: measured level, 0 (clear) .. 1 (LQ-3 or worse).
-        enhanced: whether `latent` went through the enhancer.
+        enhanced: whether `latent` went through the denoising step.
         extra: further arrays of the model by name.
         finish: gives the embedding with its latent; None where it is there.
+        adapt: gives the embedding with the latent that the enhancer starts from, at the cost of `finish`; None where
+            that is the encoder's own.
     """
 
     latent: Any
@@ -59,10 +61,15 @@ class Embedding:
     enhanced: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     finish: Callable[[], Embedding] | None = None
+    adapt: Callable[[], Embedding] | None = None
 
     def finished(self) -> Embedding:
         """The embedding with its latent: what `encode` left out is computed now."""
         return self if self.finish is None else self.finish()
+
+    def adapted(self) -> Embedding:
+        """What automatic mode takes of a frame that needs no denoising step."""
+        return self.finished() if self.adapt is None else self.adapt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +107,7 @@ class SegmentationModel(Protocol):
     """Whether decoding one embedding gains time beside encoding the next image, from another thread."""
 
     def encode(self, image: UInt8Array, budget: Budget) -> Embedding:
-        """Embed an (H, W, 3) uint8 RGB image; its latent may be left to `Embedding.finished`.
+        """Embed an (H, W, 3) uint8 RGB image; its latent may be left to `Embedding.finished` and `adapted`.
 
         Raises:
             OutOfMemory: here and in all other calls; smaller numbers in the budget need less.

@@ -28,7 +28,7 @@ LEAST_SIZE = 256
 """Smaller long sides inside the model are taken as this."""
 MULTIPLE = 32
 """Height and width inside the model are multiples of this, the encoder's coarsest stride."""
-IN_8_BITS = ("stem", "trunk", "enhancer", "decoder")
+IN_8_BITS = ("stem", "trunk", "adapted", "enhancer", "decoder")
 """Parts that have an 8-bit file; the prompt part is small."""
 DISTINCT = 0.375
 """Share of the candidates asked for in everything mode that become masks: they differ already, so few are dropped."""
@@ -80,12 +80,12 @@ class Nano:
             kind = "_int8" if precision == "int8" and part in IN_8_BITS else ""
             return open_session(folder / f"nano_{part}{kind}.onnx", device, precision == "fp16", cache, threads)
 
-        self._stem, self._trunk, self._enhancer = open_part("stem"), open_part("trunk"), open_part("enhancer")
-        self._decoder, self._prompt = open_part("decoder"), open_part("prompt")
+        self._stem, self._trunk, self._adapted = open_part("stem"), open_part("trunk"), open_part("adapted")
+        self._enhancer, self._decoder, self._prompt = open_part("enhancer"), open_part("decoder"), open_part("prompt")
         return f"{device} ({precision}, onnxruntime, {self._stem.get_providers()[0]})"
 
     def encode(self, image: UInt8Array, budget: Budget) -> Embedding:
-        """Features of the stem and the level; the trunk runs in `Embedding.finished`, so not for an enhanced image.
+        """Features of the stem and the level; one of the two trunks runs later, in `finished`, `adapted` or `enhance`.
 
         Raises:
             OutOfMemory: the device lacked memory.
@@ -94,14 +94,15 @@ class Nano:
         inside = model_size(size, max(LEAST_SIZE, budget.processing_size or OWN_SIZE))
         s4, s8, level = run_session(self._stem, {"image": resized(image, inside)[None]})
         seen = Embedding(None, size, float(level[0]), extra={"s4": s4, "s8": s8})
-        return dataclasses.replace(seen, finish=functools.partial(self._finish, seen))
+        finish, adapt = (functools.partial(self._finish, seen, trunk) for trunk in (self._trunk, self._adapted))
+        return dataclasses.replace(seen, finish=finish, adapt=adapt)
 
     def enhance(self, embedding: Embedding) -> Embedding:
         """As `SegmentationModel.enhance`: the latent (1, 96, h / 8, w / 8) float32. Raises OutOfMemory."""
-        features = {name: embedding.extra[name] for name in ("s4", "s8")}
+        seen = self._finish(embedding, self._adapted)
         level = np.array([embedding.degradation], np.float32)
-        (latent,) = run_session(self._enhancer, {**features, "level": level})
-        return dataclasses.replace(embedding, latent=latent, enhanced=True, extra=features, finish=None)
+        (latent,) = run_session(self._enhancer, {"latent": seen.latent, "level": level})
+        return dataclasses.replace(seen, latent=latent, enhanced=True)
 
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
         """As `SegmentationModel.propose`: logits (K, h / 4, w / 4) float32. Raises OutOfMemory."""
@@ -131,12 +132,14 @@ class Nano:
         """onnxruntime keeps its arena; there is nothing to give back."""
 
     def close(self) -> None:
-        del self._stem, self._trunk, self._enhancer, self._decoder, self._prompt
+        del self._stem, self._trunk, self._adapted, self._enhancer, self._decoder, self._prompt
 
-    def _finish(self, seen: Embedding) -> Embedding:
+    @staticmethod
+    def _finish(seen: Embedding, trunk: Any) -> Embedding:
+        """The embedding with the latent of a trunk; of what was computed before, only the stem's features stay."""
         features = {name: seen.extra[name] for name in ("s4", "s8")}
-        (latent,) = run_session(self._trunk, features)
-        return dataclasses.replace(seen, latent=latent, extra=features)
+        (latent,) = run_session(trunk, features)
+        return dataclasses.replace(seen, latent=latent, enhanced=False, extra=features, finish=None, adapt=None)
 
     def _shared(self, embedding: Embedding) -> tuple[Any, ...]:
         """What all masks of an embedding need, computed once and kept with it."""

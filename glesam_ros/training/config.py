@@ -270,26 +270,42 @@ class DecodeConfig(StageConfig):
     """Stage 2 of GleSAM: the decoder on restored latents.
 
     Attributes:
-        train: the decoder alone (the paper), the enhancer with it, or also the encoder's trunk, which clear crops go
-            through that skip the enhancer.
+        train: the decoder alone (the paper), or the enhancer with it.
         loss: windowed (Dice, cross-entropy mostly around the region) or focal (the paper's Dice and focal).
         clear: share of crops that are clear.
-        skip: share of those that skip the enhancer, as automatic mode will have it.
-        agreement: weight of the mean squared distance between the latents of clear crops with and without enhancement;
+        skip: share of those that skip the denoising step, as automatic mode will have it.
+        agreement: weight of the mean squared distance between the latents of clear crops before and after the step;
             changes nothing where the decoder alone trains.
         restoration: weight of the mean squared distance of a degraded crop's restored latent to that of the clear crop
-            without enhancement, which gets no gradient by it: stage 1's loss, kept up while the enhancer trains on;
-            changes nothing where the decoder alone trains.
+            before the step, which gets no gradient by it: stage 1's loss, kept up while the enhancer trains on; changes
+            nothing where the decoder alone trains.
     """
 
     steps: CountOrNone = 1000
-    train: Annotated[tuple[Literal["decoder", "enhancer", "trunk"], ...], Field(min_length=1)] = ("decoder", "enhancer")
+    train: Annotated[tuple[Literal["decoder", "enhancer"], ...], Field(min_length=1)] = ("decoder", "enhancer")
     loss: Literal["windowed", "focal"] = "windowed"
     clear: Share = 0.333
     skip: Share = 0.5
     agreement: Number = 0.0
     restoration: Number = 0.0
     rates: DecodeRates = field(default_factory=DecodeRates)
+
+
+@dataclass(frozen=True, config=STRICT)
+class RefitRates:
+    """Peak rate of the encoder's trunk."""
+
+    trunk: Rate = 1e-4
+
+
+@dataclass(frozen=True, config=STRICT)
+class RefitConfig(StageConfig):
+    """The encoder's trunk on clear crops, to the decoder as stage 2 left it. `loss`: see `DecodeConfig`."""
+
+    steps: CountOrNone = 700
+    warm_up: CountOrNone = 50
+    rates: RefitRates = field(default_factory=RefitRates)
+    loss: Literal["windowed", "focal"] = "windowed"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -323,6 +339,7 @@ class Config:
     level: LevelConfig = field(default_factory=LevelConfig)
     restore: RestoreConfig = field(default_factory=RestoreConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    refit: RefitConfig = field(default_factory=RefitConfig)
 
 
 def shipped() -> tuple[str, ...]:

@@ -50,6 +50,17 @@ class StemGraph(nn.Module):
         return s4, s8, level
 
 
+class StepGraph(nn.Module):
+    """latent (1, C, h, w) of the adapted trunk, level (1,) -> restored (1, C, h, w): the denoising step."""
+
+    def __init__(self, net: NanoNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, latent: Tensor, level: Tensor) -> Tensor:
+        return self.net.enhancer.denoise(latent, level)
+
+
 class DecoderGraph(nn.Module):
     """latent -> features with positions (1, F + 5, 2h, 2w), trunk, grid, weights (gh, gw, M, F + 5), their scores."""
 
@@ -113,7 +124,8 @@ def export(net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] 
     parts: dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any], list[str]]] = {
         "stem": (stem, (image,), {"image": {1: "H", 2: "W"}}, ["s4", "s8", "level"]),
         "trunk": (net.trunk, (s4, s8), stem_axes, ["latent"]),
-        "enhancer": (net.enhancer, (s4, s8, level), {**stem_axes, "level": {}}, ["restored"]),
+        "adapted": (net.enhancer.trunk, (s4, s8), stem_axes, ["latent"]),
+        "enhancer": (StepGraph(net), (latent, level), {"latent": latent_axes, "level": {}}, ["restored"]),
         "decoder": (decoder, (latent,), {"latent": latent_axes}, ["features", "trunk", "grid", "weights", "scores"]),
         "prompt": (
             PromptGraph(net), (features, trunk, grid, xy, labels),
@@ -159,20 +171,23 @@ def export(net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] 
 def calibration(
     graphs: dict[str, onnx.ModelProto], pictures: Sequence[np.ndarray[Any, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Inputs of stem, trunk, enhancer and decoder: what they get of `pictures` where the runtime has them."""
-    stem, trunk, enhancer = (open_graph(graphs[name].SerializeToString()) for name in ("stem", "trunk", "enhancer"))
-    feeds: dict[str, list[dict[str, Any]]] = {"stem": [], "trunk": [], "enhancer": [], "decoder": []}
+    """Inputs of each part but the prompt: what it gets of `pictures` where the runtime has them."""
+    stem, trunk, adapted, enhancer = (
+        open_graph(graphs[name].SerializeToString()) for name in ("stem", "trunk", "adapted", "enhancer")
+    )
+    feeds: dict[str, list[dict[str, Any]]] = {name: [] for name in graphs if name != "prompt"}
     clear = len(pictures) - len(pictures) // 2
     for number, picture in enumerate(pictures):
         feeds["stem"].append({"image": np.ascontiguousarray(picture)[None]})
         s4, s8, level = stem.run(None, feeds["stem"][-1])
-        feeds["enhancer"].append({"s4": s4, "s8": s8, "level": level})
-        # the trunk runs for clear pictures, seldom for others: of those it gets each fourth
-        if number < clear or number % 4 == 3:
-            feeds["trunk"].append({"s4": s4, "s8": s8})
-        if number < clear:
-            (latent,) = trunk.run(None, feeds["trunk"][-1])
-        else:
+        for name in ("trunk", "adapted"):
+            feeds[name].append({"s4": s4, "s8": s8})
+        # the decoder seldom gets what was not adapted: each fourth time here
+        if number % 4 == 3:
+            feeds["decoder"].append({"latent": trunk.run(None, feeds["trunk"][-1])[0]})
+        (latent,) = adapted.run(None, feeds["adapted"][-1])
+        feeds["enhancer"].append({"latent": latent, "level": level})
+        if number >= clear:
             (latent,) = enhancer.run(None, feeds["enhancer"][-1])
         feeds["decoder"].append({"latent": latent})
     return feeds

@@ -1,4 +1,4 @@
-"""Nano by GleSAM's recipe: base on clear pictures, level head, stage 1 latent restoration, stage 2 decoder."""
+"""Nano by GleSAM's recipe: base on clear pictures, level head, stage 1 latent restoration, stage 2 decoder, refit."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from glesam_ros.training.config import (
     Config,
     DecodeConfig,
     LevelConfig,
+    RefitConfig,
     RestoreConfig,
     StageConfig,
 )
@@ -64,11 +65,11 @@ def to_network(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float()
 
 
-def plain_latent(net: NanoNet, images: Tensor) -> Tensor:
-    """Images (B, H, W, 3) uint8 -> latent (B, C, h, w) of the encoder, without gradient to its stem."""
+def latent_of(trunk: nn.Module, net: NanoNet, images: Tensor) -> Tensor:
+    """Images (B, H, W, 3) uint8 -> latent (B, C, h, w) of one of the two trunks, without gradient to the stem."""
     with torch.no_grad():
         _, s4, s8 = net.stem.features(to_network(images))
-    latent: Tensor = net.trunk(s4, s8)
+    latent: Tensor = trunk(s4, s8)
     return latent
 
 
@@ -178,7 +179,24 @@ class NanoStage(Stage):
         }
 
 
-class Base(NanoStage):
+class Clear(NanoStage):
+    """What the stages share that train the encoder's trunk, on clear crops alone."""
+
+    settings: BaseConfig | RefitConfig
+
+    def batch(self, rng: np.random.Generator) -> Batch:
+        return draw_scenes(self.scenes, rng, self.config, self.settings.batch)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        latent = latent_of(self.model.trunk, self.model, batch["images"])
+        return decoder_loss(self.model, latent, batch, MASK_LOSSES[self.settings.loss])
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        latent = latent_of(self.model.trunk, self.model, batch["images"][:1])
+        return {"crop": batch["images"][0], "masks": painted(self.model, latent, batch)}
+
+
+class Base(Clear):
     """Trunk and decoder on clear crops; the stem and all normalisation of the backbone stay as pretrained."""
 
     name = "base"
@@ -193,17 +211,6 @@ class Base(NanoStage):
         self.train()
         for part in (self.model.stem, self.model.trunk._blocks, self.model.enhancer):
             part.eval()
-
-    def batch(self, rng: np.random.Generator) -> Batch:
-        return draw_scenes(self.scenes, rng, self.config, self.settings.batch)
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        latent = plain_latent(self.model, batch["images"])
-        return decoder_loss(self.model, latent, batch, MASK_LOSSES[self.settings.loss])
-
-    def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        latent = plain_latent(self.model, batch["images"][:1])
-        return {"crop": batch["images"][0], "masks": painted(self.model, latent, batch)}
 
 
 class Level(NanoStage):
@@ -279,7 +286,7 @@ class Restore(NanoStage):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            target = plain_latent(self.model, batch["clear"]).float()
+            target = latent_of(self.model.trunk, self.model, batch["clear"]).float()
         s4, s8, statistics = see(self.model, batch["images"])
         restored = self.model.enhancer(s4, s8, self.condition(statistics)).float()
         error = ((restored - target) ** 2).mean()
@@ -302,9 +309,9 @@ class Decode(NanoStage):
     """Stage 2: the decoder on restored latents; the encoder is frozen.
 
     The paper freezes the enhancer and takes Dice and focal loss: `train: [decoder]`, `loss: focal`. By default the
-    enhancer trains on, so that it restores what masks need, and the loss stays that of the base. With "trunk" the
-    encoder's trunk learns, too, from clear crops alone, so that it keeps up with the enhancer's; `agreement` draws the
-    two latents of a clear crop to each other, `restoration` the restored latent of a degraded crop to the clear one.
+    enhancer trains on, so that it restores what masks need, and the loss stays that of the base. Some clear crops skip
+    the denoising step, as automatic mode will have it; `agreement` draws the latents before and after the step of a
+    clear crop to each other, `restoration` the restored latent of a degraded crop to that of the clear one.
     """
 
     name = "decode"
@@ -320,8 +327,6 @@ class Decode(NanoStage):
                 Group("trunk", list(enhancer.trunk.parameters()), rates.trunk),
                 Group("unet", beside(enhancer.trunk, enhancer), rates.unet),
             ]
-        if "trunk" in self.settings.train:
-            groups.append(Group("encoder", list(self.model.trunk.parameters()), rates.trunk))
         return groups
 
     def set_modes(self) -> None:
@@ -335,55 +340,62 @@ class Decode(NanoStage):
         clear = batch.pop("levels").numpy() == 0
         skip = clear & (rng.random(count) < self.settings.skip)
         both = clear & (self.settings.agreement > 0)
-        rows = {
-            "enhanced": np.flatnonzero(~skip | both), "plain": np.flatnonzero(skip | both),
-            "degraded": np.flatnonzero(~clear),
-        }
+        rows = {"denoised": np.flatnonzero(~skip | both), "degraded": np.flatnonzero(~clear)}
         if not self.settings.restoration:
             del batch["clear"]
         return {**batch, **{name: torch.from_numpy(x) for name, x in {**rows, "skip": skip, "both": both}.items()}}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        enhanced, plain = self.latents(batch)
-        latent = torch.where(batch["skip"][:, None, None, None], plain, enhanced)
+        s4, s8, statistics = see(self.model, batch["images"])
+        adapted = self.model.enhancer.trunk(s4, s8)
+        restored = self.denoised(adapted, self.condition(statistics), batch["denoised"])
+        adapted = adapted.float()
+        latent = torch.where(batch["skip"][:, None, None, None], adapted, restored)
         losses = decoder_loss(
             self.model, latent.contiguous(memory_format=torch.channels_last), batch, MASK_LOSSES[self.settings.loss]
         )
         if self.settings.agreement:
             both = batch["both"]
-            apart = ((enhanced - plain)[both] ** 2).mean() if both.any() else torch.zeros_like(losses["loss"])
+            apart = ((restored - adapted)[both] ** 2).mean() if both.any() else torch.zeros_like(losses["loss"])
             losses |= {"loss": losses["loss"] + self.settings.agreement * apart, "apart": apart}
         if self.settings.restoration:
             error = torch.zeros_like(losses["loss"])
             if len(rows := batch["degraded"]):
                 with torch.no_grad():
-                    target = plain_latent(self.model, batch["clear"][rows]).float()
-                error = ((enhanced[rows] - target) ** 2).mean()
+                    target = latent_of(self.model.enhancer.trunk, self.model, batch["clear"][rows]).float()
+                error = ((restored[rows] - target) ** 2).mean()
             losses |= {"loss": losses["loss"] + self.settings.restoration * error, "restoration": error}
         return losses
 
-    def latents(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, h, w) with and without enhancement, each zero for the crops that do not go that way."""
-        s4, s8, statistics = see(self.model, batch["images"])
-        condition, found = self.condition(statistics), {}
-        # neither of the two runs without a crop
-        if len(rows := batch["enhanced"]):
-            found["enhanced"] = self.model.enhancer(picked(s4, rows), picked(s8, rows), condition[rows]).float()
-        if len(rows := batch["plain"]):
-            found["plain"] = self.model.trunk(picked(s4, rows), picked(s8, rows)).float()
-        some = next(iter(found.values()))
-        empty = some.new_zeros(len(s4), *some.shape[1:])
-        parts = {name: empty.index_copy(0, batch[name], x) for name, x in found.items()}
-        return parts.get("enhanced", empty), parts.get("plain", empty)
+    def denoised(self, adapted: Tensor, level: Tensor, rows: Tensor) -> Tensor:
+        """Latents (B, C, h, w) and levels (B,) -> those of `rows` after the step, float32, zero for all others."""
+        restored = torch.zeros_like(adapted, dtype=torch.float32)
+        # a batch may have no row for the step
+        if not len(rows):
+            return restored
+        return restored.index_copy(0, rows, self.model.enhancer.denoise(picked(adapted, rows), level[rows]).float())
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         return self.off_and_on(batch)
 
 
+class Refit(Clear):
+    """The encoder's trunk to the decoder as stage 2 left it, so that masks without enhancement are what they can be."""
+
+    name = "refit"
+    settings: RefitConfig
+
+    def groups(self) -> list[Group]:
+        return [Group("trunk", list(self.model.trunk.parameters()), self.settings.rates.trunk)]
+
+    def set_modes(self) -> None:
+        self.eval()
+
+
 def make_stage(name: str, net: NanoNet, config: Config, scenes: Scenes) -> NanoStage:
     """The stage `name` of `STAGES`; what it adds to the network depends on seed and stage alone."""
     sow(config.seed, STAGES.index(name))
-    kinds: dict[str, type[NanoStage]] = {kind.name: kind for kind in (Base, Level, Restore, Decode)}
+    kinds: dict[str, type[NanoStage]] = {kind.name: kind for kind in (Base, Level, Restore, Decode, Refit)}
     return kinds[name](net, config, getattr(config, name), scenes)
 
 

@@ -39,7 +39,9 @@ class Recipe:
 
 
 RECIPES = {
-    "nano": Recipe(("base", "level", "restore", "decode"), "config:Config", "nano:train_nano", "weights for export"),
+    "nano": Recipe(
+        ("base", "level", "restore", "decode", "refit"), "config:Config", "nano:train_nano", "weights for export"
+    ),
     "glesam": Recipe(
         ("level", "restore", "decode", "distill"), "full_config:FullConfig", "full:train_full", "enhancer"
     ),
