@@ -258,7 +258,7 @@ class RestoreConfig(StageConfig):
 
 @dataclass(frozen=True, config=STRICT)
 class DecodeRates:
-    """Peak rates: decoder; trunk, of enhancer and encoder; U-Net. That of what is not trained is not used."""
+    """Peak rates: decoder; trunk of the enhancer; U-Net. That of what is not trained is not used."""
 
     decoder: Rate = 2e-4
     trunk: Rate = 5e-5
