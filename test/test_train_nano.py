@@ -237,6 +237,25 @@ def test_clear_inputs_of_stage_1_are_their_own_target(data: Path) -> None:
     assert float(stage(batch)["restoration"].detach()) > 0
 
 
+@pytest.mark.parametrize("clear", [0.0, 1.0, 0.5])
+def test_clear_inputs_of_stage_1_must_stay_before_the_step_too(data: Path, clear: float) -> None:
+    stage = stage_of("restore", data, restore={"batch": 4, "clear": clear})
+    batch = stage.batch(np.random.default_rng(2))
+    net = stage.model
+    for name, p in net.enhancer.trunk.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    with torch.no_grad():
+        target = nano.latent_of(net.trunk, net, batch["clear"])
+        s4, s8, statistics = nano.see(net, batch["images"])
+        adapted = net.enhancer.trunk(s4, s8)
+        restored = net.enhancer.denoise(adapted, stage.condition(statistics))
+        before = [float(((adapted - target)[k] ** 2).mean()) if batch["levels"][k] == 0 else 0.0 for k in range(4)]
+        assert {x > 0 for x in before} == {0.0: {False}, 1.0: {True}, 0.5: {False, True}}[clear]
+        expected = float(((restored - target) ** 2).mean()) + sum(before) / 4
+        assert float(stage(batch)["restoration"]) == pytest.approx(expected, rel=1e-3)
+
+
 def test_some_clear_crops_of_stage_2_skip_the_step(data: Path) -> None:
     for skip, (least, most) in ((0.5, (10, 30)), (0.0, (0, 0)), (1.0, (40, 40))):
         decode = {"clear": 1.0, "batch": 40, "skip": skip}

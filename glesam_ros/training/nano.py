@@ -255,7 +255,7 @@ class Level(NanoStage):
 
 
 class Restore(NanoStage):
-    """Stage 1 (GleSAM, sec. 3.4): latent MSE to the clear latent; some inputs are clear and must stay.
+    """Stage 1 (GleSAM, sec. 3.4): latent MSE to the clear latent; clear inputs must stay, before the step and after it.
 
     The enhancer's trunk begins as the encoder's, with adapters that are merged at the end. As in SCR (RASS, IJCV 2026),
     a constraint goes with the restoration: the frozen decoder must find its masks in the restored latent.
@@ -288,8 +288,11 @@ class Restore(NanoStage):
         with torch.no_grad():
             target = latent_of(self.model.trunk, self.model, batch["clear"]).float()
         s4, s8, statistics = see(self.model, batch["images"])
-        restored = self.model.enhancer(s4, s8, self.condition(statistics)).float()
-        error = ((restored - target) ** 2).mean()
+        adapted = self.model.enhancer.trunk(s4, s8)
+        restored = self.model.enhancer.denoise(adapted, self.condition(statistics)).float()
+        # automatic mode takes clear inputs before the step
+        clear = (batch["levels"] == 0)[:, None, None, None]
+        error = ((restored - target) ** 2).mean() + ((adapted.float() - target) ** 2 * clear).mean()
         found = decoder_loss(self.model, restored, batch)
         return {
             "loss": error + self.settings.constraint * found["loss"], "restoration": error, "constraint": found["loss"],
