@@ -47,6 +47,19 @@ class EnhancementGate:
         return self.is_on
 
 
+def in_mode(model: SegmentationModel, seen: Embedding, mode: str) -> Embedding:
+    """What is decoded of an image in a mode of enhancement; in "auto" of one that the gate takes for clear.
+
+    Args:
+        model: gave `seen`.
+        seen: from its `encode`.
+        mode: off, always or auto.
+    """
+    if mode == "always":
+        return model.enhance(seen)
+    return seen.adapted() if mode == "auto" else seen.finished()
+
+
 @dataclass(frozen=True)
 class Rung:
     """What a frame may take: processing size in pixels, prompts a batch."""
@@ -280,14 +293,12 @@ class Pipeline:
     def _embed(self, image: UInt8Array, gate: EnhancementGate | None, s: Settings, allowed: Budget) -> Embedding:
         with self._encoding:
             embedding = self.model.encode(image, allowed)
-            if s.enhancement == "auto":
+            mode = s.enhancement
+            if mode == "auto":
                 gate = gate or EnhancementGate()
-                wanted = gate.update(embedding.degradation, s.enhance_above, s.enhance_below)
-            else:
-                wanted = s.enhancement == "always"
-            if wanted:
-                return self.model.enhance(embedding)
-            return embedding.adapted() if s.enhancement == "auto" else embedding.finished()
+                if gate.update(embedding.degradation, s.enhance_above, s.enhance_below):
+                    mode = "always"
+            return in_mode(self.model, embedding, mode)
 
     def _candidates(
         self, embedding: Embedding, prompts: tuple[FloatArray, FloatArray] | None, s: Settings

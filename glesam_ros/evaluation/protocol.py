@@ -33,7 +33,7 @@ from glesam_ros.evaluation.metrics import (
     sample_points,
 )
 from glesam_ros.models import Embedding
-from glesam_ros.pipeline import EnhancementGate, Pipeline, budget, load_pipeline
+from glesam_ros.pipeline import EnhancementGate, Pipeline, budget, in_mode, load_pipeline
 from glesam_ros.settings import ENHANCEMENT_MODES, Settings
 from glesam_ros.validation import BoolArray, FloatArray, UInt8Array
 
@@ -237,17 +237,9 @@ def by_mode(pipe: Pipeline, raw: Embedding, modes: Sequence[str]) -> dict[str, E
         raw: from `pipe.model.encode`.
         modes: some of `MODES`.
     """
-    enhanced = is_enhanced(pipe, raw)
-    found: dict[str, Embedding] = {}
-    if "off" in modes:
-        found["off"] = raw.finished()
-    if "always" in modes:
-        found["always"] = pipe.model.enhance(raw)
-    if "auto" in modes and enhanced:
-        found["auto"] = found.get("always") or pipe.model.enhance(raw)
-    elif "auto" in modes:
-        found["auto"] = raw.adapted()
-    return found
+    auto = "always" if is_enhanced(pipe, raw) else "auto"
+    embedded = functools.cache(functools.partial(in_mode, pipe.model, raw))
+    return {mode: embedded(auto if mode == "auto" else mode) for mode in modes}
 
 
 class Evaluator:
