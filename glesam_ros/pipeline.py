@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,13 +18,14 @@ from glesam_ros.instances import Instances
 from glesam_ros.models import Budget, Candidates, Embedding, OutOfMemory, SegmentationModel, load_model
 from glesam_ros.models.base import STABILITY_OFFSET
 from glesam_ros.models.proposals import Counts, Indices, packed, row_sums, set_bits
+from glesam_ros.pace import Pace, smaller
 from glesam_ros.settings import Settings
 from glesam_ros.validation import BoolArray, FloatArray, UInt8Array, check_boxes, check_image, check_points
 
 _LOG = logging.getLogger(__name__)
 Extent = tuple[int, int, int, int]
 SIZE_STEP = 128
-"""Pixels of processing size between two rungs, the multiple that SAM models work at."""
+"""Pixels of processing size between two rungs: large steps, because each costs a frame."""
 LEAST_BATCH = 8
 """Prompts a batch below which little memory is won."""
 GOOD_FRAMES = 30
@@ -146,8 +148,7 @@ class MemoryLadder:
             if split:
                 lower = dataclasses.replace(now, batch=max(LEAST_BATCH, now.batch // 2))
             else:
-                size = max(self._own_size // 2, (now.size - 1) // SIZE_STEP * SIZE_STEP)
-                lower = dataclasses.replace(now, size=size)
+                lower = dataclasses.replace(now, size=smaller(now.size, self._own_size, SIZE_STEP))
             self._rungs.append(lower)
             text = str(self)
         _LOG.warning("out of memory in %s: %s from now on", stage, text)
@@ -184,24 +185,28 @@ class Pipeline:
 
     Attributes:
         memory: which part of `processing_size` and `points_per_batch` fits into the memory of the device.
+        pace: which part of `processing_size` keeps frames within `frame_budget_ms`; `segment` tells it what a frame
+            took, who calls `encode` and `decode` tells it by `pace.took`.
     """
 
     def __init__(self, model: SegmentationModel, settings: Settings | None = None) -> None:
         self.model = model
         self.memory = MemoryLadder(model.own_size)
+        self.pace = Pace(model.own_size)
         self.settings = settings or Settings()
         self._encoding = threading.RLock()
         self._decoding = threading.RLock() if model.overlaps else self._encoding
 
     @property
     def settings(self) -> Settings:
-        """Thresholds, enhancement mode, sizes; another size or batch begins at the top of `memory`."""
+        """Thresholds, enhancement mode, sizes; another size begins at the top of `memory` and `pace`."""
         return self._settings
 
     @settings.setter
     def settings(self, settings: Settings) -> None:
         self._settings = settings
         self.memory.ask(settings.processing_size, settings.points_per_batch)
+        self.pace.ask(settings.processing_size, settings.frame_budget_ms)
 
     def encode(self, image: Any, gate: EnhancementGate | None = None) -> Embedding:
         """Embed an image and enhance its latent where the mode says so; the expensive half.
@@ -248,11 +253,15 @@ class Pipeline:
     ) -> Instances:
         """`encode` and `decode` in one call, again with less where memory lacks, as long as there is less."""
         while True:
+            started = time.perf_counter()
             try:
-                return self.decode(self.encode(image, gate), points, labels, boxes)
+                found = self.decode(self.encode(image, gate), points, labels, boxes)
             except OutOfMemory:
                 if self.memory.is_exhausted:
                     raise
+            else:
+                self.pace.took(time.perf_counter() - started)
+                return found
 
     def warm_up(self, image: Any) -> None:
         """Go through all stages that frames may need, so that none pays for what a model does only at first.
@@ -282,7 +291,9 @@ class Pipeline:
     def _encode(self, image: UInt8Array, gate: EnhancementGate | None, s: Settings) -> Embedding:
         allowed = self.memory.fit(budget(s))
         try:
-            embedding = self._embed(image, gate, s, allowed)
+            # the ladder is told of its own rung, so that it goes on down where memory lacks at a size below that
+            paced = dataclasses.replace(allowed, processing_size=self.pace.fit(allowed.processing_size))
+            embedding = self._embed(image, gate, s, paced)
         except OutOfMemory as error:
             text = str(error)
         else:

@@ -124,6 +124,11 @@ class Settings:
         "SAM 1024).",
         low=0, high=1024, unit="px",
     )
+    frame_budget_ms: int = _param(
+        0, "Time that a frame may take in the model: while frames take longer, processing_size is lowered in steps "
+        "of an eighth of the model's own, to half of that, and raised again when there is time; 0 is no limit.",
+        low=0, high=10_000, unit="ms",
+    )
     points_per_side: int = _param(
         32, "Everything mode of SAM models prompts a grid of this many points a side; nano has a grid of its own.",
         low=1, high=64,

@@ -484,7 +484,7 @@ class PerceptionNode(LifecycleNode):
     def _node_status(self, name: str, hardware_id: str) -> DiagnosticStatus:
         settings = self.settings
         # a transition may take the pipeline away at any time
-        memory = pipeline.memory if (pipeline := self._pipeline) is not None else None
+        memory, pace = (pipeline.memory, pipeline.pace) if (pipeline := self._pipeline) is not None else (None, None)
         if self._last_error:
             level, text = DiagnosticStatus.ERROR, self._last_error
         elif self._worker is None:
@@ -493,8 +493,14 @@ class PerceptionNode(LifecycleNode):
             level, text = DiagnosticStatus.ERROR, "the inference thread has ended; deactivate and activate again"
         elif memory is not None and memory.now != memory.full:
             level, text = DiagnosticStatus.WARN, f"out of memory: {memory}"
+        elif not self._is_enabled:
+            level, text = DiagnosticStatus.OK, "paused (service enable)"
+        elif pace is not None and pace.is_late:
+            limit = f"frame_budget_ms, {settings.frame_budget_ms} ms"
+            level, text = DiagnosticStatus.WARN, f"frames take longer than {limit}, even at processing size {pace.now}"
         else:
-            level, text = DiagnosticStatus.OK, "active" if self._is_enabled else "paused (service enable)"
+            is_paced = pace is not None and pace.now != pace.full
+            level, text = DiagnosticStatus.OK, f"active, {pace} to keep to frame_budget_ms" if is_paced else "active"
         return diagnostics.status(f"{name}: model", hardware_id, level, text, {
             "model": settings.model,
             "device": self._device_text,
@@ -505,7 +511,7 @@ class PerceptionNode(LifecycleNode):
             "restorer_device": restorer.device if (restorer := self._restorer) is not None else "",
             "enhancement": settings.enhancement,
             "processing_size": settings.processing_size,
-            "processing_size_now": memory.now.size if memory else "",
+            "processing_size_now": min(memory.now.size, pace.now) if memory and pace else "",
             "points_per_batch_now": memory.now.batch if memory else "",
             "out_of_memory": memory.failures if memory else 0,
             "enabled": self._is_enabled,

@@ -193,6 +193,7 @@ class Worker:
             if encoded.prompts or self._pipeline.settings.everything:
                 with _inference():
                     instances = self._pipeline.decode(embedding, **encoded.prompts)
+                self._pipeline.pace.took(encoded.encode_s + time.perf_counter() - began)
                 # ids of prompts are their order
                 if self._pipeline.settings.stable_ids and not encoded.prompts:
                     instances = camera.identity.update(instances)

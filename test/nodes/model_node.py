@@ -9,6 +9,8 @@ that it was closed; `sized` logs the sizes that it encodes, and says that it run
 Short of memory, own size 1024: `tight` has room for 768 pixels and 16 prompts a batch while the picture is red, `scant`
 has it always; `hungry` has room for nothing while the picture is red, `starved` always.
 
+`laborious` sleeps 0.2 s in each encode at its own size, less at others as the square of the size.
+
 Each half takes 0.1 s and is logged with its times: `paired`, which overlaps, and `single`, which does not.
 
 Semantic models: `horizon` says white is "person", the rest "sky" in the upper half and "road" in the lower one, sure as
@@ -43,6 +45,7 @@ from glesam_ros.models import (
 SCALE = 4
 SLOW_S = 2.0
 PAUSE_S = 0.1
+LABORIOUS_S = 0.2
 ROOM = 768, 16
 DOTTED = "bright2.1_tiny+glesam"
 SURE = 4.0
@@ -192,6 +195,12 @@ class Starved(Scant):
     room = 0, 0
 
 
+class Laborious(Bright):
+    def encode(self, image, budget):
+        time.sleep(LABORIOUS_S * ((budget.processing_size or self.own_size) / self.own_size) ** 2)
+        return super().encode(image, budget)
+
+
 class Paired(Bright):
     overlaps = True
 
@@ -304,7 +313,9 @@ if __name__ == "__main__":
     from glesam_ros.ros import node
 
     node.STOP_TIMEOUT_S = float(os.environ.get("STOP_TIMEOUT_S", node.STOP_TIMEOUT_S))
-    for model in (Bright, Steady, Slow, Busy, Fragile, Stuck, Sized, Tight, Hungry, Scant, Starved, Paired, Single):
+    for model in (
+        Bright, Steady, Slow, Busy, Fragile, Stuck, Sized, Tight, Hungry, Scant, Starved, Laborious, Paired, Single,
+    ):
         register_model(model.__name__.lower(), model)
     register_model(DOTTED, Bright)
     register_model("absent", _absent)
