@@ -158,7 +158,7 @@ def test_the_defaults_are_the_published_ones_and_written_out() -> None:
         ("rass.rates.heads=1", "rass.rates.heads: unknown key, expected one of head, backbone"),
         ("scr.rank=0", "scr.rank: expected greater than or equal to 1, got 0"),
         ("scr.semantic=-1", "scr.semantic: expected greater than or equal to 0, got -1"),
-        ("precision=fp16", "precision: expected 'no' or 'bf16', got 'fp16'"),
+        ("precision=fp16", "precision: expected 'auto', 'no' or 'bf16', got 'fp16'"),
         ("sources=[]", "sources: expected at least 1 entry, found 0"),
         ("sources=[{path: x, split: test}]", "sources.0.split: expected a split for training, got 'test'"),
         ("sources=[{path: x, split: validation}]", "sources.0.split: expected a split for training, got 'validation'"),

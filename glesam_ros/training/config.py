@@ -76,7 +76,7 @@ Degrees = Annotated[float, BeforeValidator(no_bool), Field(ge=0, le=180)]
 Detail = Annotated[float, BeforeValidator(no_bool), Field(ge=0.25, le=4)]
 Side = Annotated[int, Field(strict=True, ge=32, le=4096), AfterValidator(_crop_side)]
 Text = Annotated[str, Field(min_length=1)]
-Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(no_as_text)]
+Precision = Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(no_as_text)]
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -314,7 +314,7 @@ class Config:
 
     Attributes:
         seed: of the first weights and of every batch.
-        precision: no (fp32), bf16, or fp16 (on a GPU).
+        precision: auto (bf16 where the device computes in it, else no), no (fp32), bf16, or fp16 (on a GPU).
         workers: processes that draw batches ahead, 0 for none; the batches are the same.
         start: weights to begin with: a `<stage>.pt` of another run, "shipped" for those of the package, or none for the
             pretrained backbone alone.
@@ -323,7 +323,7 @@ class Config:
     """
 
     seed: CountOrNone = 10
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     workers: CountOrNone = 0
     start: Text | None = None
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (

@@ -32,7 +32,18 @@ from glesam_ros.training.full_config import (
     FullRestoreConfig,
 )
 from glesam_ros.training.full_networks import Networks, load_networks, write_enhancer
-from glesam_ros.training.loop import Adapting, Batch, Group, Run, Stop, claim, complete, make_accelerator, sow
+from glesam_ros.training.loop import (
+    Adapting,
+    Batch,
+    Group,
+    Run,
+    Stop,
+    claim,
+    complete,
+    make_accelerator,
+    settled,
+    sow,
+)
 from glesam_ros.training.losses import dice_loss, focal_loss, soft_iou
 from glesam_ros.training.matching import Guide, carried, is_adapted
 from glesam_ros.training.prompts import draw_points
@@ -291,6 +302,7 @@ def train_full(
         FileNotFoundError: data or weights are missing.
         FloatingPointError: the loss is infinite or not a number.
     """
+    config = settled(config, device)
     accelerator = make_accelerator(device, config.precision, unused=True)
     # gradients of pixels far from a region are denormal, which CPUs compute many times slower
     torch.set_flush_denormal(True)

@@ -46,7 +46,7 @@ def _crop_side(value: int) -> int:
     return value
 
 
-FullPrecision = Annotated[Literal["no", "bf16"], BeforeValidator(no_as_text)]
+FullPrecision = Annotated[Literal["auto", "no", "bf16"], BeforeValidator(no_as_text)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -227,7 +227,7 @@ class FullConfig:
     Attributes:
         model: tells this recipe from nano's.
         seed: of the first weights and of every batch.
-        precision: no (fp32) or bf16.
+        precision: auto (bf16 where the device computes in it, else no), no (fp32) or bf16.
         workers: processes that draw batches ahead, 0 for none; the batches are the same.
         random: tiny networks with random weights take the place of base and U-Net, to try the loop out.
         base: name of the model whose latent is restored, or of its repository on Hugging Face.
@@ -242,7 +242,7 @@ class FullConfig:
 
     model: Literal["glesam"] = "glesam"
     seed: CountOrNone = 10
-    precision: FullPrecision = "bf16"
+    precision: FullPrecision = "auto"
     workers: CountOrNone = 4
     random: bool = False
     base: Annotated[Text, AfterValidator(own_name)] = "sam_vit_b"

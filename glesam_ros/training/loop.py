@@ -6,6 +6,7 @@ stopped and goes on ends as one that was not: bit-equal on the same CPU with the
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import signal
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -222,6 +223,47 @@ class Run:
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
 
+class Precise(Protocol):
+    """A configuration that says how to compute; a dataclass."""
+
+    @property
+    def precision(self) -> str: ...
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Configured = TypeVar("Configured", bound=Precise)
+
+
+def settled(config: Configured, device: str) -> Configured:
+    """`config` with what precision `auto` stands for here: bf16 where `device` has it, else no.
+
+    What is trained is then said by its `config.yaml`, and goes on the same way on another machine, or not at all.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if config.precision != "auto":
+        return config
+    precision = "bf16" if _has_bf16(_is_cpu(device)) else "no"
+    _LOG.info("precision: auto is %s here", precision)
+    return dataclasses.replace(config, precision=precision)
+
+
+def _is_cpu(device: str) -> bool:
+    gpu = torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise ValueError("device: expected a GPU that torch can use, found none; take --device cpu")
+    return device == "cpu" or not gpu
+
+
+def _has_bf16(cpu: bool) -> bool:
+    """Whether 16-bit arithmetic is the device's own; GPUs have it from compute capability 8.0 on."""
+    if cpu:
+        return torch.backends.cpu.get_cpu_capability() not in WITHOUT_BF16
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
 def make_accelerator(device: str, precision: str, unused: bool = False) -> Accelerator:
     """What runs the steps: one process, or those that `accelerate launch` started.
 
@@ -233,13 +275,10 @@ def make_accelerator(device: str, precision: str, unused: bool = False) -> Accel
     Raises:
         ValueError: there is no such device, or it cannot compute in `precision`.
     """
-    gpu = torch.cuda.is_available()
-    if device == "cuda" and not gpu:
-        raise ValueError("device: expected a GPU that torch can use, found none; take --device cpu")
-    cpu = device == "cpu" or not gpu
+    cpu = _is_cpu(device)
     if cpu and precision == "fp16":
         raise ValueError("precision: expected no or bf16 on a CPU, got fp16")
-    if cpu and precision == "bf16" and torch.backends.cpu.get_cpu_capability() in WITHOUT_BF16:
+    if cpu and precision == "bf16" and not _has_bf16(cpu):
         _LOG.warning("precision: this CPU emulates bf16, which takes many times as long; take precision=no")
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused else []
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)

@@ -39,6 +39,7 @@ from glesam_ros.training.loop import (
     claim,
     complete,
     make_accelerator,
+    settled,
     sow,
 )
 from glesam_ros.training.losses import dice_focal_loss, soft_iou, windowed_loss, windows
@@ -443,6 +444,7 @@ def train_nano(
         FloatingPointError: the loss is infinite or not a number.
     """
     # a batch of the decode stage may have no crop for a part
+    config = settled(config, device)
     accelerator = make_accelerator(device, config.precision, unused=True)
     claim(out, config, accelerator)
     # gradients of pixels far from a region are denormal, which CPUs compute many times slower

@@ -43,7 +43,18 @@ from glesam_ros.models.rass.scr import (
 from glesam_ros.training.config import StageConfig
 from glesam_ros.training.full import worsen
 from glesam_ros.training.labelled_crops import VOID, LabelledScenes, draw_labelled_crop, load_labelled
-from glesam_ros.training.loop import Adapting, Batch, Group, Run, Stop, claim, complete, make_accelerator, sow
+from glesam_ros.training.loop import (
+    Adapting,
+    Batch,
+    Group,
+    Run,
+    Stop,
+    claim,
+    complete,
+    make_accelerator,
+    settled,
+    sow,
+)
 from glesam_ros.training.random_sd import write_random_sd
 from glesam_ros.training.rass_config import RASS_STAGES, RassTrainingConfig, ScrConfig, SegmentConfig
 from glesam_ros.training.semantic_constraint import AttentionMaps, restoration_loss, semantic_constraint
@@ -303,6 +314,7 @@ def train_rass(
         FileNotFoundError: data or weights are missing.
         FloatingPointError: the loss is infinite or not a number.
     """
+    config = settled(config, device)
     accelerator = make_accelerator(device, config.precision)
     torch.set_flush_denormal(True)  # computing with denormal numbers is many times slower on CPUs
     scenes = load_labelled(config.sources, data)

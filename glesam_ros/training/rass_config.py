@@ -159,7 +159,7 @@ class RassTrainingConfig:
     Attributes:
         model: tells this recipe from others.
         seed: of the first weights and of every batch.
-        precision: no (fp32) or bf16.
+        precision: auto (bf16 where the device computes in it, else no), no (fp32) or bf16.
         workers: processes that draw batches ahead, 0 for none; the batches are the same.
         random: tiny networks with random weights take the place of Stable Diffusion and Mask2Former, to try the loop
             out.
@@ -173,7 +173,7 @@ class RassTrainingConfig:
 
     model: Literal["rass"] = "rass"
     seed: CountOrNone = 10
-    precision: FullPrecision = "bf16"
+    precision: FullPrecision = "auto"
     workers: CountOrNone = 4
     random: bool = False
     sd_folder: Text | None = None

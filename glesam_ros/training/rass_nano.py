@@ -24,7 +24,19 @@ from glesam_ros.training.batches import draw_levels, worsen
 from glesam_ros.training.config import StageConfig
 from glesam_ros.training.crops import recoloured
 from glesam_ros.training.labelled_crops import VOID, LabelledScenes, draw_labelled, load_labelled
-from glesam_ros.training.loop import Batch, Group, Run, Stage, Stop, beside, claim, complete, make_accelerator, sow
+from glesam_ros.training.loop import (
+    Batch,
+    Group,
+    Run,
+    Stage,
+    Stop,
+    beside,
+    claim,
+    complete,
+    make_accelerator,
+    settled,
+    sow,
+)
 from glesam_ros.training.nano import pretrained_backbone
 from glesam_ros.training.rass_nano_config import (
     RASS_NANO_STAGES,
@@ -220,6 +232,7 @@ def train_rass_nano(
         FileNotFoundError: data or weights are missing.
         FloatingPointError: the loss is infinite or not a number.
     """
+    config = settled(config, device)
     accelerator = make_accelerator(device, config.precision)
     scenes = load_labelled(config.sources, data)
     claim(out, config, accelerator)

@@ -105,7 +105,7 @@ class RassNanoConfig:
     Attributes:
         model: tells this recipe from others.
         seed: of the first weights and of every batch.
-        precision: no (fp32), bf16, or fp16 (on a GPU).
+        precision: auto (bf16 where the device computes in it, else no), no (fp32), bf16, or fp16 (on a GPU).
         workers: processes that draw batches ahead, 0 for none; the batches are the same.
         start: weights to begin with (a `<stage>.pt` of another run), or null for the backbone pretrained on ImageNet.
         balance: rare classes weigh more: share of the pixels to the power of minus this.
@@ -113,7 +113,7 @@ class RassNanoConfig:
 
     model: Literal["rass_nano"] = "rass_nano"
     seed: CountOrNone = 10
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     workers: CountOrNone = 1
     start: Text | None = None
     sources: Annotated[tuple[LabelledSourceConfig, ...], Field(min_length=1)] = (LabelledSourceConfig("camvid"),)
