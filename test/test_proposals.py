@@ -16,6 +16,7 @@ from glesam_ros.models.proposals import (
     STABLE,
     VOTE_IOU,
     choose,
+    column_bits,
     packed,
     pooled,
     row_sums,
@@ -105,7 +106,9 @@ def test_bits_of_masks(cells: int, numpy_counts: bool, monkeypatch: pytest.Monke
     assert words.shape == (9, -(-cells // 64)) and words.dtype == np.uint64
     assert set_bits(words).tolist() == row_sums(masks).tolist() == masks.sum(1).tolist()
     assert set_bits(words & words[4]).tolist() == (masks & masks[4]).sum(1).tolist()
-    assert set_bits(packed(masks[:0])).shape == row_sums(masks[:0]).shape == (0,)
+    assert column_bits(words.T).tolist() == masks.sum(1).tolist() and column_bits(words.T).dtype == np.int32
+    nothing = packed(masks[:0])
+    assert column_bits(nothing.T).shape == set_bits(nothing).shape == row_sums(masks[:0]).shape == (0,)
 
 
 def plain_choice(weights: Any, scores: Any, features: Any, limits: tuple[float, float, float, int]) -> Any:
