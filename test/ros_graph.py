@@ -64,15 +64,20 @@ class Inbox:
 
 
 class LoggedProcess:
-    """A process with its output kept in a file; `paths` go before what the variables of its environment hold."""
+    """A process with its output kept in a file; `paths` go before what the variables of its environment hold.
 
-    def __init__(self, command: list[str], paths: dict[str, Path]) -> None:
+    With `own_session` it is not of the group of processes that the test is of.
+    """
+
+    def __init__(self, command: list[str], paths: dict[str, Path], own_session: bool = False) -> None:
         self._log = tempfile.TemporaryFile()  # lives as long as the process
         # Python shows a warning once only: every lost answer has to be seen
         environment = {**os.environ, "PYTHONWARNINGS": "always::RuntimeWarning"}
         for name, path in paths.items():
             environment[name] = os.pathsep.join(p for p in (str(path), environment.get(name, "")) if p)
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, env=environment)
+        self.process = subprocess.Popen(
+            command, stdout=self._log, stderr=subprocess.STDOUT, env=environment, start_new_session=own_session
+        )
 
     @property
     def output(self) -> str:

@@ -86,14 +86,15 @@ class LaunchProcess(LoggedProcess):
     def __init__(self, prefix: Path | str, arguments: dict[str, str], parent: str = "") -> None:
         runner = RUNNER.replace("PARENT", f"[{parent}]")
         command = [sys.executable, "-c", runner, str(LAUNCH_FILE), *(f"{k}:={v}" for k, v in arguments.items())]
-        super().__init__(command, {"AMENT_PREFIX_PATH": prefix, "PYTHONPATH": ROOT})
+        super().__init__(command, {"AMENT_PREFIX_PATH": prefix, "PYTHONPATH": ROOT}, own_session=True)
 
     def wait(self) -> int:
         return self.process.wait(60)
 
     def end(self) -> None:
+        """As Ctrl-C in a terminal: launch takes for granted that what it started has got the signal, too."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            os.killpg(self.process.pid, signal.SIGINT)
         self.wait()
 
 
@@ -129,8 +130,10 @@ def test_two_cameras_are_remapped_and_answer_under_their_names(launched):
     client.wait_state("active")
     for camera in ("front", "rear"):
         masks = client.subscribe(Image, f"{camera}/masks")
-        client.send(image_message(picture((SQUARE,)), client.stamp(), camera), f"/launch_two_{camera}/image_raw")
-        wait_for(lambda inbox=masks: inbox.messages, f"{camera}/masks\n{client.ros.output}")
+        client.stream(
+            lambda frame=camera: image_message(picture((SQUARE,)), client.stamp(), frame),
+            lambda inbox=masks: inbox.messages, f"{camera}/masks", f"/launch_two_{camera}/image_raw",
+        )
         assert masks.last.header.frame_id == camera
 
 
