@@ -159,7 +159,9 @@ def model_size(size: tuple[int, int], processing_size: int) -> tuple[int, int]:
 def resized(image: UInt8Array, inside: tuple[int, int]) -> UInt8Array:
     """(H, W, 3) uint8 -> (h, w, 3) uint8 of the (height, width) `inside`, contiguous."""
     size = image.shape[:2]
-    if inside != size:
+    if size == (1, 1):  # which OpenCV 4.5 cannot resize
+        image = np.broadcast_to(image, (*inside, 3))
+    elif inside != size:
         # bilinear alone would alias below about half the size
         shrink = inside[0] < 0.6 * size[0] or inside[1] < 0.6 * size[1]
         mode = cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
