@@ -239,6 +239,11 @@ class Client:
         """Newest diagnostic status of a task, for example "camera", "camera left" or "model"; None before it came."""
         return self._diagnostics.get(task)
 
+    def model_status_is(self, level: bytes, text: str) -> bool:
+        """Whether the newest status of the model has this level, and the text in its message."""
+        status = self.status("model")
+        return status is not None and status.level == level and text in status.message
+
     def values(self, task: str = "camera") -> dict[str, str]:
         """Key values of the newest diagnostic status, empty before it came."""
         status = self.status(task)

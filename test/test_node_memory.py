@@ -15,18 +15,15 @@ def frames(client, ground=(30, 60, 90)):
     return lambda: image_message(picture((SQUARE,), ground=ground), client.stamp())
 
 
-def status_is(client, level, text):
-    status = client.status("model")
-    return status is not None and status.level == level and text in status.message
-
-
 def test_down_while_memory_is_short_and_up_again(launch):
     client = launch(model="tight", max_frame_age_ms=10_000)
     masks = client.subscribe(Image, "masks")
-    client.stream(frames(client), lambda: masks.messages and status_is(client, OK, "active"), "masks at the top rung")
+    client.stream(
+        frames(client), lambda: masks.messages and client.model_status_is(OK, "active"), "masks at the top rung"
+    )
     assert client.values("model")["processing_size_now"] == "1024"
 
-    client.stream(frames(client, RED), lambda: status_is(client, WARN, LEFT), "a warning that says what is left")
+    client.stream(frames(client, RED), lambda: client.model_status_is(WARN, LEFT), "a warning that says what is left")
     counts = client.wait_count("dropped_out_of_memory", 4)
     assert counts["dropped_out_of_memory"] == 4  # 896, 768 px; 32, 16 prompts
     values = client.values("model")
@@ -43,7 +40,7 @@ def test_down_while_memory_is_short_and_up_again(launch):
     before = len(masks)
     client.stream(frames(client, RED), lambda: len(masks) >= before + 3, "masks with what is left")
 
-    client.stream(frames(client), lambda: status_is(client, OK, "active"), "the top rung again", rate_hz=80)
+    client.stream(frames(client), lambda: client.model_status_is(OK, "active"), "the top rung again", rate_hz=80)
     assert client.wait_log("memory was enough for 30 frames: processing size 1024 of 1024, 64 of 64 prompts a batch")
     assert client.counts()["dropped_out_of_memory"] == 4
 
@@ -57,24 +54,25 @@ def test_a_live_change_of_size_or_batch_begins_anew(launch):
         sent.append(frames(client, RED)())
         return sent[-1]
 
-    client.stream(next_frame, lambda: status_is(client, WARN, LEFT), "a warning")
+    client.stream(next_frame, lambda: client.model_status_is(WARN, LEFT), "a warning")
     # a frame that is still under way would take a rung again after the change
     last = sent[-1].header.stamp
     wait_for(lambda: masks.messages and masks.messages[-1].header.stamp == last, "masks of the last frame")
     assert all(result.successful for result in client.set_parameters(points_per_batch=8))
     wait_for(lambda: client.values("model")["processing_size_now"] == "1024", "the asked size")
-    assert client.values("model")["points_per_batch_now"] == "8" and status_is(client, OK, "active")
+    assert client.values("model")["points_per_batch_now"] == "8" and client.model_status_is(OK, "active")
     client.stream(
-        frames(client, RED), lambda: status_is(client, WARN, "processing size 768 of 1024, 8 of 8 prompts"), "a warning"
+        frames(client, RED), lambda: client.model_status_is(WARN, "processing size 768 of 1024, 8 of 8 prompts"),
+        "a warning",
     )
     assert all(result.successful for result in client.set_parameters(processing_size=640))
-    wait_for(lambda: status_is(client, OK, "active"), "a status without warning")
+    wait_for(lambda: client.model_status_is(OK, "active"), "a status without warning")
     assert client.values("model")["processing_size_now"] == "640"
 
 
 def test_activate_goes_down_until_the_warm_up_fits(launch):
     client = launch(model="scant")
-    wait_for(lambda: status_is(client, WARN, LEFT), "a warning")
+    wait_for(lambda: client.model_status_is(WARN, LEFT), "a warning")
     masks = client.subscribe(Image, "masks")
     client.stream(frames(client), lambda: masks.messages, "masks with what is left")
     assert client.counts()["dropped_out_of_memory"] == 0
@@ -85,7 +83,7 @@ def test_activate_fails_where_nothing_fits_and_says_what_to_do(launch):
     assert client.change_state("configure")
     assert not client.change_state("activate")
     assert client.state() == "inactive"
-    wait_for(lambda: status_is(client, ERROR, "take a smaller model"), "an error")
+    wait_for(lambda: client.model_status_is(ERROR, "take a smaller model"), "an error")
     assert "at least processing size 512 of 1024" in client.status("model").message
     assert client.wait_log("activate failed", "expected memory for at least")
     assert "Traceback" not in client.ros.output

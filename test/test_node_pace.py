@@ -8,11 +8,6 @@ from sensor_msgs.msg import Image
 OK, WARN = b"\x00", b"\x01"
 
 
-def status_is(client, level, text):
-    status = client.status("model")
-    return status is not None and status.level == level and text in status.message
-
-
 def test_the_size_gives_way_to_the_budget_and_comes_back_with_it(launch):
     client = launch(model="laborious", max_frame_age_ms=10_000)
     masks = client.subscribe(Image, "masks")
@@ -21,27 +16,27 @@ def test_the_size_gives_way_to_the_budget_and_comes_back_with_it(launch):
         client.stream(lambda: image_message(picture(((20, 20, 60, 60),)), client.stamp()), condition, what)
 
     def size_is(size):
-        values = client.values("model")
-        return values is not None and values["processing_size_now"] == size
+        return client.values("model")["processing_size_now"] == size
 
-    until(lambda: masks.messages and status_is(client, OK, "active"), "masks at the model's own size")
+    until(lambda: masks.messages and client.model_status_is(OK, "active"), "masks at the model's own size")
     assert size_is("512")
 
     # 0.2 s at 512 px, 0.153 at 448, 0.112 at 384, 0.05 at 256; the next larger size would take more than the limit
     assert all(result.successful for result in client.set_parameters(frame_budget_ms=140))
-    until(lambda: status_is(client, OK, "active, processing size 384 of 512 to keep to frame_budget_ms"), "a step down")
+    smaller = "active, processing size 384 of 512 to keep to frame_budget_ms"
+    until(lambda: client.model_status_is(OK, smaller), "a step down")
     assert size_is("384") and client.values("model")["processing_size"] == "0"
     assert client.wait_log("limit 140 ms: processing size 384 of 512 from now on")
 
     assert all(result.successful for result in client.set_parameters(frame_budget_ms=20))
     too_slow = "longer than frame_budget_ms, 20 ms, even at processing size 256"
-    until(lambda: status_is(client, WARN, too_slow), "a warning")
+    until(lambda: client.model_status_is(WARN, too_slow), "a warning")
     assert size_is("256")
     before = len(masks)
     until(lambda: len(masks) >= before + 3, "masks all the same")
     assert (masks.messages[-1].height, masks.messages[-1].width) == picture(()).shape[:2]
 
     assert all(result.successful for result in client.set_parameters(frame_budget_ms=0))
-    wait_for(lambda: status_is(client, OK, "active") and size_is("512"), "the model's own size")
+    wait_for(lambda: client.model_status_is(OK, "active") and size_is("512"), "the model's own size")
     assert "processing size" not in client.status("model").message
     assert client.counts()["dropped_internal_error"] == client.counts()["dropped_inference_error"] == 0

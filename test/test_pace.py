@@ -29,8 +29,8 @@ def run(pace: Pace, seconds: Callable[[int], float], frames: int) -> list[int]:
     return sizes
 
 
-def square(at_512: float, fixed: float = 0.0) -> Callable[[int], float]:
-    return lambda size: fixed + (at_512 - fixed) * (size / 512) ** 2
+def square(at_512: float) -> Callable[[int], float]:
+    return lambda size: at_512 * (size / 512) ** 2
 
 
 @pytest.mark.parametrize(("size", "own", "step", "lower"), [

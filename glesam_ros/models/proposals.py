@@ -143,8 +143,7 @@ def suppress(masks: Bits, iou: float, vote_iou: float, limit: int) -> tuple[Indi
     voted = np.full(len(masks), -1, np.intp)
     kept: list[int] = []
     # a word of all masks in a row: numpy runs over rows much faster than over the few words of a mask
-    columns, left, area = np.ascontiguousarray(masks.T), np.arange(len(masks)), set_bits(masks)
-    areas = area
+    columns, left, areas = np.ascontiguousarray(masks.T), np.arange(len(masks)), set_bits(masks)
     while len(left) and len(kept) < limit:
         overlap = _overlap(column_bits(columns & columns[:, :1]), areas, areas[0])
         over = overlap > iou
@@ -155,13 +154,15 @@ def suppress(masks: Bits, iou: float, vote_iou: float, limit: int) -> tuple[Indi
         voted[left[0]] = len(kept)
         kept.append(int(left[0]))
         columns, left, areas = columns.take(stay, 1), left.take(stay), areas.take(stay)
-    return np.array(kept, np.intp), voted, _novelty(masks[kept], area[kept])
+    return np.array(kept, np.intp), voted, _novelty(masks[kept])
 
 
-def _novelty(masks: Bits, areas: Counts) -> FloatArray:
+def _novelty(masks: Bits) -> FloatArray:
     """(K,) float32 of `packed` masks (K, W), best first: the product of 1 - `ALIKE` IoU^2 over those before."""
     cells = np.unpackbits(masks.view(np.uint8), axis=1).astype(np.float32)
-    overlap = np.triu(_overlap(cells @ cells.T, areas, areas[:, None]), 1)
+    both = (cells @ cells.T).astype(np.float64)
+    areas = both.diagonal()
+    overlap = np.triu(_overlap(both, areas, areas[:, None]), 1)
     novelty: FloatArray = (1 - ALIKE * overlap * overlap).prod(0).astype(np.float32)
     return novelty
 

@@ -443,8 +443,8 @@ def train_nano(
         FileNotFoundError: data or weights are missing.
         FloatingPointError: the loss is infinite or not a number.
     """
-    # a batch of the decode stage may have no crop for a part
     config = settled(config, device)
+    # a batch of the decode stage may have no crop for a part
     accelerator = make_accelerator(device, config.precision, unused=True)
     claim(out, config, accelerator)
     # gradients of pixels far from a region are denormal, which CPUs compute many times slower
