@@ -277,7 +277,10 @@ class Pipeline:
             s = s.replace(enhancement="always")
         while True:
             try:
-                self.decode(self._encode(image, None, s))
+                embedding = self._encode(image, None, s)
+                self.decode(embedding)
+                bad = dataclasses.replace(embedding, degradation=1.0)
+                self.decode(bad, points=[[image.shape[1] // 2, image.shape[0] // 2]])
                 return
             except OutOfMemory:
                 if self.memory.is_exhausted:
@@ -366,7 +369,8 @@ class Pipeline:
 def budget(s: Settings) -> Budget:
     """What the settings allow a call into the model."""
     return Budget(
-        s.processing_size, s.points_per_side, s.points_per_batch, s.crop_layers, s.stability_threshold, s.nms_iou
+        s.processing_size, s.points_per_side, s.points_per_batch, s.crop_layers, s.stability_threshold, s.nms_iou,
+        s.second_look,
     )
 
 

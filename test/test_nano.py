@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 
 from glesam_ros import load_pipeline
 from glesam_ros.cli.bench import load_frame
+from glesam_ros.degradation import degrade
 from glesam_ros.models import onnx_session
 from glesam_ros.models.base import Budget, OutOfMemory
-from glesam_ros.models.nano import IN_8_BITS, WEIGHTS, Nano, model_size
+from glesam_ros.models.nano import IN_8_BITS, UNCLEAR, WEIGHTS, Nano, model_size
 from glesam_ros.models.onnx_session import DeviceUnusable, choose_device, engine_cache
 from glesam_ros.models.rass_nano import RassNano
 
@@ -142,6 +144,17 @@ class Counted:
         return self.session.run(*args)
 
 
+class Kept:
+    """A session that keeps what it gave."""
+
+    def __init__(self, session: Any) -> None:
+        self.session, self.results = session, []
+
+    def run(self, *args: Any) -> Any:
+        self.results.append(self.session.run(*args))
+        return self.results[-1]
+
+
 @pytest.mark.parametrize(
     ("enhancement", "runs"),
     [
@@ -181,6 +194,85 @@ def test_what_encode_left_out_is_computed_where_it_is_decoded_and_stays_what_it_
     plain, late = pipe.decode(raw.finished()), pipe.decode(raw)
     np.testing.assert_array_equal(plain.masks, late.masks)
     assert len(plain) and not np.array_equal(plain.scores, pipe.decode(enhanced).scores)
+
+
+@pytest.fixture(scope="module")
+def bad() -> np.ndarray:
+    """A photograph at LQ-3, of a size that the model takes as it is."""
+    return degrade(load_frame(None, (512, 384)), "lq", 3, seed=4).image
+
+
+@pytest.mark.parametrize(
+    ("enhancement", "second_look", "looks"),
+    [("always", True, 2), ("auto", True, 2), ("always", False, 1), ("off", True, 1)],
+)
+def test_prompts_on_a_bad_frame_get_a_second_look_once(bad, enhancement: str, second_look: bool, looks: int) -> None:
+    pipe = load_pipeline("nano", device="cpu", enhancement=enhancement, second_look=second_look)
+    embedding = pipe.encode(bad)
+    assert embedding.degradation >= UNCLEAR
+    pipe.decode(embedding)  # everything mode takes none
+    parts = ("stem", "adapted", "enhancer", "decoder", "prompt")
+    counted = {part: Counted(getattr(pipe.model, f"_{part}")) for part in parts}
+    for part, session in counted.items():
+        setattr(pipe.model, f"_{part}", session)
+    for decoded in (1, 2):
+        pipe.decode(embedding, points=[[100, 100], [300, 200]])
+        assert counted["prompt"].runs == decoded * looks
+        assert {counted[part].runs for part in ("stem", "adapted", "enhancer", "decoder")} == {looks - 1}
+
+
+def test_a_clear_frame_gets_no_second_look() -> None:
+    image = load_frame(None, (512, 384))
+    found = []
+    for second_look in (True, False):
+        pipe = load_pipeline("nano", device="cpu", enhancement="always", second_look=second_look)
+        embedding = pipe.encode(image)
+        assert embedding.enhanced and embedding.degradation < UNCLEAR
+        found.append(pipe.decode(embedding, points=[[200, 150]]))
+    np.testing.assert_array_equal(found[0].masks, found[1].masks)
+
+
+def test_the_second_look_is_at_the_mirrored_frame_and_the_masks_are_the_mean(bad) -> None:
+    model = Nano("cpu", "fp32", threads=1)
+    width = bad.shape[1]
+    once = Budget(second_look=False)
+    points = np.float32([[[100, 90], [140, 120]], [[60, 40], [400, 300]], [[220, 200], [0, 0]]])
+    labels = np.float32([[1, 0], [2, 3], [1, -1]])
+    embedding = model.enhance(model.encode(bad, Budget()))
+    # the same by hand: a model that is shown the mirrored frame, prompted where the objects are there
+    there = points.copy()
+    there[[0, 2], :, 0] = width - 1 - points[[0, 2], :, 0]
+    there[1, :, 0] = width - points[1, ::-1, 0]
+    small = cv2.resize(bad, (384, 288), interpolation=cv2.INTER_LINEAR)[:, ::-1]
+    other = model.encode(np.ascontiguousarray(small), Budget(processing_size=384))
+    other = model.enhance(dataclasses.replace(other, degradation=embedding.degradation, size=bad.shape[:2]))
+    first, second = model.prompt(embedding, points, labels, once), model.prompt(other, there, labels, once)
+    found = model.prompt(embedding, points, labels, Budget())
+    np.testing.assert_allclose(found.scores[:2], (first.scores + second.scores)[:2] / 2, atol=1e-5)
+    for k in (0, 1):
+        mirrored = cv2.resize(second.logits[k, :, ::-1], (128, 96), interpolation=cv2.INTER_LINEAR)
+        expected = (first.logits[k] + mirrored) / 2
+        np.testing.assert_allclose(found.logits[k], expected, atol=1e-3 * np.abs(expected).max())
+        assert np.abs(expected - first.logits[k]).max() > 0.1
+
+
+def test_both_looks_answer_a_lone_point_with_the_same_of_its_meanings(bad) -> None:
+    model = Nano("cpu", "fp32", threads=1)
+    points, labels = np.float32([[[x, y]] for x in (90, 230, 400) for y in (60, 190, 310)]), np.ones((9, 1), np.float32)
+    embedding = model.enhance(model.encode(bad, Budget()))
+    model._prompt = kept = Kept(model._prompt)
+    found = model.prompt(embedding, points, labels, Budget())
+    first, second = (scores[0, :, 1:] for _, scores in kept.results)
+    assert (first.argmax(1) != second.argmax(1)).any()
+    np.testing.assert_allclose(found.scores, ((first + second) / 2).max(1), atol=1e-5)
+
+
+def test_warm_up_goes_through_the_second_look(scene) -> None:
+    for enhancement, looks in (("off", 1), ("auto", 2)):
+        pipe = load_pipeline("nano", device="cpu", enhancement=enhancement)
+        pipe.model._prompt = counted = Counted(pipe.model._prompt)
+        pipe.warm_up(scene[0])
+        assert counted.runs == looks
 
 
 def test_two_threads_may_decode_an_embedding(scene) -> None:

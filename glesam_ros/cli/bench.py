@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from glesam_ros.pipeline import Pipeline
     from glesam_ros.validation import UInt8Array
 
-SETTINGS = tuple(name for name in (*MODEL_SETTINGS, *SELECTION_SETTINGS) if not name.startswith("enhance"))
+SETTINGS = tuple(
+    name for name in (*MODEL_SETTINGS, *SELECTION_SETTINGS) if not name.startswith(("enhance", "second_look"))
+)
 STAGES = ("encode", "finish", "enhance", "decode", "label map")
 WARM_UP = 3
 

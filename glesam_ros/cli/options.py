@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MODEL_SETTINGS = (
     "model", "device", "precision", "enhancement", "processing_size", "points_per_side", "points_per_batch",
-    "crop_layers",
+    "crop_layers", "second_look",
 )
 """Settings that choose and drive the model."""
 SELECTION_SETTINGS = (

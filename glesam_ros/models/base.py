@@ -28,6 +28,7 @@ class Budget:
         crop_layers: everything mode also looks into 2^k x 2^k crops for k = 1 .. crop_layers (segment-anything).
         stability_threshold: everything mode may drop less stable masks before it compares masks with each other.
         nms_iou: everything mode may drop masks whose box overlaps that of a better one by more than this.
+        second_look: prompts on a bad frame may be answered by the mean of two looks at it.
     """
 
     processing_size: int = 0
@@ -36,6 +37,7 @@ class Budget:
     crop_layers: int = 0
     stability_threshold: float = 0.0
     nms_iou: float = 0.7
+    second_look: bool = True
 
 
 @dataclass(frozen=True, eq=False)

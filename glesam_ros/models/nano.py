@@ -34,6 +34,10 @@ DISTINCT = 0.375
 """Share of the candidates asked for in everything mode that become masks: they differ already, so few are dropped."""
 BOX_CENTRE = 4
 """Label of the point that is added in the middle of each box."""
+UNCLEAR = 0.2
+"""Frames of at least this degradation level get a second look for prompts; clear ones have nothing to gain."""
+SECOND_SIZE = 0.75
+"""Long side of the second look, beside that of the first."""
 
 
 class Nano:
@@ -91,18 +95,16 @@ class Nano:
             OutOfMemory: the device lacked memory.
         """
         size = (int(image.shape[0]), int(image.shape[1]))
-        inside = model_size(size, max(LEAST_SIZE, budget.processing_size or OWN_SIZE))
-        s4, s8, level = run_session(self._stem, {"image": resized(image, inside)[None]})
-        seen = Embedding(None, size, float(level[0]), extra={"s4": s4, "s8": s8})
+        inside = resized(image, model_size(size, max(LEAST_SIZE, budget.processing_size or OWN_SIZE)))
+        s4, s8, level = run_session(self._stem, {"image": inside[None]})
+        seen = Embedding(None, size, float(level[0]), extra={"image": inside, "s4": s4, "s8": s8})
         finish, adapt = (functools.partial(self._finish, seen, trunk) for trunk in (self._trunk, self._adapted))
         return dataclasses.replace(seen, finish=finish, adapt=adapt)
 
     def enhance(self, embedding: Embedding) -> Embedding:
         """As `SegmentationModel.enhance`: the latent (1, 96, h / 8, w / 8) float32. Raises OutOfMemory."""
         seen = self._finish(embedding, self._adapted)
-        level = np.array([embedding.degradation], np.float32)
-        (latent,) = run_session(self._enhancer, {"latent": seen.latent, "level": level})
-        return dataclasses.replace(seen, latent=latent, enhanced=True)
+        return dataclasses.replace(seen, latent=self._denoised(seen.latent, seen.degradation), enhanced=True)
 
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
         """As `SegmentationModel.propose`: logits (K, h / 4, w / 4) float32. Raises OutOfMemory."""
@@ -114,19 +116,29 @@ class Nano:
         return Candidates(_masks(chosen, features), found, rank)
 
     def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:
-        """As `SegmentationModel.prompt`: logits (B, h / 4, w / 4) float32. Raises OutOfMemory."""
-        features, trunk, grid, _, _ = self._shared(embedding)
+        """As `SegmentationModel.prompt`: logits (B, h / 4, w / 4) float32. Raises OutOfMemory.
+
+        Of an enhanced frame that is bad the logits are the mean of two looks (`budget.second_look`).
+        """
         height, width = embedding.size
         # a point names a pixel, so its centre is meant; box corners lie between pixels
         centred = points + 0.5 * (labels < 2)[..., None]
         xy, labels = _with_box_centres((centred / (width, height) * 2 - 1).astype(np.float32), labels)
-        inputs = {"features": features, "trunk": trunk, "grid": grid, "xy": xy[None], "labels": labels[None]}
-        weights, scores = run_session(self._prompt, inputs)
+        looks = [(self._shared(embedding), xy)]
+        if budget.second_look and embedding.enhanced and embedding.degradation >= UNCLEAR:
+            looks.append((self._second(embedding), _mirrored(xy, labels)))
+        found = [self._kernels(shared, where, labels) for shared, where in looks]
+        scores: FloatArray = np.mean([own for _, own in found], axis=0)
         # a lone point may mean several things, the most convincing wins; anything more has one answer
         lone = (labels >= 0).sum(1) == 1
-        choice = np.where(lone, 1 + scores[0, :, 1:].argmax(1), 0)
+        choice = np.where(lone, 1 + scores[:, 1:].argmax(1), 0)
         rows = np.arange(len(choice))
-        return Candidates(_masks(weights[0, rows, choice], features), scores[0, rows, choice])
+        first, *second = (
+            _masks(weights[rows, choice], shared[0]) for (weights, _), (shared, _) in zip(found, looks, strict=True)
+        )
+        for logits in second:
+            first = 0.5 * (first + _enlarged(logits[..., ::-1], first.shape[1:]))
+        return Candidates(first, scores[rows, choice])
 
     def free(self) -> None:
         """onnxruntime keeps its arena; there is nothing to give back."""
@@ -136,10 +148,15 @@ class Nano:
 
     @staticmethod
     def _finish(seen: Embedding, trunk: Any) -> Embedding:
-        """The embedding with the latent of a trunk; of what was computed before, only the stem's features stay."""
-        features = {name: seen.extra[name] for name in ("s4", "s8")}
-        (latent,) = run_session(trunk, features)
-        return dataclasses.replace(seen, latent=latent, enhanced=False, extra=features, finish=None, adapt=None)
+        """The embedding with the latent of a trunk; of what was computed of another latent, nothing stays."""
+        (latent,) = run_session(trunk, {name: seen.extra[name] for name in ("s4", "s8")})
+        kept = {name: seen.extra[name] for name in ("image", "s4", "s8")}
+        return dataclasses.replace(seen, latent=latent, enhanced=False, extra=kept, finish=None, adapt=None)
+
+    def _denoised(self, latent: FloatArray, level: float) -> FloatArray:
+        """The one denoising step on a latent of the adapted trunk."""
+        (restored,) = run_session(self._enhancer, {"latent": latent, "level": np.array([level], np.float32)})
+        return restored
 
     def _shared(self, embedding: Embedding) -> tuple[Any, ...]:
         """What all masks of an embedding need, computed once and kept with it."""
@@ -147,6 +164,25 @@ class Nano:
             embedding.extra["shared"] = run_session(self._decoder, {"latent": embedding.finished().latent})
         shared: tuple[Any, ...] = tuple(embedding.extra["shared"])
         return shared
+
+    def _second(self, embedding: Embedding) -> tuple[Any, ...]:
+        """As `_shared`, of the image mirrored and smaller, enhanced too: another opinion, whose errors are others."""
+        if "second" not in embedding.extra:
+            image = embedding.extra["image"]
+            mirrored = resized(image, model_size(image.shape[:2], int(SECOND_SIZE * max(image.shape))))[:, ::-1]
+            s4, s8, _ = run_session(self._stem, {"image": np.ascontiguousarray(mirrored)[None]})
+            (latent,) = run_session(self._adapted, {"s4": s4, "s8": s8})
+            latent = self._denoised(latent, embedding.degradation)
+            embedding.extra["second"] = run_session(self._decoder, {"latent": latent})
+        second: tuple[Any, ...] = tuple(embedding.extra["second"])
+        return second
+
+    def _kernels(self, shared: tuple[Any, ...], xy: FloatArray, labels: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Weights (B, 1 + M, F + 5) and scores (B, 1 + M) of prompts (B, N) in -1..1 of what `_shared` gives."""
+        features, trunk, grid, _, _ = shared
+        inputs = {"features": features, "trunk": trunk, "grid": grid, "xy": xy[None], "labels": labels[None]}
+        weights, scores = run_session(self._prompt, inputs)
+        return weights[0], scores[0]
 
 
 def model_size(size: tuple[int, int], processing_size: int) -> tuple[int, int]:
@@ -185,3 +221,18 @@ def _with_box_centres(xy: FloatArray, labels: FloatArray) -> tuple[FloatArray, F
     centre = (xy * corner).sum(1, keepdims=True) / np.maximum(corner.sum(1, keepdims=True), 1)
     extra = np.where(boxed, BOX_CENTRE, -1).astype(np.float32)[:, None]
     return np.concatenate([xy, centre.astype(np.float32)], 1), np.concatenate([labels, extra], 1)
+
+
+def _mirrored(xy: FloatArray, labels: FloatArray) -> FloatArray:
+    """Prompts (B, N, 2) in -1..1 as they lie in the mirrored image; labels of box corners mean the same there."""
+    mirrored = xy * np.array([-1, 1], np.float32)
+    left, right = labels == 2, labels == 3
+    mirrored[left, 0], mirrored[right, 0] = mirrored[right, 0], mirrored[left, 0]
+    return mirrored
+
+
+def _enlarged(logits: FloatArray, size: tuple[int, ...]) -> FloatArray:
+    """(K, h, w) -> (K, *size), bilinear."""
+    height, width = size
+    large = [cv2.resize(one, (width, height), interpolation=cv2.INTER_LINEAR) for one in logits]
+    return np.stack(large) if large else np.zeros((0, height, width), np.float32)
