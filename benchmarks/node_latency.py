@@ -5,6 +5,7 @@ that is answered, memory over time and share of the CPU.
 
     python benchmarks/node_latency.py --minutes 10
     python benchmarks/node_latency.py --seconds 30 --enhancement always --folder photos
+    python benchmarks/node_latency.py --seconds 30 --degrade lq --level 3 --point 300 220 --point 320 240
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ import cv2
 import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import Point, PointStamped
 from rclpy.executors import ExternalShutdownException
 from rclpy.qos import QoSProfile, QoSReliabilityPolicy
 from sensor_msgs.msg import Image
 
 from glesam_ros.cli.bench import demo_photograph, processor, usable_cores
 from glesam_ros.cli.segment import find_pictures, read_picture
+from glesam_ros.degradation import degrade, names
 from glesam_ros.ros import shared_memory
 
 NAMESPACE = "/glesam"
@@ -71,6 +74,12 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=30.0, help="of the camera in Hz; default: 30")
     parser.add_argument("--size", default="640x480", help="of the camera; default: 640x480")
     parser.add_argument("--folder", type=Path, help="pictures of the film; default: a photograph of the demo, panned")
+    parser.add_argument("--degrade", choices=names(), help="what the camera suffers from; default: nothing")
+    parser.add_argument("--level", type=int, choices=(1, 2, 3), default=3, help="of --degrade; default: 3")
+    parser.add_argument(
+        "--point", nargs=2, type=float, action="append", default=[], metavar=("X", "Y"),
+        help="in pixels, of the one object that is asked for; default: everything mode",
+    )
     parser.add_argument("--enhancement", default="auto", help="parameter of the node; default: auto")
     parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME:=VALUE", help="of the node")
     parser.add_argument("--subscribe", nargs="+", choices=OUTPUTS, default=["masks"], help="default: masks only")
@@ -90,6 +99,8 @@ def main() -> int:
         return publish(args)
     seconds = args.seconds if args.seconds is not None else 60 * args.minutes
     parameters = [f"enhancement:={args.enhancement}", *args.parameter]
+    if args.point:
+        parameters.append("prompt_timeout_s:=0.0")
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         node = subprocess.Popen(
             [sys.executable, "-m", "glesam_ros.ros", "--ros-args", *(x for p in parameters for x in ("-p", p))],
@@ -171,7 +182,8 @@ def summary(watch: Watch, seconds: float, args: argparse.Namespace, parameters: 
     slope = float(np.polyfit(rss[:, 0], rss[:, 1], 1)[0]) * 60 if len(rss) > 4 else 0.0
     return {
         "machine": f"{processor()}, {usable_cores()} cores, load {os.getloadavg()[0]:.1f}",
-        "camera": f"{args.size} at {args.rate:g} Hz",
+        "camera": f"{args.size} at {args.rate:g} Hz, {f'{args.degrade}-{args.level}' if args.degrade else 'as it is'}",
+        "points": args.point,
         "parameters": parameters,
         "subscribed": args.subscribe,
         "fast_dds_profile": os.environ.get(shared_memory.VARIABLES[0], "default"),
@@ -208,19 +220,25 @@ def table(report: dict[str, Any]) -> str:
         "memory growth": f"{rss['per_minute']} MB a minute",
         "CPU of the node": f"{report['cpu_cores']} cores",
     }
-    head = f"{report['camera']}, {', '.join(report['parameters'])}; {report['machine']}\n"
+    asked = f"an object under {len(report['points'])} points" if report["points"] else "everything"
+    head = f"{report['camera']}, {asked}, {', '.join(report['parameters'])}; {report['machine']}\n"
     return "\n".join([head, *(f"{name:<30}{value}" for name, value in rows.items())])
 
 
 def publish(args: argparse.Namespace) -> int:
-    """The camera process: best effort, stamped when the picture is handed out, on an even beat."""
+    """The camera process: best effort, stamped when the picture is handed out, on an even beat; and the prompt."""
     width, height = (int(side) for side in args.size.split("x"))
-    messages = [camera_message(picture) for picture in film(args.folder, width, height)]
+    pictures = film(args.folder, width, height)
+    if args.degrade:
+        pictures = [degrade(picture, args.degrade, args.level, seed=0).image for picture in pictures]
+    messages = [camera_message(picture) for picture in pictures]
+    points = [PointStamped(point=Point(x=x, y=y)) for x, y in args.point]
     with contextlib.suppress(KeyboardInterrupt, ExternalShutdownException):
         rclpy.init()
         node = rclpy.create_node("latency_camera")
         profile = QoSProfile(depth=1, reliability=QoSReliabilityPolicy.BEST_EFFORT)
         publisher = node.create_publisher(Image, f"{NAMESPACE}/image", profile)
+        prompt = node.create_publisher(PointStamped, f"{NAMESPACE}/prompt/point", 10)
         start, number = time.monotonic(), 0
         while True:
             message = messages[number % len(messages)]
@@ -228,6 +246,8 @@ def publish(args: argparse.Namespace) -> int:
             message.header.stamp = node.get_clock().now().to_msg()
             publisher.publish(message)
             number += 1
+            if points and prompt.get_subscription_count():
+                prompt.publish(points.pop())
     return 0
 
 

@@ -218,7 +218,8 @@ def test_prompts_on_a_bad_frame_get_a_second_look_once(bad, enhancement: str, se
     for decoded in (1, 2):
         pipe.decode(embedding, points=[[100, 100], [300, 200]])
         assert counted["prompt"].runs == decoded * looks
-        assert {counted[part].runs for part in ("stem", "adapted", "enhancer", "decoder")} == {looks - 1}
+        assert {counted[part].runs for part in ("stem", "adapted", "decoder")} == {looks - 1}
+        assert counted["enhancer"].runs == 0
 
 
 def test_a_clear_frame_gets_no_second_look() -> None:
@@ -244,8 +245,8 @@ def test_the_second_look_is_at_the_mirrored_frame_and_the_masks_are_the_mean(bad
     there[[0, 2], :, 0] = width - 1 - points[[0, 2], :, 0]
     there[1, :, 0] = width - points[1, ::-1, 0]
     small = cv2.resize(bad, (384, 288), interpolation=cv2.INTER_LINEAR)[:, ::-1]
-    other = model.encode(np.ascontiguousarray(small), Budget(processing_size=384))
-    other = model.enhance(dataclasses.replace(other, degradation=embedding.degradation, size=bad.shape[:2]))
+    other = model.encode(np.ascontiguousarray(small), Budget(processing_size=384)).adapted()
+    other = dataclasses.replace(other, size=bad.shape[:2])
     first, second = model.prompt(embedding, points, labels, once), model.prompt(other, there, labels, once)
     found = model.prompt(embedding, points, labels, Budget())
     np.testing.assert_allclose(found.scores[:2], (first.scores + second.scores)[:2] / 2, atol=1e-5)

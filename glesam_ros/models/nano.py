@@ -104,7 +104,9 @@ class Nano:
     def enhance(self, embedding: Embedding) -> Embedding:
         """As `SegmentationModel.enhance`: the latent (1, 96, h / 8, w / 8) float32. Raises OutOfMemory."""
         seen = self._finish(embedding, self._adapted)
-        return dataclasses.replace(seen, latent=self._denoised(seen.latent, seen.degradation), enhanced=True)
+        level = np.array([embedding.degradation], np.float32)
+        (latent,) = run_session(self._enhancer, {"latent": seen.latent, "level": level})
+        return dataclasses.replace(seen, latent=latent, enhanced=True)
 
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
         """As `SegmentationModel.propose`: logits (K, h / 4, w / 4) float32. Raises OutOfMemory."""
@@ -153,11 +155,6 @@ class Nano:
         kept = {name: seen.extra[name] for name in ("image", "s4", "s8")}
         return dataclasses.replace(seen, latent=latent, enhanced=False, extra=kept, finish=None, adapt=None)
 
-    def _denoised(self, latent: FloatArray, level: float) -> FloatArray:
-        """The one denoising step on a latent of the adapted trunk."""
-        (restored,) = run_session(self._enhancer, {"latent": latent, "level": np.array([level], np.float32)})
-        return restored
-
     def _shared(self, embedding: Embedding) -> tuple[Any, ...]:
         """What all masks of an embedding need, computed once and kept with it."""
         if "shared" not in embedding.extra:
@@ -166,13 +163,13 @@ class Nano:
         return shared
 
     def _second(self, embedding: Embedding) -> tuple[Any, ...]:
-        """As `_shared`, of the image mirrored and smaller, enhanced too: another opinion, whose errors are others."""
+        """As `_shared`, of the image mirrored and smaller: another opinion, whose errors are others."""
         if "second" not in embedding.extra:
             image = embedding.extra["image"]
             mirrored = resized(image, model_size(image.shape[:2], int(SECOND_SIZE * max(image.shape))))[:, ::-1]
             s4, s8, _ = run_session(self._stem, {"image": np.ascontiguousarray(mirrored)[None]})
+            # measured: the denoising step changes nothing here
             (latent,) = run_session(self._adapted, {"s4": s4, "s8": s8})
-            latent = self._denoised(latent, embedding.degradation)
             embedding.extra["second"] = run_session(self._decoder, {"latent": latent})
         second: tuple[Any, ...] = tuple(embedding.extra["second"])
         return second
