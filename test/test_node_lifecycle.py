@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
 from lifecycle_msgs.srv import ChangeState
 from rclpy.qos import QoSDurabilityPolicy, QoSProfile
-from ros_graph import LOST_ANSWER, image_message, picture, wait_for
+from ros_graph import LOST_ANSWER, TIMEOUT_S, image_message, picture, wait_for
 from sensor_msgs.msg import Image
 from std_srvs.srv import SetBool
 
@@ -203,6 +204,16 @@ def test_a_signal_ends_the_process_cleanly_also_in_the_middle_of_an_inference(la
     assert "Traceback" not in client.ros.output
     if model == "slow":
         assert not masks.messages  # it did end inside the inference
+
+
+def test_more_signals_while_the_process_ends_change_nothing(launch):
+    # as launch does it: the terminal has told the whole group already
+    process = launch().ros.process
+    deadline = time.monotonic() + TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.005)
+    assert process.returncode == 0
 
 
 def test_start_parameters_that_are_not_valid_end_the_process_with_a_reason(launch):

@@ -225,6 +225,8 @@ def main(args: list[str] | None = None) -> int:
     node.close()
     executor.shutdown()
     rclpy.try_shutdown()
+    # launch sends one more to what still runs; the interpreter, which takes the handlers away, would die of it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     return 0
 
 

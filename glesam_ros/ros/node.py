@@ -627,6 +627,8 @@ def _end_requests() -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
             yield lambda: reader.recv(1), lambda: writer.send(b"\0")
         finally:
             signal.set_wakeup_fd(previous)
+            # launch sends one more to what still runs; the interpreter, which takes the handlers away, would die of it
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _spin(
