@@ -16,7 +16,7 @@ from glesam_ros.cli.bench import load_frame
 from glesam_ros.degradation import degrade
 from glesam_ros.models import onnx_session
 from glesam_ros.models.base import Budget, OutOfMemory
-from glesam_ros.models.nano import IN_8_BITS, UNCLEAR, WEIGHTS, Nano, model_size
+from glesam_ros.models.nano import IN_8_BITS, UNCLEAR, WEIGHTS, Nano, model_size, second_size
 from glesam_ros.models.onnx_session import DeviceUnusable, choose_device, engine_cache
 from glesam_ros.models.rass_nano import RassNano
 
@@ -274,6 +274,16 @@ def test_warm_up_goes_through_the_second_look(scene) -> None:
         pipe.model._prompt = counted = Counted(pipe.model._prompt)
         pipe.warm_up(scene[0])
         assert counted.runs == looks
+
+
+@pytest.mark.parametrize(("first", "second"), [(1024, 768), (512, 384), (384, 320), (320, 320), (256, 256)])
+def test_size_of_the_second_look(bad, first: int, second: int) -> None:
+    model = Nano("cpu", threads=1)
+    embedding = model.enhance(model.encode(bad, Budget(processing_size=first)))
+    model._stem = kept = Kept(model._stem)
+    model.prompt(dataclasses.replace(embedding, degradation=1.0), np.float32([[[9, 9]]]), np.float32([[1]]), Budget())
+    (s4, _, _), = kept.results
+    assert second_size(first) == second == 4 * s4.shape[3]
 
 
 def test_two_threads_may_decode_an_embedding(scene) -> None:

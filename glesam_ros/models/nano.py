@@ -38,6 +38,8 @@ UNCLEAR = 0.2
 """Frames of at least this degradation level get a second look for prompts; clear ones have nothing to gain."""
 SECOND_SIZE = 0.75
 """Long side of the second look, beside that of the first."""
+SECOND_LEAST = 320
+"""Below this a second look is as large as the first: smaller ones err too much to help."""
 
 
 class Nano:
@@ -166,7 +168,7 @@ class Nano:
         """As `_shared`, of the image mirrored and smaller: another opinion, whose errors are others."""
         if "second" not in embedding.extra:
             image = embedding.extra["image"]
-            mirrored = resized(image, model_size(image.shape[:2], int(SECOND_SIZE * max(image.shape))))[:, ::-1]
+            mirrored = resized(image, model_size(image.shape[:2], second_size(max(image.shape))))[:, ::-1]
             s4, s8, _ = run_session(self._stem, {"image": np.ascontiguousarray(mirrored)[None]})
             # measured: the denoising step changes nothing here
             (latent,) = run_session(self._adapted, {"s4": s4, "s8": s8})
@@ -187,6 +189,11 @@ def model_size(size: tuple[int, int], processing_size: int) -> tuple[int, int]:
     scale = processing_size / max(size)
     height, width = (max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE) for side in size)
     return height, width
+
+
+def second_size(first: int) -> int:
+    """Long side of the second look in pixels, before it is rounded to what the model takes."""
+    return max(int(SECOND_SIZE * first), min(first, SECOND_LEAST))
 
 
 def resized(image: UInt8Array, inside: tuple[int, int]) -> UInt8Array:
