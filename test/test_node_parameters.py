@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 
 import pytest
@@ -108,5 +107,4 @@ def test_set_parameters_answers_within_200_ms_while_inference_takes_2_s(launch, 
         assert future.result().results[0].successful
         time.sleep(0.05)
     assert len(took) >= 3, "too few calls happened while the model was at work"
-    # a machine that stops for a moment delays one; one that waited for the inference would take up to 2 s
-    assert statistics.median(took) < 0.2 and max(took) < 1.0
+    assert max(took) < 0.2

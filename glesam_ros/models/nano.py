@@ -130,7 +130,7 @@ class Nano:
         xy, labels = _with_box_centres((centred / (width, height) * 2 - 1).astype(np.float32), labels)
         looks = [(self._shared(embedding), xy)]
         if budget.second_look and embedding.enhanced and embedding.degradation >= UNCLEAR:
-            looks.append((self._second(embedding), _mirrored(xy, labels)))
+            looks.append((self._shared(self._second(embedding)), _mirrored(xy, labels)))
         found = [self._kernels(shared, where, labels) for shared, where in looks]
         scores: FloatArray = np.mean([own for _, own in found], axis=0)
         # a lone point may mean several things, the most convincing wins; anything more has one answer
@@ -164,16 +164,15 @@ class Nano:
         shared: tuple[Any, ...] = tuple(embedding.extra["shared"])
         return shared
 
-    def _second(self, embedding: Embedding) -> tuple[Any, ...]:
-        """As `_shared`, of the image mirrored and smaller: another opinion, whose errors are others."""
+    def _second(self, embedding: Embedding) -> Embedding:
+        """That of the image mirrored and smaller, computed once and kept: another opinion, whose errors are others."""
         if "second" not in embedding.extra:
             image = embedding.extra["image"]
-            mirrored = resized(image, model_size(image.shape[:2], second_size(max(image.shape))))[:, ::-1]
-            s4, s8, _ = run_session(self._stem, {"image": np.ascontiguousarray(mirrored)[None]})
+            small = resized(image, model_size(image.shape[:2], second_size(max(image.shape))))
+            seen = self.encode(np.ascontiguousarray(small[:, ::-1]), Budget(processing_size=max(small.shape)))
             # measured: the denoising step changes nothing here
-            (latent,) = run_session(self._adapted, {"s4": s4, "s8": s8})
-            embedding.extra["second"] = run_session(self._decoder, {"latent": latent})
-        second: tuple[Any, ...] = tuple(embedding.extra["second"])
+            embedding.extra["second"] = seen.adapted()
+        second: Embedding = embedding.extra["second"]
         return second
 
     def _kernels(self, shared: tuple[Any, ...], xy: FloatArray, labels: FloatArray) -> tuple[FloatArray, FloatArray]:
