@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import pytest
@@ -97,14 +98,18 @@ def test_set_parameters_answers_within_200_ms_while_inference_takes_2_s(launch, 
     )
     took = []
     before = len(masks)
-    while len(masks) == before:  # until the inference that runs now is done
-        value = 0.3 + 0.01 * (len(took) % 10)
-        request = SetParameters.Request(parameters=[Parameter("score_threshold", value=value).to_parameter_msg()])
-        started = time.monotonic()
-        future = service.call_async(request)
-        wait_for(future.done, "set_parameters", 5)
-        took.append(time.monotonic() - started)
-        assert future.result().results[0].successful
-        time.sleep(0.05)
+    gc.disable()  # a full collection of this process, which has imported everything, takes longer than the bound
+    try:
+        while len(masks) == before:  # until the inference that runs now is done
+            value = 0.3 + 0.01 * (len(took) % 10)
+            request = SetParameters.Request(parameters=[Parameter("score_threshold", value=value).to_parameter_msg()])
+            started = time.monotonic()
+            future = service.call_async(request)
+            wait_for(future.done, "set_parameters", 5)
+            took.append(time.monotonic() - started)
+            assert future.result().results[0].successful
+            time.sleep(0.05)
+    finally:
+        gc.enable()
     assert len(took) >= 3, "too few calls happened while the model was at work"
     assert max(took) < 0.2
