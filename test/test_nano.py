@@ -15,8 +15,8 @@ from glesam_ros import load_pipeline
 from glesam_ros.cli.bench import load_frame
 from glesam_ros.degradation import degrade
 from glesam_ros.models import onnx_session
-from glesam_ros.models.base import Budget, OutOfMemory
-from glesam_ros.models.nano import IN_8_BITS, UNCLEAR, WEIGHTS, Nano, model_size, second_size
+from glesam_ros.models.base import Budget, Candidates, OutOfMemory
+from glesam_ros.models.nano import IN_8_BITS, UNCLEAR, WEIGHTS, Nano, model_size, second_share, second_size
 from glesam_ros.models.onnx_session import DeviceUnusable, choose_device, engine_cache
 from glesam_ros.models.rass_nano import RassNano
 
@@ -209,7 +209,7 @@ def bad() -> np.ndarray:
 def test_prompts_on_a_bad_frame_get_a_second_look_once(bad, enhancement: str, second_look: bool, looks: int) -> None:
     pipe = load_pipeline("nano", device="cpu", enhancement=enhancement, second_look=second_look)
     embedding = pipe.encode(bad)
-    assert embedding.degradation >= UNCLEAR
+    assert embedding.degradation >= UNCLEAR[1]
     pipe.decode(embedding)  # everything mode takes none
     parts = ("stem", "adapted", "enhancer", "decoder", "prompt")
     counted = {part: Counted(getattr(pipe.model, f"_{part}")) for part in parts}
@@ -228,7 +228,7 @@ def test_a_clear_frame_gets_no_second_look() -> None:
     for second_look in (True, False):
         pipe = load_pipeline("nano", device="cpu", enhancement="always", second_look=second_look)
         embedding = pipe.encode(image)
-        assert embedding.enhanced and embedding.degradation < UNCLEAR
+        assert embedding.enhanced and embedding.degradation <= UNCLEAR[0]
         found.append(pipe.decode(embedding, points=[[200, 150]]))
     np.testing.assert_array_equal(found[0].masks, found[1].masks)
 
@@ -266,6 +266,23 @@ def test_both_looks_answer_a_lone_point_with_the_same_of_its_meanings(bad) -> No
     first, second = (scores[0, :, 1:] for _, scores in kept.results)
     assert (first.argmax(1) != second.argmax(1)).any()
     np.testing.assert_allclose(found.scores, ((first + second) / 2).max(1), atol=1e-5)
+
+
+def test_the_second_look_comes_and_goes_with_the_level_by_degrees(bad) -> None:
+    """So that the masks of a camera near the level where it begins do not flicker."""
+    assert [second_share(level) for level in (0.0, 0.15, 0.2, 0.25, 1.0)] == pytest.approx([0, 0, 0.25, 0.5, 0.5])
+    model = Nano("cpu", "fp32", threads=1)
+    points, labels = np.float32([[[100, 90], [140, 120]]]), np.ones((1, 2), np.float32)
+    embedding = model.enhance(model.encode(bad, Budget()))
+
+    def at(level: float) -> Candidates:
+        return model.prompt(dataclasses.replace(embedding, degradation=level), points, labels, Budget())
+
+    one, half, two = at(0.15), at(0.2), at(0.25)
+    assert np.abs(two.logits - one.logits).max() > 0.1
+    np.testing.assert_allclose(half.logits, (one.logits + two.logits) / 2, atol=1e-3)
+    np.testing.assert_allclose(half.scores, (one.scores + two.scores) / 2, atol=1e-6)
+    np.testing.assert_allclose(at(0.15001).logits, one.logits, atol=0.01)
 
 
 def test_warm_up_goes_through_the_second_look(scene) -> None:

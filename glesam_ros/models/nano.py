@@ -34,8 +34,11 @@ DISTINCT = 0.375
 """Share of the candidates asked for in everything mode that become masks: they differ already, so few are dropped."""
 BOX_CENTRE = 4
 """Label of the point that is added in the middle of each box."""
-UNCLEAR = 0.2
-"""Frames of at least this degradation level get a second look for prompts; clear ones have nothing to gain."""
+UNCLEAR = (0.15, 0.25)
+"""Degradation levels between which the second look for prompts gets its half of the mean; below there is none.
+
+Clear frames have nothing to gain; a step instead of the slope would flicker in the masks of a camera near it.
+"""
 SECOND_SIZE = 0.75
 """Long side of the second look, beside that of the first."""
 SECOND_LEAST = 320
@@ -122,26 +125,28 @@ class Nano:
     def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:
         """As `SegmentationModel.prompt`: logits (B, h / 4, w / 4) float32. Raises OutOfMemory.
 
-        Of an enhanced frame that is bad the logits are the mean of two looks (`budget.second_look`).
+        Of an enhanced frame that is bad the logits are the mean of two looks (`budget.second_look`, `second_share`).
         """
         height, width = embedding.size
         # a point names a pixel, so its centre is meant; box corners lie between pixels
         centred = points + 0.5 * (labels < 2)[..., None]
         xy, labels = _with_box_centres((centred / (width, height) * 2 - 1).astype(np.float32), labels)
-        looks = [(self._shared(embedding), xy)]
-        if budget.second_look and embedding.enhanced and embedding.degradation >= UNCLEAR:
-            looks.append((self._shared(self._second(embedding)), _mirrored(xy, labels)))
-        found = [self._kernels(shared, where, labels) for shared, where in looks]
-        scores: FloatArray = np.mean([own for _, own in found], axis=0)
+        share = second_share(embedding.degradation) if budget.second_look and embedding.enhanced else 0.0
+        looks = [(1.0 - share, self._shared(embedding), xy)]
+        if share > 0:
+            looks.append((share, self._shared(self._second(embedding)), _mirrored(xy, labels)))
+        found = [self._kernels(shared, where, labels) for _, shared, where in looks]
+        scores: FloatArray = np.sum([part * own for (part, _, _), (_, own) in zip(looks, found, strict=True)], axis=0)
         # a lone point may mean several things, the most convincing wins; anything more has one answer
         lone = (labels >= 0).sum(1) == 1
         choice = np.where(lone, 1 + scores[:, 1:].argmax(1), 0)
         rows = np.arange(len(choice))
-        first, *second = (
-            _masks(weights[rows, choice], shared[0]) for (weights, _), (shared, _) in zip(found, looks, strict=True)
+        first, *others = (
+            part * _masks(weights[rows, choice], shared[0])
+            for (part, shared, _), (weights, _) in zip(looks, found, strict=True)
         )
-        for logits in second:
-            first = 0.5 * (first + _enlarged(logits[..., ::-1], first.shape[1:]))
+        for logits in others:
+            first = first + _enlarged(logits[..., ::-1], first.shape[1:])
         return Candidates(first, scores[rows, choice])
 
     def free(self) -> None:
@@ -188,6 +193,12 @@ def model_size(size: tuple[int, int], processing_size: int) -> tuple[int, int]:
     scale = processing_size / max(size)
     height, width = (max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE) for side in size)
     return height, width
+
+
+def second_share(level: float) -> float:
+    """Weight of the second look in the mean of both at a degradation level in 0..1: 0 for clear frames, else to 0.5."""
+    least, full = UNCLEAR
+    return 0.5 * min(max((level - least) / (full - least), 0.0), 1.0)
 
 
 def second_size(first: int) -> int:
