@@ -11,6 +11,7 @@ from builtin_interfaces.msg import Time
 from ros_graph import image_message, picture, pixels_of, wait_for
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image
+from std_srvs.srv import SetBool
 
 SQUARE = (20, 20, 60, 60)
 OK, WARN, ERROR, STALE = b"\x00", b"\x01", b"\x02", b"\x03"
@@ -220,6 +221,13 @@ def test_a_failing_model_is_an_error_in_diagnostics_and_not_the_end(launch):
     )
     assert "RuntimeError: red is too much" in client.values()["last_fault"]
     assert len(client.logged("inference_error")) <= 2
+    # what failed before a pause is not what happens now
+    client.call(SetBool, "enable", SetBool.Request(data=False))
+    client.stream(
+        lambda: image_message(picture(ground=(255, 0, 0)), client.stamp()),
+        lambda: "inference failed" not in client.status().message, "another status while the node is paused",
+    )
+    client.call(SetBool, "enable", SetBool.Request(data=True))
     client.stream(lambda: good(client), lambda: masks.messages, "masks of a good frame")
 
 

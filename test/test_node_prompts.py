@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
+from diagnostic_msgs.msg import DiagnosticStatus
 from geometry_msgs.msg import Point, PointStamped
 from ros_graph import image_message, picture, pixels_of, wait_for
 from sensor_msgs.msg import Image
-from std_srvs.srv import Trigger
+from std_srvs.srv import SetBool, Trigger
 from vision_msgs.msg import Detection2D, Detection2DArray
 
 LEFT, RIGHT = (20, 20, 40, 60), (100, 20, 40, 60)
@@ -112,6 +113,20 @@ def test_a_prompt_expires(launch):
     scene.see("everything again", lambda m: len({m[50, 40], m[50, 120], 0}) == 3)
 
 
+def test_points_that_expired_while_nothing_was_processed_do_not_come_back_with_a_new_one(launch):
+    scene = Scene(launch(prompt_timeout_s=1.0))
+    scene.point(IN_RIGHT)
+    scene.see("the right square alone", lambda m: m[50, 120] == 1 and not m[50, 40])
+    scene.client.call(SetBool, "enable", SetBool.Request(data=False))
+    time.sleep(1.2)
+    scene.point(IN_LEFT)
+    wait_for(lambda: scene.client.counts()["prompt_points"] == 1, "the new point alone")
+    scene.client.call(SetBool, "enable", SetBool.Request(data=True))
+    before = len(scene.masks)
+    scene.see("masks again", lambda m: len(scene.masks) > before)
+    assert only_left(pixels_of(scene.masks.messages[before]))
+
+
 def test_a_point_outside_is_refused_with_the_numbers(scene):
     scene.point((200.0, 50.0))
     scene.client.wait_log("refused", "expected 0 <= x < 160 and 0 <= y < 120, got (200, 50)")
@@ -134,6 +149,9 @@ def test_refused_prompts_are_counted_and_the_1st_and_the_10th_are_logged(scene):
     scene.client.wait_count("noticed_refused_prompt", 12)
     scene.client.wait_log("refused", "[10 so far, next note at 100]")
     assert len(scene.client.logged("refused")) == 2
+    # no frame comes meanwhile, and none was lost: nothing to call an error
+    wait_for(lambda: "12 refused_prompt" in scene.client.status().message, "the refusals in the message")
+    assert scene.client.status().level == DiagnosticStatus.WARN
     wait_for(lambda: "got (211, 50)" in scene.client.values()["last_fault"], "the newest refusal in diagnostics")
 
 
@@ -178,14 +196,16 @@ def test_a_negative_point_alone_has_no_effect_and_says_so(scene):
     scene.see("everything still", lambda m: len(scene.masks) >= before + 2 and m[50, 40] and m[50, 120])
 
 
-def test_prompts_outside_of_a_new_resolution_are_dropped_with_a_warning(scene):
+@pytest.mark.parametrize("size", [(90, 80), (240, 320)])
+def test_prompts_of_another_resolution_are_dropped_with_a_warning(scene, size):
+    """They name pixels of the old one; in the new one other things lie there."""
     scene.point(IN_RIGHT)
     scene.boxes((100, 16, 128, 48))
     scene.see("the right square", lambda m: m[60, 120] == 1 and not m[50, 40])
-    scene.size = (90, 80)
-    scene.see("everything of the small image", lambda m: m.shape == (90, 80) and m[50, 40] == 1)
-    scene.client.wait_log("point (120, 50) dropped: the image is 80x90 now")
-    scene.client.wait_log("box (100, 16, 128, 48) dropped: the image is 80x90 now")
+    scene.size = size
+    scene.see("everything of the new image", lambda m: m.shape == size and m[50, 40])
+    scene.client.wait_log(f"point (120, 50) dropped: the image is {size[1]}x{size[0]} now")
+    scene.client.wait_log(f"box (100, 16, 128, 48) dropped: the image is {size[1]}x{size[0]} now")
 
 
 def test_prompts_belong_to_their_camera(launch):

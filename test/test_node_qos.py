@@ -26,15 +26,19 @@ def test_the_default_input_matches_best_effort_and_reliable_publishers(launch):
 
 def test_a_mismatch_is_an_error_with_the_line_that_mends_it(launch):
     client = launch(input_reliability="reliable")
-    client.node.create_publisher(Image, "image", BEST_EFFORT)
+    publisher = client.node.create_publisher(Image, "image", BEST_EFFORT)
     topic = f"/{client.namespace}/image"
     line = client.wait_log("QoS mismatch on " + topic)
     assert "requests reliability reliable, publishers offer best_effort" in line
+    assert "input_reliability:=best_effort" in line
     mend = f"-p qos_overrides.{topic}.subscription.reliability:=best_effort"
     assert mend in line
     wait_for(lambda: client.status() and "QoS mismatch" in client.status().message, "the mismatch in diagnostics")
     assert client.status().level == b"\x02"
     assert len(client.logged("QoS mismatch")) == 1
+    client.node.destroy_publisher(publisher)
+    wait_for(lambda: "no publisher on" in client.status().message, "that there is no publisher any more")
+    assert client.status().level == b"\x01"
 
 
 def test_the_override_line_mends_it(launch):

@@ -20,6 +20,8 @@ LATENCIES_KEPT = 512
 
 HARMLESS_DROPS = frozenset({"overwritten", "no_subscriber", "disabled", "clock_jump"})
 """Reasons that are the design at work; all others are faults."""
+NOTHING_ASKED = frozenset({"no_subscriber", "disabled"})
+"""Reasons after which earlier failed inferences say nothing of now."""
 INFERENCE_FAULTS = frozenset({"inference_error", "out_of_memory", "no_result"})
 """Reasons that count as failed inferences."""
 
@@ -120,6 +122,8 @@ class CameraLedger:
                 self._last_fault = f"{reason}: {text}"
             if reason in INFERENCE_FAULTS:
                 self._failures_in_a_row += 1
+            elif reason in NOTHING_ASKED:
+                self._failures_in_a_row = 0
             return self._dropped[reason]
 
     def noticed(self, what: str, text: str = "") -> int:
@@ -173,7 +177,8 @@ class CameraLedger:
         self, now: float, rate_in: float, rate_out: float, new_faults: Counter[str]
     ) -> tuple[bytes, str]:
         listed = ", ".join(f"{n} {reason}" for reason, n in sorted(new_faults.items()))
-        if self.qos_mismatch:
+        # one whose publisher is gone says nothing of now
+        if self.qos_mismatch and not self.no_publisher:
             return DiagnosticStatus.ERROR, self.qos_mismatch
         if self._last_arrival is None:
             # no error: cameras often start after the node
@@ -183,7 +188,8 @@ class CameraLedger:
             return DiagnosticStatus.STALE, f"{text}; {self.no_publisher}" if self.no_publisher else text
         if self._failures_in_a_row >= FAILURES_TO_ERROR:
             return DiagnosticStatus.ERROR, f"inference failed {self._failures_in_a_row} times in a row"
-        if new_faults and rate_out == 0:
+        # what was only noticed cost no frame
+        if rate_out == 0 and any(fault in self._dropped for fault in new_faults):
             return DiagnosticStatus.ERROR, f"no frame could be processed: {listed}"
         if new_faults:
             return DiagnosticStatus.WARN, f"faults: {listed}"

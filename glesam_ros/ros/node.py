@@ -209,11 +209,12 @@ class PerceptionNode(LifecycleNode):
         pipeline = self._pipeline or self._load()
         self._warm_up(pipeline)
         self._frames = NewestFrames(self.settings.cameras)
-        self._worker = Worker(
+        worker = Worker(
             pipeline, dict(self._cameras), self._frames, self.get_clock(), self.get_logger().warning,
             self._segmenter, self._restorer,
         )
-        self._worker.start()
+        worker.start()
+        self._worker = worker
         for camera in self._cameras.values():
             camera.forget_time()
             self._listen(camera)
@@ -257,8 +258,9 @@ class PerceptionNode(LifecycleNode):
         settings = self.settings
         started = time.monotonic()
         self._pipeline = load_pipeline(**dataclasses.asdict(settings))
-        # a parameter may have changed while the model was loading
-        self._pipeline.settings = self.settings
+        # parameters may change while the model is loading, and while they are handed over
+        while self._pipeline.settings is not self.settings:
+            self._pipeline.settings = self.settings
         self._device_text = self._pipeline.model.device
         self._log_load("model", settings.model, self._device_text, started)
         device = device_beside(settings.device)
@@ -353,10 +355,8 @@ class PerceptionNode(LifecycleNode):
         silence = camera.ledger.arrived(frame.arrival)
         if silence is not None:
             self.get_logger().info(f"{camera.label} is back on {camera.ledger.topic} after {silence:.1f} s")
-        if not self._is_enabled:
-            camera.ledger.dropped("disabled")
-        elif self._frames.put(frame):
-            camera.ledger.dropped("overwritten")
+        if lost := self._frames.put(frame) if self._is_enabled else "disabled":
+            camera.ledger.dropped(lost)
 
     def _on_qos_mismatch(self, camera: Camera, profile: Any, event: Any) -> None:
         text = qos.mismatch(self, camera.ledger.topic, profile, event.last_policy_kind)
@@ -378,7 +378,7 @@ class PerceptionNode(LifecycleNode):
 
     def _on_point(self, camera: Camera, message: PointStamped) -> None:
         self._prompt(camera, message.header.stamp, "point", lambda size: camera.prompts.add_point(
-            message.point.x, message.point.y, message.point.z >= 0, size
+            message.point.x, message.point.y, message.point.z >= 0, size, self.settings.prompt_timeout_s
         ))
 
     def _on_click(self, camera: Camera, message: Point) -> None:
@@ -387,17 +387,17 @@ class PerceptionNode(LifecycleNode):
             height, width = size
             x = width - 1 if message.x == width else message.x
             y = height - 1 if message.y == height else message.y
-            return camera.prompts.add_point(x, y, message.z >= 0, size)
+            return camera.prompts.add_point(x, y, message.z >= 0, size, self.settings.prompt_timeout_s)
 
         self._prompt(camera, None, "click", add)
 
     def _on_boxes(self, camera: Camera, message: Any) -> None:
         self._prompt(camera, message.header.stamp, "boxes", lambda size: camera.prompts.set_boxes(
-            [_corners(d.bbox) for d in message.detections], size
+            [_corners(d.bbox) for d in message.detections], size, self.settings.prompt_timeout_s
         ))
 
     def _prompt(
-        self, camera: Camera, stamp: Any, kind: str, accept: Callable[[tuple[int, int]], str | None]
+        self, camera: Camera, stamp: Any, kind: str, accept: Callable[[tuple[int, int]], str]
     ) -> None:
         """Hand a prompt to `accept`, unless its image is too old; a refusal is a warning with the numbers."""
         try:
@@ -428,7 +428,7 @@ class PerceptionNode(LifecycleNode):
     # Services and parameters.
 
     def _on_clear_prompts(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        held = [camera.prompts.clear() for camera in self._cameras.values()]
+        held = [camera.prompts.clear() for camera in list(self._cameras.values())]
         points, boxes = sum(p for p, _ in held), sum(b for _, b in held)
         response.success = True
         now = "everything mode is back" if self.settings.everything else "masks stay empty until the next prompt"
@@ -454,6 +454,8 @@ class PerceptionNode(LifecycleNode):
             return SetParametersResult(successful=False, reason=str(error))
         if (pipeline := self._pipeline) is not None:
             pipeline.settings = self.settings
+        for camera in list(self._cameras.values()):
+            camera.outputs.tell_threshold(self.settings.score_threshold)
         return SetParametersResult(successful=True)
 
     # Diagnostics.
@@ -484,12 +486,13 @@ class PerceptionNode(LifecycleNode):
     def _node_status(self, name: str, hardware_id: str) -> DiagnosticStatus:
         settings = self.settings
         # a transition may take the pipeline away at any time
-        memory, pace = (pipeline.memory, pipeline.pace) if (pipeline := self._pipeline) is not None else (None, None)
+        worker, pipeline = self._worker, self._pipeline
+        memory, pace = (pipeline.memory, pipeline.pace) if pipeline is not None else (None, None)
         if self._last_error:
             level, text = DiagnosticStatus.ERROR, self._last_error
-        elif self._worker is None:
+        elif worker is None:
             level, text = DiagnosticStatus.OK, "inactive"
-        elif not self._worker.is_alive():
+        elif not worker.is_alive():
             level, text = DiagnosticStatus.ERROR, "the inference thread has ended; deactivate and activate again"
         elif memory is not None and memory.now != memory.full:
             level, text = DiagnosticStatus.WARN, f"out of memory: {memory}"

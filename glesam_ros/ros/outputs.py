@@ -84,12 +84,20 @@ class Outputs:
             )
             for name, kind in types.items()
         }
-        self._label_infos: list[Publisher] = []
+        self._label_infos: list[tuple[Publisher, Any]] = []
         if vision is not None:
             # 0 is the background
             self._latch(prefix + "label_info", enumerate(classes, start=1), score_threshold)
             if semantic_classes is not None:
                 self._latch(prefix + "semantic/label_info", enumerate(semantic_classes), 0.0)
+
+    def tell_threshold(self, score_threshold: float) -> None:
+        """Publish `label_info` again where it named another threshold."""
+        for publisher, message in self._label_infos[:1]:
+            if message.threshold != score_threshold:
+                message.threshold = float(score_threshold)
+                message.header.stamp = self._node.get_clock().now().to_msg()
+                publisher.publish(message)
 
     def wanted(self) -> frozenset[str]:
         """Names of the outputs that have a subscriber now, raw or compressed."""
@@ -180,7 +188,7 @@ class Outputs:
         """Remove the topics."""
         for publisher in self._publishers.values():
             self._node.destroy_publisher(publisher)
-        for publisher in self._label_infos:
+        for publisher, _ in self._label_infos:
             self._node.destroy_publisher(publisher)
         self._publishers, self._label_infos = {}, []
 
@@ -190,7 +198,7 @@ class Outputs:
         message.class_map = [vision.VisionClass(class_id=number, class_name=name) for number, name in classes]
         publisher = self._node.create_publisher(vision.LabelInfo, topic, qos.latched())
         publisher.publish(message)
-        self._label_infos.append(publisher)
+        self._label_infos.append((publisher, message))
 
 
 def _detections(instances: Instances, header: Header, class_id: str) -> Any:

@@ -1,4 +1,4 @@
-"""The prompts of one camera: kept until cleared, expired or outside of a new resolution."""
+"""The prompts of one camera: kept until cleared, expired, or the resolution changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CameraPrompts:
     """Points (together one object) and boxes (one object each); safe to use from several threads.
 
     An object expires when its last point is too old. Times are of the steady clock, so a prompt also expires while a
-    simulation is paused.
+    simulation is paused. Prompts are pixels of one resolution, so another one drops them all.
 
     Args:
         clock: seconds, monotonic.
@@ -40,21 +40,24 @@ class CameraPrompts:
         self._points_since = 0.0
         self._boxes: list[tuple[float, float, float, float]] = []
         self._boxes_since = 0.0
+        self._size = 0, 0
 
-    def add_point(self, x: float, y: float, positive: bool, size: tuple[int, int]) -> str:
+    def add_point(self, x: float, y: float, positive: bool, size: tuple[int, int], timeout_s: float) -> str:
         """Add a point to the camera's object.
 
         Args:
             x, y: pixels of the image of `size` (height, width).
+            timeout_s: age at which earlier points expire; 0 keeps them.
 
         Returns:
-            A warning when the point has no effect yet, else "".
+            A warning when the point has no effect yet, or dropped others, else "".
 
         Raises:
             ValueError: outside of the image, not finite, or too many points.
         """
         check_points([[x, y]], [1], size)
         with self._lock:
+            warnings = self._forget_gone(size, timeout_s)
             if len(self._points) >= MAX_POINTS:
                 raise ValueError(
                     f"points: expected at most {MAX_POINTS} for one object, got one more; call clear_prompts first"
@@ -62,14 +65,18 @@ class CameraPrompts:
             self._points.append(_Point(x, y, int(positive)))
             self._points_since = self._clock()
             if not any(p.label for p in self._points):
-                return f"negative point ({x:g}, {y:g}) has no effect before a positive point (z >= 0) comes"
-            return ""
+                warnings.append(f"negative point ({x:g}, {y:g}) has no effect before a positive point (z >= 0) comes")
+            return "; ".join(warnings)
 
-    def set_boxes(self, boxes: Any, size: tuple[int, int]) -> None:
+    def set_boxes(self, boxes: Any, size: tuple[int, int], timeout_s: float) -> str:
         """Replace all boxes; none clears them.
 
         Args:
             boxes: (M, 4) xyxy in pixels of the image of `size` (height, width).
+            timeout_s: as of `add_point`.
+
+        Returns:
+            A warning when prompts of another resolution were dropped, else "".
 
         Raises:
             ValueError: a box that is empty or does not touch the image, or too many boxes.
@@ -78,8 +85,11 @@ class CameraPrompts:
             raise ValueError(f"boxes: expected at most {MAX_BOXES}, got {len(boxes)}")
         checked = check_boxes(boxes, size) if len(boxes) else np.zeros((0, 4), np.float32)
         with self._lock:
+            self._boxes = []
+            warnings = self._forget_gone(size, timeout_s)
             self._boxes = [tuple(b) for b in checked.tolist()]
             self._boxes_since = self._clock()
+            return "; ".join(warnings)
 
     def clear(self) -> tuple[int, int]:
         """Forget everything; (points, boxes) that were held."""
@@ -102,27 +112,8 @@ class CameraPrompts:
         Returns:
             Arguments for `Pipeline.decode` (empty: everything mode), and one text for each dropped prompt.
         """
-        warnings: list[str] = []
-        height, width = size
-        now = self._clock()
         with self._lock:
-            if timeout_s > 0:
-                if now - self._points_since > timeout_s:
-                    self._points = []
-                if now - self._boxes_since > timeout_s:
-                    self._boxes = []
-            inside = [p for p in self._points if p.x < width and p.y < height]
-            warnings += [
-                f"point ({p.x:g}, {p.y:g}) dropped: the image is {width}x{height} now"
-                for p in self._points if p not in inside
-            ]
-            self._points = inside
-            touching = [b for b in self._boxes if b[0] < width and b[1] < height]
-            warnings += [
-                f"box ({b[0]:g}, {b[1]:g}, {b[2]:g}, {b[3]:g}) dropped: the image is {width}x{height} now"
-                for b in self._boxes if b not in touching
-            ]
-            self._boxes = touching
+            warnings = self._forget_gone(size, timeout_s)
             arguments: dict[str, Any] = {}
             if any(p.label for p in self._points):
                 arguments["points"] = np.array([(p.x, p.y) for p in self._points], np.float32)
@@ -130,3 +121,18 @@ class CameraPrompts:
             if self._boxes:
                 arguments["boxes"] = np.array(self._boxes, np.float32)
             return arguments, warnings
+
+    def _forget_gone(self, size: tuple[int, int], timeout_s: float) -> list[str]:
+        """Forget what expired and, with a text each, what was for an image of another size than (height, width)."""
+        now = self._clock()
+        if timeout_s > 0:
+            if now - self._points_since > timeout_s:
+                self._points = []
+            if now - self._boxes_since > timeout_s:
+                self._boxes = []
+        gone: list[str] = []
+        if size != self._size:
+            gone = [f"point ({p.x:g}, {p.y:g})" for p in self._points]
+            gone += ["box ({:g}, {:g}, {:g}, {:g})".format(*box) for box in self._boxes]
+            self._points, self._boxes, self._size = [], [], size
+        return [f"{prompt} dropped: the image is {size[1]}x{size[0]} now" for prompt in gone]

@@ -75,8 +75,9 @@ def mismatch(node: Node, topic: str, profile: QoSProfile, policy_kind: Any) -> s
     requested = _policy_text(profile, policy)
     offered = sorted({_policy_text(info.qos_profile, policy) for info in node.get_publishers_info_by_topic(topic)})
     mend = _MENDING_VALUE.get(policy)
+    shorter = f"-p input_reliability:={mend} or " if policy == "reliability" else ""
     cure = (
-        f"start the node with: -p qos_overrides.{topic}.subscription.{policy}:={mend}"
+        f"start the node with: {shorter}-p qos_overrides.{topic}.subscription.{policy}:={mend}"
         if mend
         else f"make the publisher offer at least the {policy} that the node requests"
     )

@@ -40,13 +40,18 @@ class NewestFrames:
         self._is_closed = False
         self._condition = threading.Condition()
 
-    def put(self, frame: Frame) -> bool:
-        """Store `frame`; True when an older one that nobody took was replaced."""
+    def put(self, frame: Frame) -> str:
+        """Store `frame`; why a frame was lost by that, as the ledger counts it, "" where none was.
+
+        "overwritten": an older one that nobody took made room. "disabled": this one, nobody takes any more.
+        """
         with self._condition:
+            if self._is_closed:
+                return "disabled"
             replaced = frame.camera in self._slots
             self._slots[frame.camera] = frame
             self._condition.notify()
-            return replaced
+            return "overwritten" if replaced else ""
 
     def take(self) -> Frame | None:
         """Wait for a frame; the camera served last comes last. None when closed."""
