@@ -15,6 +15,8 @@ SAME = 0.4
 """Masks of one object overlap by more than this (IoU)."""
 GRID = 120
 """Masks are compared on a grid with at least this many points along the short side of an image that has so many."""
+THIN = 2
+"""Masks thinner than this many points of the grid, on average, count wherever they touch it."""
 LOST = 15
 """Frames for which an object that is not seen is remembered."""
 MOST = 512
@@ -96,12 +98,19 @@ class IdKeeper:
 
 
 def _coarse(instances: Instances, extents: Indices, step: int) -> BoolArray:
-    """Every `step`-th pixel of every `step`-th row of each mask, within its `extents` (K, 4): (K, P)."""
+    """Every `step`-th pixel of every `step`-th row of each mask, within its `extents` (K, 4): (K, P).
+
+    Of a thin mask, which such pixels may miss, all cells of `step` x `step` pixels that it touches.
+    """
     height, width = (-(-side // step) for side in instances.size)
     coarse = np.zeros((len(instances), height, width), np.bool_)
     # most of a mask is empty
     for mask, whole, (x1, y1, x2, y2) in zip(coarse, instances.masks, extents.tolist()):
-        mask[y1:y2, x1:x2] = whole[y1 * step : y2 * step : step, x1 * step : x2 * step : step]
+        cells, pixels = mask[y1:y2, x1:x2], whole[y1 * step : y2 * step, x1 * step : x2 * step]
+        cells[:] = pixels[::step, ::step]
+        if pixels.size and np.count_nonzero(cells) < THIN * max(cells.shape):
+            rows, columns = (np.arange(0, side, step) for side in pixels.shape)
+            cells[:] = np.logical_or.reduceat(np.logical_or.reduceat(pixels, rows, 0), columns, 1)
     return coarse.reshape(len(coarse), height * width)
 
 

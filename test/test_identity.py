@@ -47,6 +47,20 @@ def test_ids_follow_objects_that_move_and_not_their_rank() -> None:
         assert ids(keeper, *boxes) == ([2, 1] if step % 2 else [1, 2])
 
 
+@pytest.mark.parametrize("wide", [1, 4, 6])
+def test_a_thin_object_of_a_large_image_keeps_its_id_wherever_it_stands(wide: int) -> None:
+    for x in (900, 901, 905, 908, 1920 - wide):
+        keeper = IdKeeper()
+        pole = (x, 300, x + wide, 800)
+        assert [ids(keeper, pole, size=(1080, 1920)) for _ in range(3)] == [[1]] * 3
+
+
+def test_a_thin_object_keeps_its_id_while_it_moves_to_where_it_is_sampled_and_on() -> None:
+    keeper = IdKeeper()
+    for x in range(899, 912):
+        assert ids(keeper, (x, 300, x + 6, 800), size=(1080, 1920)) == [1]
+
+
 def test_nothing_but_ids_changes() -> None:
     keeper = IdKeeper()
     keeper.update(seen(RIGHT))
