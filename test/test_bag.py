@@ -509,6 +509,59 @@ def test_nothing_is_left_of_a_bag_that_failed(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_what_came_before_a_bag_breaks_off_stays(storage, tmp_path, capsys, monkeypatch):
+    """Whatever its reader raises: a chunk that does not decompress, a page of the data base that is torn."""
+    class Torn(Exception):
+        pass
+
+    def messages(self, connections=()):
+        for number, found in enumerate(whole(self, connections)):
+            if number == 5:
+                raise Torn("page 7")
+            yield found
+
+    source = write_bag(tmp_path / "drive", drive(), storage)
+    whole = AnyReader.messages
+    monkeypatch.setattr(AnyReader, "messages", messages)
+    assert bag(source, "--out", tmp_path / "out", "--results-only") == 1
+    monkeypatch.undo()
+    said = capsys.readouterr()
+    assert f"glesam bag: {source} breaks off, it is damaged: Torn: page 7" in said.err and "stopped early" in said.out
+    assert len(read(tmp_path / "out")["/glesam/masks"]) == 3  # of four good ones
+
+
+@pytest.mark.parametrize("damage", [slice(300, 400), slice(-400, -300)], ids=["begin", "end"])
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_damaged_bag_ends_in_one_line(storage, damage, tmp_path, capsys):
+    source = write_bag(tmp_path / "drive", drive(), storage)
+    file, = (path for path in source.iterdir() if path.suffix in (".mcap", ".db3"))
+    data = bytearray(file.read_bytes())
+    data[damage] = bytes(range(155, 255))
+    file.write_bytes(data)
+    code = bag(source, "--out", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert code == 0 or "cannot be read as a bag" in said or "breaks off" in said
+
+
+@pytest.mark.parametrize(("namespace", "topic"), [("/", "/masks"), ("//a/b_1/", "/a/b_1/masks")])
+def test_namespaces_are_those_of_ros(namespace, topic, tmp_path):
+    source = write_bag(tmp_path / "drive", drive()[:2])
+    for out in ("one", "two"):  # the second time without its own results of the first
+        assert bag(source, "--out", tmp_path / out, "--namespace", namespace) == 0
+        source = tmp_path / out
+        found = read(source)
+        assert topic in found and not [name for name in found if "//" in name or name.endswith("/masks/masks")]
+
+
+@pytest.mark.parametrize("namespace", ["my results", "/1st", "a//b", "a-b"])
+def test_a_namespace_that_ros_would_refuse_is_refused(namespace, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bag(tmp_path, "--out", tmp_path / "out", "--namespace", namespace)
+    assert stop.value.code == 2
+    assert "--namespace" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--out", "o"], ["a", "--from-images", "b", "--out", "o"]])
 def test_either_a_bag_or_pictures(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from glesam_ros.validation import UInt8Array
 
 SETTINGS = (*MODEL_SETTINGS, "semantic", "restorer", *SELECTION_SETTINGS, "overlay_alpha")
+NAMESPACE = re.compile(r"[A-Za-z_]\w*(/[A-Za-z_]\w*)*", re.ASCII)
+"""Names that ROS takes, joined by /."""
 NAMED_FRAMES = 5
 """So many bad frames are named for each reason; all are counted."""
 
@@ -55,7 +58,8 @@ with --restorer:
   /glesam/enhanced    sensor_msgs/Image rgb8, the picture restored
 with several cameras /glesam/<image topic>/masks and so on.
 Play it with `ros2 bag play drive_masks`, or open it in Foxglove.
-Bad frames are named and counted by reason; exit code 1 only when no frame could be used."""
+Bad frames are named and counted by reason; exit code 1 only when no frame could be used, or where the bag breaks off:
+what came before that stays."""
 
 
 def add_parser(commands: Any) -> None:
@@ -110,7 +114,13 @@ def run(args: argparse.Namespace) -> int:
 def _segment_bag(args: argparse.Namespace) -> int:
     from glesam_ros.cli.bagfile import ResultWriter, new_bag, open_bag
 
-    namespace = "/" + args.namespace.strip("/")
+    below = args.namespace.strip("/")
+    if below and not NAMESPACE.fullmatch(below):
+        args.usage_error(
+            f"--namespace {args.namespace!r}: expected names of letters, digits and _ that begin with no digit, "
+            "joined by /"
+        )
+    namespace = f"/{below}" if below else ""
     offered = dict(RESULTS)
     for option, added in (("semantic", SEMANTIC_RESULTS), ("restorer", RESTORER_RESULTS)):
         if getattr(args, option) != OFF:
@@ -139,11 +149,11 @@ def _segment_bag(args: argparse.Namespace) -> int:
             results = ResultWriter(
                 writer, pipeline, topics, source.types, namespace, args.result or tuple(offered), segmenter, restorer
             )
-            stopped = _go_through(source, results, topics, {(c.id, id(c.owner)) for c in copied}, copy)
+            code = _go_through(source, results, topics, {(c.id, id(c.owner)) for c in copied}, copy)
         for model in (pipeline, segmenter, restorer):
             if model is not None:
                 model.close()
-    return _report(args.out, topics, results, stopped)
+    return _report(args.out, topics, results, code)
 
 
 def _open_beside(args: argparse.Namespace) -> tuple[SemanticSegmenter | None, Restorer | None]:
@@ -159,9 +169,11 @@ def _open_beside(args: argparse.Namespace) -> tuple[SemanticSegmenter | None, Re
     return segmenter, restorer
 
 
-def _go_through(source: BagSource, results: ResultWriter, topics: list[str], copied: set[Any], copy: Any) -> bool:
-    """Copy and segment; answers whether the user stopped it, what is done until then stays."""
+def _go_through(source: BagSource, results: ResultWriter, topics: list[str], copied: set[Any], copy: Any) -> int:
+    """Copy and segment; the exit code: 130 where the user stopped it, 1 where the bag breaks off."""
     from tqdm import tqdm
+
+    from glesam_ros.cli.bagfile import BagBreaksOff
 
     named: Counter[str] = Counter()
     total = sum(c.msgcount for c in source.connections if copied or c.topic in topics)
@@ -181,11 +193,14 @@ def _go_through(source: BagSource, results: ResultWriter, topics: list[str], cop
                             )
                 bar.update()
         except KeyboardInterrupt:
-            return True
-    return False
+            return 130
+        except BagBreaksOff as error:
+            tqdm.write(f"glesam bag: {error}", file=sys.stderr)
+            return 1
+    return 0
 
 
-def _report(out: Path, topics: list[str], results: ResultWriter, stopped: bool) -> int:
+def _report(out: Path, topics: list[str], results: ResultWriter, code: int) -> int:
     import numpy as np
 
     tally = results.tally
@@ -196,10 +211,10 @@ def _report(out: Path, topics: list[str], results: ResultWriter, stopped: bool) 
     bad = ", ".join(f"{reason} {count}" for reason, count in sorted(tally.bad.items()))
     print(
         f"{len(tally.seconds)} of {tally.frames} frames of {', '.join(topics)}, {tally.instances} instances{speed}; "
-        f"bad frames: {bad or 'none'}; {'stopped early, ' if stopped else ''}bag in {out}"
+        f"bad frames: {bad or 'none'}; {'stopped early, ' if code else ''}bag in {out}"
     )
-    if stopped:
-        return 130
+    if code:
+        return code
     if not tally.seconds:
         raise CommandError("no frame could be used")
     return 0

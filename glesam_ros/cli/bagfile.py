@@ -107,6 +107,10 @@ def new_bag(path: Path, storage: str, distro: str) -> Iterator[Writer]:
         raise
 
 
+class BagBreaksOff(CommandError):
+    """A bag whose rest cannot be read."""
+
+
 class Frame(NamedTuple):
     """One message of a bag.
 
@@ -136,8 +140,10 @@ def open_bag(path: Path, distro: str) -> Iterator[BagSource]:
     """
     types = message_types(distro)
     with contextlib.ExitStack() as stack:
-        with _as_command_error(path):
+        try:
             reader = stack.enter_context(AnyReader([path], default_typestore=types))
+        except Exception as error:  # each storage and compression raises its own
+            raise CommandError(f"{path}: cannot be read as a bag: {_named(error)}") from error
         yield BagSource(path, reader, types)
 
 
@@ -184,8 +190,9 @@ class BagSource:
             return list(dict.fromkeys(wanted)), []
         chosen, notes = [], []
         for topic in sorted(images):
-            if topic.startswith(namespace + "/"):
-                notes.append(f"{topic}: left out, it is under {namespace}, where results go; --topic takes it anyway")
+            if topic.startswith(namespace + "/") if namespace else topic[1:] in ALL_RESULTS:
+                where = f"it is under {namespace}, where results go" if namespace else "results have that name"
+                notes.append(f"{topic}: left out, {where}; --topic takes it anyway")
             elif topic.endswith("/compressed") and topic[: -len("/compressed")] in images:
                 notes.append(f"{topic}: left out, the raw pictures of this camera are taken; --topic takes it anyway")
             elif (encoding := self._first_encoding(topic, images[topic])) in NOT_A_PICTURE:
@@ -200,16 +207,10 @@ class BagSource:
         """Messages in the order of recording, with connection and raw data; images of `topics` are read.
 
         Raises:
-            CommandError: the bag breaks off.
+            BagBreaksOff: the rest of it cannot be read.
         """
         connections = [c for c in self.connections if copy_all or c.topic in topics]
-        messages = self.reader.messages(connections=connections)
-        while True:
-            with _as_command_error(self.path):
-                found = next(messages, None)
-            if found is None:
-                return
-            connection, log_time, raw = found
+        for connection, log_time, raw in self._messages(connections):
             message, error = None, None
             if connection.topic in topics:
                 try:
@@ -237,9 +238,20 @@ class BagSource:
         """Whether the type of the connection is defined, in the bag or in the distribution."""
         return connection.msgtype in self.reader.typestore.fielddefs
 
+    def _messages(self, connections: Sequence[Connection]) -> Iterator[tuple[Connection, int, bytes]]:
+        messages = self.reader.messages(connections=connections)
+        while True:
+            try:
+                found = next(messages, None)
+            except Exception as error:  # each storage and compression raises its own
+                raise BagBreaksOff(f"{self.path} breaks off, it is damaged: {_named(error)}") from error
+            if found is None:
+                return
+            yield found
+
     def _first_encoding(self, topic: str, kind: str) -> str:
         connections = [c for c in self.connections if c.topic == topic]
-        for _, _, raw in self.reader.messages(connections=connections):
+        for _, _, raw in self._messages(connections):
             try:
                 message: Any = self.reader.deserialize(raw, kind)
             except UNREADABLE:
@@ -485,9 +497,5 @@ def write_pictures(
     return count
 
 
-@contextlib.contextmanager
-def _as_command_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (AnyReaderError, OSError, EOFError) as error:
-        raise CommandError(f"{path}: cannot be read as a bag: {error}") from error
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
