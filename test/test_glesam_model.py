@@ -22,10 +22,11 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from glesam_ros import load_pipeline  # noqa: E402
+from glesam_ros import Pipeline, Settings, load_pipeline  # noqa: E402
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.models import Budget, OutOfMemory, load_model, model_names  # noqa: E402
 from glesam_ros.models.glesam import catalogue, sam, sam2  # noqa: E402
+from glesam_ros.models.glesam import model as models  # noqa: E402
 from glesam_ros.models.glesam import runtime as runtimes  # noqa: E402
 from glesam_ros.models.glesam.base import BaseModel, Features  # noqa: E402
 from glesam_ros.models.glesam.enhancer import Enhancer, EnhancerConfig, SmallEnhancer, save_enhancer  # noqa: E402
@@ -221,6 +222,29 @@ def test_other_errors_pass_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="shapes do not fit") as raised:
         runtime.encode(picture(), 256)
     assert not isinstance(raised.value, OutOfMemory)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "prompts"),
+    [(torch, "count_nonzero", {}), (models, "_best", {"points": [[40, 50]]})],
+    ids=["everything mode", "a point"],
+)
+def test_lack_of_memory_between_the_stages_costs_a_rung_and_not_the_frame(
+    module: Any, name: str, prompts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = on_cpu()
+    pipe = Pipeline(GlesamModel("tiny", runtime, runtime._base, False), Settings(**{**EASY, "enhancement": "off"}))
+    own, calls = getattr(module, name), []
+
+    def lacks_once(*inputs: Any) -> Any:
+        calls.append(len(inputs))
+        if len(calls) == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 48 MiB")
+        return own(*inputs)
+
+    monkeypatch.setattr(module, name, lacks_once)
+    assert len(pipe.segment(picture(), **prompts)) >= 1 and len(calls) > 1
+    assert pipe.memory.failures == 1 and pipe.memory.now.batch == 32
 
 
 # ---- runtime

@@ -17,7 +17,7 @@ from glesam_ros.models.base import Budget, Candidates, Embedding
 from glesam_ros.models.glesam import catalogue, everything
 from glesam_ros.models.glesam.base import LOGIT_STRIDE, SIDE_MULTIPLE, STRIDE, BaseModel, Features
 from glesam_ros.models.glesam.enhancer import Enhancer, SmallEnhancer, load_config, load_enhancer
-from glesam_ros.models.glesam.runtime import Runtime, TorchRuntime, choose_device, choose_precision
+from glesam_ros.models.glesam.runtime import Runtime, TorchRuntime, choose_device, choose_precision, memory_errors
 from glesam_ros.models.glesam.weights import decoder_state, load_exactly, read_tensors
 from glesam_ros.models.nano import Nano
 from glesam_ros.validation import FloatArray, UInt8Array
@@ -41,6 +41,9 @@ class GlesamModel:
 
     A base without an enhancer restores nothing: `enhance` returns the embedding as it came, `enhanced` False.
 
+    Lack of memory is OutOfMemory anywhere in `encode`, `enhance`, `propose` and `prompt`: also between the runtime's
+    stages, where masks are compared, picked and brought to the host.
+
     Args:
         name: as in `glesam_ros.models.glesam.catalogue`.
         runtime: executes base and enhancer.
@@ -57,6 +60,7 @@ class GlesamModel:
         if not enhances:
             _LOG.info("%s has no enhancer: enhancement changes nothing; add +glesam to its name for one", name)
 
+    @memory_errors
     def encode(self, image: UInt8Array, budget: Budget) -> Embedding:
         """Embed an image.
 
@@ -73,6 +77,7 @@ class GlesamModel:
             extra["image"] = image.copy()
         return Embedding(features.latent, size, level, extra=extra)
 
+    @memory_errors
     def enhance(self, embedding: Embedding) -> Embedding:
         """Restore the latent; without an enhancer the embedding as it came."""
         if not self._enhances:
@@ -81,6 +86,7 @@ class GlesamModel:
         extra = {**embedding.extra, "features": features}
         return dataclasses.replace(embedding, latent=features.latent, enhanced=True, extra=extra)
 
+    @memory_errors
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
         """Everything mode, see `glesam_ros.models.glesam.everything`.
 
@@ -103,6 +109,7 @@ class GlesamModel:
             self._runtime, self._base, embed, embedding.size, score_threshold, limit, budget
         )
 
+    @memory_errors
     def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:
         """One mask for each object.
 
