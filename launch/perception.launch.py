@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ament_index_python.packages import PackageNotFoundError, get_package_prefix, get_package_share_directory
 from launch import Action, LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction, TimerAction
@@ -25,6 +27,8 @@ CONFIG = Path(get_package_share_directory("glesam_ros")) / "config"
 
 MIRRORED = ("model", "device", "precision", "semantic", "restorer", "cameras", "compressed", "autostart")
 """Arguments that set a parameter of the node, when they are given; else params_file decides."""
+WIRED = ("cameras", "compressed")
+"""Parameters of the node that topics, demo camera and views depend on, wherever they are set."""
 YES_NO = ("true", "false")
 OR_NOT = f"{' or '.join(YES_NO)}, in any case."
 
@@ -74,7 +78,8 @@ def _start(context: LaunchContext) -> list[Action]:
     base = make_namespace_absolute(
         prefix_namespace(context.launch_configurations.get("ros_namespace"), given["namespace"])
     )
-    cameras = changes.get("cameras", [""])
+    wired = {**_of_file(given["params_file"], f"{base.rstrip('/')}/{NODE_NAME}"), **changes}
+    cameras = wired.get("cameras", list(settings.default("cameras")))
     topics = _topics(given["image_topic"], given["image_topics"], cameras)
     respawn = {"respawn": True, "respawn_delay": RESPAWN_DELAY_S} if asked["respawn"] else {}
 
@@ -97,9 +102,9 @@ def _start(context: LaunchContext) -> list[Action]:
             Node(
                 package="glesam_ros",
                 executable="demo_camera",
-                name=f"demo_camera_{camera}".rstrip("_"),
+                name="_".join(part for part in ("demo_camera", *camera.split("/")) if part),
                 namespace=base,
-                parameters=[{"compressed": changes.get("compressed", settings.default("compressed")), **clock}],
+                parameters=[{"compressed": wired.get("compressed", settings.default("compressed")), **clock}],
                 remappings=_remappings("", topics.get(camera) or (f"{camera}/image" if camera else "image")),
                 output="screen",
                 emulate_tty=True,
@@ -139,6 +144,36 @@ def _value(name: str, text: str) -> str | bool | list[str]:
         value = [part.strip() for part in text.split(",")]
     settings.check_value(name, value)
     return value
+
+
+def _of_file(path: str, node: str) -> dict[str, Any]:
+    """What the parameter file `path` has of `WIRED` for `node`, its full name; the last value counts, as for the node.
+
+    Raises:
+        ValueError: no such file, no YAML, or a value that the node would refuse.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"params_file: expected a YAML file of parameters, cannot read {path}: {error}") from error
+    found: dict[str, Any] = {}
+
+    def search(tree: Any, tokens: list[str]) -> None:
+        for key, below in tree.items() if isinstance(tree, dict) else ():
+            if key != "ros__parameters":
+                search(below, tokens + str(key).strip("/").split("/"))
+            elif isinstance(below, dict) and re.fullmatch("".join(map(_pattern, tokens)), node):
+                found.update({name: below[name] for name in WIRED if name in below})
+
+    search(content, [])
+    for name, value in found.items():
+        settings.check_value(name, value)
+    return found
+
+
+def _pattern(token: str) -> str:
+    """One part of a node's name in a parameter file as a regular expression: * is any one part, ** any number."""
+    return {"*": "/[^/]+", "**": "(/[^/]+)*"}.get(token, "/" + re.escape(token))
 
 
 def _some(parameters: dict[str, Any]) -> list[dict[str, Any]]:

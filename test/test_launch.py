@@ -20,6 +20,7 @@ from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH_FILE = ROOT / "launch/perception.launch.py"
 SQUARE = (20, 20, 60, 60)
+DEMO = {"demo_camera": "true"}
 RUNNER = """
 import sys
 from launch import LaunchDescription, LaunchService
@@ -151,6 +152,23 @@ def test_arguments_win_over_params_file_and_the_rest_of_it_counts(launched, tmp_
     client.publisher(CompressedImage, "/launch_file_camera/image_raw/compressed")
 
 
+@pytest.mark.parametrize("key", ["/**", "/launch_file/perception", "/launch_file/*"])
+def test_cameras_and_compressed_of_the_params_file_wire_topics_and_demo_camera(launched, tmp_path, key):
+    file = tmp_path / "my.yaml"
+    file.write_text(
+        f"{key}:\n  ros__parameters:\n    cameras: [left, arm/wrist]\n    compressed: true\n"
+        "/elsewhere/perception:\n  ros__parameters:\n    cameras: [other]\n"
+    )
+    client = launched("launch_file", params_file=str(file), image_topics="/launch_l/image,/launch_r/image", **DEMO)
+    client.wait_state("active")
+    for camera, topic in (("left", "/launch_l"), ("arm/wrist", "/launch_r")):
+        masks = client.subscribe(Image, f"{camera}/masks")
+        wait_for(lambda inbox=masks: inbox.messages, f"masks of {camera}")
+        kinds = dict(client.node.get_topic_names_and_types())
+        assert kinds[f"{topic}/image/compressed"] == ["sensor_msgs/msg/CompressedImage"]
+    assert {"demo_camera_left", "demo_camera_arm_wrist"} <= set(client.node.get_node_names())
+
+
 def test_autostart_off_waits_and_use_sim_time_is_passed_on(launched):
     client = launched("launch_wait", autostart="false", use_sim_time="true")
     client.wait_state("unconfigured")
@@ -262,6 +280,7 @@ def test_respawn_brings_the_node_back(launched):
         ({"device": "tpu"}, "device: expected one of auto, cpu, cuda, tensorrt; got 'tpu'"),
         ({"compressed": "perhaps"}, "compressed: expected true or false, got 'perhaps'"),
         ({"use_sim_time": "1"}, "use_sim_time: expected true or false, got '1'"),
+        ({"params_file": "nowhere.yaml"}, "params_file: expected a YAML file of parameters, cannot read nowhere.yaml"),
         ({"rviz": "maybe"}, "rviz: expected true or false, got 'maybe'"),
     ],
 )
