@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlparse
 
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
+
+from glesam_ros.labelled import read_pixels
+from glesam_ros.validation import BoolArray
 
 CAMVID_VOID = 11
 """Class of CamVid that is no thing."""
@@ -20,6 +26,21 @@ LQSEG_FORMAT = 1
 """Version of the layout that `glesam lqseg build` writes."""
 LQSEG_INFO = "dataset.json"
 LQSEG_MANIFEST = "manifest.jsonl"
+MAX_NAME = 240
+"""Bytes of a picture's name in a COCO file; file systems allow 255, and `glesam lqseg build` adds to it."""
+_SKIPPED = "`glesam lqseg build` names what is malformed and leaves it out"
+
+
+class Malformed(ValueError):
+    """A picture or an annotation that cannot be used.
+
+    Attributes:
+        kind: short name of what is wrong, the same for all faults of a kind.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -55,8 +76,8 @@ class StoredPhotograph:
     alternatives: bool
 
     def read(self) -> Photograph:
-        """Raises FileNotFoundError when a file is missing or no picture."""
-        layers = [_read(path, cv2.IMREAD_UNCHANGED).astype(np.int16) for path in self.layers]
+        """Raises FileNotFoundError when a file is missing or no whole picture."""
+        layers = [read_pixels(path, cv2.IMREAD_UNCHANGED).astype(np.int16) for path in self.layers]
         return Photograph(self.name, read_rgb(self.image), layers, self.alternatives)
 
 
@@ -77,44 +98,76 @@ class LqsegPair:
 
 
 def load_coco(folder: Path, split: str) -> list[Photograph]:
-    """Photographs of `<folder>/<split>.json` (COCO instances) with their non-crowd instances.
+    """Photographs of `<folder>/<split>.json` (COCO or LVIS instances) with their non-crowd instances.
 
     Raises:
-        FileNotFoundError: the annotation file or an image is missing.
+        FileNotFoundError: the annotation file or an image is missing, or the image is no whole picture.
+        ValueError: the file is no such JSON, or an entry is malformed; names file and entry.
     """
-    document = json.loads((folder / f"{split}.json").read_text())
-    by_image: dict[int, list[dict[str, Any]]] = {}
-    for annotation in document["annotations"]:
+    path = folder / f"{split}.json"
+    document = parse_coco(path.read_bytes(), path)
+    by_image: dict[int | str, list[tuple[Any, Any]]] = {}
+    for position, annotation in enumerate(_entries(document, "annotations", "image_id", path)):
         if not annotation.get("iscrowd"):
-            by_image.setdefault(annotation["image_id"], []).append(annotation)
+            named = annotation.get("id", f"annotations[{position}]"), annotation.get("segmentation")
+            by_image.setdefault(annotation["image_id"], []).append(named)
     photographs = []
-    for entry in document["images"]:
-        image = read_rgb(folder / "images" / entry["file_name"])
+    for entry in _entries(document, "images", "id", path):
+        try:
+            name, file = str(coco_name(entry)), coco_picture(folder / "images", entry)
+        except Malformed as error:
+            raise ValueError(f"{path}, image {entry['id']}: {error}; {_SKIPPED}") from error
+        image = read_rgb(file)
         h, w = image.shape[:2]
         layers: list[np.ndarray[Any, Any]] = []
-        for number, annotation in enumerate(by_image.get(entry["id"], []), 1):
-            mask = decode_segmentation(annotation["segmentation"], h, w)
+        for number, (identity, segmentation) in enumerate(by_image.get(entry["id"], []), 1):
+            try:
+                mask = decode_segmentation(segmentation, h, w)
+            except Malformed as error:
+                raise ValueError(f"{path}, annotation {identity}: {error}; {_SKIPPED}") from error
             layer = next((item for item in layers if not item[mask].any()), None)
             if layer is None:
                 layer = np.zeros((h, w), np.int16)
                 layers.append(layer)
             layer[mask] = number
         if layers:
-            photographs.append(Photograph(entry["file_name"], image, layers, False))
+            photographs.append(Photograph(name, image, layers, False))
     return photographs
+
+
+def _entries(document: dict[str, Any], what: str, key: str, path: Path) -> list[dict[str, Any]]:
+    """The list `what` of a COCO file, whose entries have the id of a picture as `key`. Raises ValueError else."""
+    for position, entry in enumerate(document[what]):
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), (int, str)):
+            raise ValueError(
+                f"{path}, {what}[{position}]: expected an object with {key}, a number or a text; {_SKIPPED}"
+            )
+    return list(document[what])
 
 
 def load_bsds(folder: Path, split: str) -> list[Photograph]:
     """Photographs of `<folder>/<split>.txt` with one label map for each annotator.
 
     Raises:
-        FileNotFoundError: the list or an image is missing.
+        FileNotFoundError: the list, an image or all label maps of one are missing.
+        ValueError: a label map is of another size than its image.
     """
     photographs = []
     for name in (folder / f"{split}.txt").read_text().split():
+        image = read_rgb(folder / "images" / f"{name}.jpg")
         paths = sorted((folder / "regions").glob(f"{name}_*.png"))
-        layers = [_read(p, cv2.IMREAD_UNCHANGED).astype(np.int16) for p in paths]
-        photographs.append(Photograph(name, read_rgb(folder / "images" / f"{name}.jpg"), layers, True))
+        if not paths:
+            raise FileNotFoundError(
+                f"expected label maps of {name} at {folder / 'regions' / name}_*.png, found none; add them, or take "
+                f"{name} out of {folder / split}.txt"
+            )
+        layers = [read_pixels(p, cv2.IMREAD_UNCHANGED).astype(np.int16) for p in paths]
+        for path, layer in zip(paths, layers):
+            if layer.shape != image.shape[:2]:
+                raise ValueError(
+                    f"{path}: expected (height, width) {image.shape[:2]} of its picture, got {layer.shape}"
+                )
+        photographs.append(Photograph(name, image, layers, True))
     return photographs
 
 
@@ -126,7 +179,7 @@ def load_camvid(folder: Path, split: str) -> list[Photograph]:
     """
     photographs = []
     for name in (folder / f"{split}.txt").read_text().split():
-        classes = _read(folder / "labels" / f"{name}.png", cv2.IMREAD_UNCHANGED)
+        classes = read_pixels(folder / "labels" / f"{name}.png", cv2.IMREAD_UNCHANGED)
         layer = np.zeros(classes.shape[:2], np.int16)
         regions = 0
         for value in np.unique(classes[classes != CAMVID_VOID]):
@@ -208,27 +261,149 @@ def read_lqseg_info(folder: Path) -> dict[str, Any]:
 
 
 def read_rgb(path: Path) -> np.ndarray[Any, Any]:
-    """(H, W, 3) uint8 RGB. Raises FileNotFoundError when the file is missing or no picture."""
-    return np.asarray(cv2.cvtColor(_read(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB))
+    """(H, W, 3) uint8 RGB. Raises FileNotFoundError when the file is missing or no whole picture."""
+    return np.asarray(cv2.cvtColor(read_pixels(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB))
 
 
-def _read(path: Path, flags: int) -> np.ndarray[Any, Any]:
-    image = cv2.imread(str(path), flags)
-    if image is None:
-        raise FileNotFoundError(f"expected a picture at {path}, found none that can be read")
-    return image
+def parse_coco(data: bytes, path: Path) -> dict[str, Any]:
+    """The document of a COCO or LVIS file, with its lists "images" and "annotations"; their entries are unchecked.
+
+    Args:
+        data: of the file.
+        path: for messages.
+
+    Raises:
+        ValueError: `data` is no such JSON.
+    """
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected COCO or LVIS JSON: {error}") from error
+    if not isinstance(document, dict) or not all(isinstance(document.get(k), list) for k in ("images", "annotations")):
+        raise ValueError(f'{path}: expected a COCO or LVIS JSON object with the lists "images" and "annotations"')
+    return document
 
 
-def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray[Any, Any]:
-    """COCO polygons or RLE -> (H, W) bool."""
+def coco_name(entry: dict[str, Any]) -> PurePosixPath:
+    """File name of an image of a COCO file; LVIS has only the address.
+
+    Raises:
+        Malformed: there is none, or none that can be a file below a folder.
+    """
+    name = entry.get("file_name")
+    if name is None and isinstance(entry.get("coco_url"), str):
+        name = _url_path(entry).name
+    if not isinstance(name, str) or not name:
+        raise Malformed("image_malformed", f"expected file_name or coco_url, got {name!r}")
+    # JSON can hold halves of characters, which no file name has
+    if re.search("[\0\ud800-\udfff]", name) or len(name.encode()) > MAX_NAME:
+        raise Malformed("image_malformed", f"expected a file_name of at most {MAX_NAME} bytes, got {name!r:.60}")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise Malformed("image_malformed", f"expected a file_name below the folder of pictures, got {name!r}")
+    return path
+
+
+def coco_picture(images: Path, entry: dict[str, Any]) -> Path:
+    """Path of an image of a COCO file, which need not be there. Raises as `coco_name`."""
+    path = images / coco_name(entry)
+    if entry.get("file_name") is None and not path.exists():  # COCO as downloaded: images/train2017/1.jpg
+        address = _url_path(entry)
+        return images / coco_name({"file_name": str(PurePosixPath(address.parent.name, address.name))})
+    return path
+
+
+def _url_path(entry: dict[str, Any]) -> PurePosixPath:
+    try:
+        return PurePosixPath(urlparse(entry["coco_url"]).path)
+    except ValueError as error:
+        raise Malformed("image_malformed", f"expected coco_url to be an address: {error}") from error
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> BoolArray:
+    """COCO polygons or RLE -> (H, W) bool, by pycocotools' rasterisation, which itself checks nothing.
+
+    Args:
+        segmentation: polygons [[x, y, ...], ...] in pixels, or RLE {"size", "counts"}, compressed or not.
+        height, width: of the picture.
+
+    Raises:
+        Malformed: it is neither, or does not fit such a picture.
+    """
+    size = height, width
+    if not segmentation:
+        raise Malformed("segmentation_empty", f"expected polygons or RLE, got {segmentation!r}")
     if isinstance(segmentation, list):
+        for polygon in segmentation:
+            _check_polygon(polygon, size)
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        rle = coco_mask.frPyObjects(segmentation, height, width)
+    elif isinstance(segmentation, dict):
+        _check_rle(segmentation, size)
+        uncompressed = isinstance(segmentation["counts"], list)
+        rle = coco_mask.frPyObjects(segmentation, height, width) if uncompressed else segmentation
     else:
-        rle = segmentation
-    return coco_mask.decode(rle).astype(bool)
+        raise Malformed("segmentation_malformed", f"expected polygons or RLE, got {type(segmentation).__name__}")
+    return np.asarray(coco_mask.decode(rle), np.bool_)
 
+
+def check_numbers(values: Any, what: str) -> list[float]:
+    """`values`, a list of finite numbers. Raises Malformed when it is not."""
+    if not isinstance(values, list) or not all(isinstance(v, (int, float)) and v is not True for v in values):
+        raise Malformed("segmentation_malformed", f"{what}: expected a list of numbers, got {str(values)[:60]}")
+    if not all(abs(v) <= sys.float_info.max for v in values):  # math.isfinite overflows with large integers
+        raise Malformed("not_finite", f"{what}: expected finite numbers, got {str(values)[:60]}")
+    return values
+
+
+def _check_polygon(polygon: Any, size: tuple[int, int]) -> None:
+    points = check_numbers(polygon, "polygon")
+    if len(points) % 2:
+        raise Malformed("polygon_odd", f"expected x, y pairs, got {len(points)} numbers")
+    if len(points) < 6:
+        raise Malformed("polygon_points", f"expected at least 3 points, got {len(points) // 2}")
+    for values, side in ((points[::2], size[1]), (points[1::2], size[0])):
+        if min(values) < -side or max(values) > 2 * side:  # far points also cost memory to rasterise
+            raise Malformed("polygon_outside", f"expected points near a picture of {size[1]}x{size[0]}")
+
+
+def _check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
+    if rle.get("size") != list(size):
+        raise Malformed("rle_size", f"expected size {list(size)} (height, width), got {rle.get('size')!r}")
+    counts = rle.get("counts")
+    try:
+        runs = rle_counts(counts) if isinstance(counts, (str, bytes)) else counts
+    except ValueError as error:
+        raise Malformed("rle_counts", f"expected compressed RLE counts: {error}") from error
+    if not isinstance(runs, list) or not all(isinstance(run, int) and run >= 0 for run in runs):
+        raise Malformed("rle_counts", f"expected run lengths of at least 0, got {str(counts)[:60]}")
+    if sum(runs) != size[0] * size[1]:
+        raise Malformed("rle_size", f"expected runs over {size[0] * size[1]} pixels, got {sum(runs)}")
+
+
+def rle_counts(text: str | bytes) -> list[int]:
+    """Run lengths of a compressed COCO RLE, unchecked: pycocotools trusts them, so they are looked at before.
+
+    Raises:
+        ValueError: not such a text.
+    """
+    data = text.encode("ascii") if isinstance(text, str) else text
+    counts: list[int] = []
+    value = shift = 0
+    for byte in data:
+        code = byte - 48
+        if not 0 <= code < 64:
+            raise ValueError(f"character {chr(byte)!r}")
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << shift
+        counts.append(value + counts[-2] if len(counts) > 2 else value)
+        value = shift = 0
+    if shift:
+        raise ValueError("cut short")
+    return counts
 
 def region_masks(photograph: Photograph, layer: int | None = None) -> np.ndarray[Any, Any]:
     """All regions as (R, H, W) bool; of one `layer` where the layers are alternatives."""

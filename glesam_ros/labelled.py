@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from glesam_ros.picture_files import SUFFIXES
+from glesam_ros.picture_files import SUFFIXES, is_cut_short
 from glesam_ros.validation import UInt8Array
 
 IGNORE = 255
@@ -113,12 +113,10 @@ class LabelledFolder:
 
         Raises:
             IndexError: there are not so many.
-            FileNotFoundError: a file is missing or no picture.
+            FileNotFoundError: a file is missing or no whole picture.
             ValueError: picture and labels differ in size, or there is a label that is no class and not ignored.
         """
-        image = cv2.imread(str(self.images[index]), cv2.IMREAD_COLOR)
-        if image is None:
-            raise FileNotFoundError(f"expected a picture at {self.images[index]}, found none that can be read")
+        image = read_pixels(self.images[index], cv2.IMREAD_COLOR)
         labels = self.labels(index)
         if labels.shape != image.shape[:2]:
             raise ValueError(
@@ -255,6 +253,26 @@ def read_class_list(root: Path, classes: Sequence[str] | None = None) -> ClassLi
     if len(found.classes) > IGNORE_16:
         raise ValueError(f"{root}: expected at most {IGNORE_16} classes, got {len(found.classes)}")
     return found
+
+
+def read_pixels(path: Path, flags: int) -> Labels:
+    """A picture file as OpenCV reads it with `flags` (cv2.IMREAD_...): (H, W, 3) uint8 BGR, or what is in the file.
+
+    Raises:
+        FileNotFoundError: the file is missing or no picture, or is cut short, which OpenCV reads with grey rows.
+    """
+    data = path.read_bytes() if path.is_file() else b""
+    if is_cut_short(data):
+        raise FileNotFoundError(
+            f"expected a whole picture at {path}, found one cut short after {len(data)} bytes; copy it again"
+        )
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    except cv2.error:
+        image = None
+    if image is None:
+        raise FileNotFoundError(f"expected a picture at {path}, found none that can be read")
+    return image
 
 
 def read_label_map(path: Path) -> Labels:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 
 pytest.importorskip("pycocotools", reason="readers need pycocotools; scripts/test.sh installs it")
 
-from glesam_ros.datasets import load_bsds, load_camvid, load_coco, region_masks  # noqa: E402
+from glesam_ros.datasets import load_bsds, load_camvid, load_coco, read_rgb, region_masks  # noqa: E402
+from glesam_ros.labelled import read_pixels  # noqa: E402
 
 
 def test_readers_agree_with_the_files(tmp_path: Path) -> None:
@@ -57,3 +60,91 @@ def test_camvid_regions_are_the_connected_parts_of_each_class(tmp_path: Path) ->
     (tmp_path / "test.txt").write_text("b\n")
     with pytest.raises(FileNotFoundError, match="b.png"):
         load_camvid(tmp_path, "test")
+
+
+SQUARE = [[5, 5, 15, 5, 15, 15, 5, 15]]
+
+
+def coco(folder: Path, annotation: dict[str, Any], image: dict[str, Any] | None = None) -> Path:
+    """A picture of 30 x 20, and a file with one annotation of it beside one of a square."""
+    (folder / "images").mkdir(exist_ok=True)
+    cv2.imwrite(str(folder / "images" / "a.png"), np.zeros((20, 30, 3), np.uint8))
+    square = {"id": 7, "image_id": 1, "segmentation": SQUARE}
+    images = [{"id": 1, **({"file_name": "a.png"} if image is None else image)}]
+    document = {"images": images, "annotations": [square, {**square, "id": 8, **annotation}]}
+    (folder / "train.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.mark.parametrize("segmentation, expected", [
+    ([], "expected polygons or RLE, got []"),
+    (None, "expected polygons or RLE, got None"),
+    ("polygon", "expected polygons or RLE, got str"),
+    ([[1, 1, 9]], "expected x, y pairs, got 3 numbers"),
+    ([[1, 1, 9, 9]], "expected at least 3 points, got 2"),
+    ([[1, 1, 9, 1, 5e7, 9]], "expected points near a picture of 30x20"),
+    ([[1, 1, 9, 1, 1e308, 9]], "expected points near a picture of 30x20"),
+    ([[1, 1, 9, 1, float("nan"), 9]], "polygon: expected finite numbers"),
+    ([[1, 1, 9, 1, 10**400, 9]], "polygon: expected finite numbers"),
+    ({"size": [30, 20], "counts": [0, 600]}, "expected size [20, 30] (height, width), got [30, 20]"),
+    ({"size": [20, 30], "counts": [0, 500]}, "expected runs over 600 pixels, got 500"),
+])
+def test_a_malformed_segmentation_is_named(tmp_path: Path, segmentation: Any, expected: str) -> None:
+    folder = coco(tmp_path, {"segmentation": segmentation})
+    with pytest.raises(ValueError, match=re.escape(f"train.json, annotation 8: {expected}")) as caught:
+        load_coco(folder, "train")
+    assert str(caught.value).endswith("; `glesam lqseg build` names what is malformed and leaves it out")
+
+
+def test_other_faults_of_a_coco_file_are_named(tmp_path: Path) -> None:
+    for annotation, image, expected in (
+        ({"image_id": [1]}, None, "annotations[1]: expected an object with image_id"),
+        ({}, {"id": None}, "images[0]: expected an object with id"),
+        ({}, {}, "image 1: expected file_name or coco_url, got None"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"train.json, {expected}")):
+            load_coco(coco(tmp_path, annotation, image), "train")
+    path = coco(tmp_path, {}) / "train.json"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ValueError, match=r"train\.json: expected COCO or LVIS JSON"):
+        load_coco(tmp_path, "train")
+
+
+def test_lvis_names_its_pictures_by_address(tmp_path: Path) -> None:
+    (photograph,) = load_coco(coco(tmp_path, {}, {"coco_url": "http://example.com/train2017/a.png"}), "train")
+    assert photograph.name == "a.png" and region_masks(photograph).sum((1, 2)).tolist() == [100, 100]
+
+
+def test_pictures_of_bsds_without_regions_of_their_size_are_named(tmp_path: Path) -> None:
+    for folder in ("images", "regions"):
+        (tmp_path / folder).mkdir()
+    cv2.imwrite(str(tmp_path / "images" / "a.jpg"), np.zeros((20, 30, 3), np.uint8))
+    (tmp_path / "train.txt").write_text("a\n")
+    with pytest.raises(FileNotFoundError, match=r"expected label maps of a at .*a_\*\.png, found none"):
+        load_bsds(tmp_path, "train")
+    cv2.imwrite(str(tmp_path / "regions" / "a_0.png"), np.ones((20, 31), np.uint8))
+    with pytest.raises(ValueError, match=r"a_0\.png: expected \(height, width\) \(20, 30\) .* got \(20, 31\)"):
+        load_bsds(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_a_picture_that_is_cut_short_is_no_picture(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    assert read_rgb(path).shape == (64, 64, 3)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(FileNotFoundError, match=rf"expected a whole picture at .*{re.escape(name)}, .* cut short"):
+        read_rgb(path)
+    path.write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="expected a picture at"):
+        read_rgb(path)
+
+
+def test_pictures_are_turned_as_their_camera_was_held_and_labels_are_not(tmp_path: Path) -> None:
+    Image = pytest.importorskip("PIL.Image", reason="needs pillow; scripts/test.sh installs it")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    for name in ("a.jpg", "a.png"):
+        Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / name, exif=exif)
+        for flags, shape in ((cv2.IMREAD_COLOR, (30, 20, 3)), (cv2.IMREAD_UNCHANGED, (20, 30, 3))):
+            assert read_pixels(tmp_path / name, flags).shape == shape == cv2.imread(str(tmp_path / name), flags).shape

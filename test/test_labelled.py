@@ -167,7 +167,11 @@ def test_faults_are_named(tmp_path: Path) -> None:
     cv2.imwrite(str(file), grey(0, 1, 2))
     with pytest.raises(ValueError, match=r"\(4, 4\) of its picture, got \(4, 3\)"):
         folder[0]
-    (tmp_path / "images" / "a.png").write_bytes(b"no picture")
+    picture = tmp_path / "images" / "a.png"
+    picture.write_bytes(picture.read_bytes()[:-12])
+    with pytest.raises(FileNotFoundError, match=r"expected a whole picture at .*a\.png, found one cut short"):
+        folder[0]
+    picture.write_bytes(b"no picture")
     with pytest.raises(FileNotFoundError, match="expected a picture"):
         folder[0]
     file.unlink()

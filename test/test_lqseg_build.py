@@ -18,10 +18,10 @@ import pytest
 from pycocotools import mask as coco
 
 from glesam_ros.cli.main import main, make_parser
-from glesam_ros.datasets import load_lqseg, region_masks
+from glesam_ros.datasets import load_lqseg, region_masks, rle_counts
 from glesam_ros.degradation import degrade, names
 from glesam_ros.lqseg.build import JOURNAL, BuildOptions, Summary, build, file_seed
-from glesam_ros.lqseg.sources import MAX_LABEL, rle_counts
+from glesam_ros.lqseg.sources import MAX_LABEL
 from glesam_ros.lqseg.verify import verify
 
 HEIGHT, WIDTH = 24, 32
@@ -359,6 +359,7 @@ RLE = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH - 5, 5]}
         ("polygon_outside", annotation(9, [[1, 1, 5, 5, 1e9, 1]])),
         ("not_finite", annotation(9, [[1, 1, 5, float("nan"), 9, 1]])),
         ("not_finite", annotation(9, bbox=[1, 1, float("inf"), 4])),
+        ("not_finite", annotation(9, bbox=[1, 1, 10**400, 4])),
         ("segmentation_malformed", annotation(9, [1, 1, 5, 5, 9, 1])),
         ("segmentation_malformed", annotation(9, [["1", 1, 5, 5, 9, 1]])),
         ("segmentation_malformed", annotation(9, "polygon")),
@@ -401,6 +402,7 @@ def test_a_malformed_annotation_is_named_and_the_rest_goes_on(tmp_path: Path, ki
     ("kind", "bad"),
     [
         ("image_missing", {"file_name": "nowhere.png"}),
+        ("image_missing", {"file_name": "b" * 236 + ".png"}),
         ("image_unreadable", {"file_name": "text.png"}),
         ("image_unreadable", {"file_name": "empty.png"}),
         ("image_unreadable", {"file_name": "cut.jpg"}),
@@ -408,6 +410,12 @@ def test_a_malformed_annotation_is_named_and_the_rest_goes_on(tmp_path: Path, ki
         ("image_size", {"file_name": "b.png", "height": 99, "width": WIDTH}),
         ("image_malformed", {"file_name": "b.png", "height": -1, "width": WIDTH}),
         ("image_malformed", {"file_name": "../b.png"}),
+        ("image_malformed", {"file_name": "."}),
+        ("image_malformed", {"file_name": "b\0.png"}),
+        ("image_malformed", {"file_name": "b\ud800.png"}),
+        ("image_malformed", {"file_name": "b" * 237 + ".png"}),
+        ("image_malformed", {"coco_url": "http://example.com/../c.png"}),
+        ("image_malformed", {"coco_url": "http://[/c.png"}),
         ("image_malformed", {}),
         ("image_duplicate", {"file_name": "a.png"}),
         ("image_duplicate", {"id": 1, "file_name": "b.png"}),

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import cv2
 import numpy as np
 
-from glesam_ros.datasets import decode_segmentation
+from glesam_ros.datasets import Malformed, check_numbers, coco_name, coco_picture, decode_segmentation, parse_coco
 from glesam_ros.picture_files import SUFFIXES, is_cut_short
 from glesam_ros.validation import BoolArray, UInt8Array
 
@@ -45,14 +43,6 @@ class Fault:
     file: str
     annotation: int | str | None
     message: str
-
-
-class Malformed(ValueError):
-    """A picture or an annotation that cannot be used; `kind` as in `Fault`."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -197,57 +187,16 @@ def coco_mask(annotation: dict[str, Any], size: tuple[int, int], categories: dic
         raise Malformed("category_unknown", f"expected a category_id of the categories, got {category!r}")
     if annotation.get("bbox") is not None:
         _check_box(annotation["bbox"], size)
-    segmentation = annotation.get("segmentation")
-    if not segmentation:
-        raise Malformed("segmentation_empty", f"expected polygons or RLE, got {segmentation!r}")
-    if isinstance(segmentation, list):
-        for polygon in segmentation:
-            _check_polygon(polygon, size)
-    elif isinstance(segmentation, dict):
-        _check_rle(segmentation, size)
-    else:
-        raise Malformed("segmentation_malformed", f"expected polygons or RLE, got {type(segmentation).__name__}")
-    mask = decode_segmentation(segmentation, *size)
+    mask = decode_segmentation(annotation.get("segmentation"), *size)
     if not mask.any():
         raise Malformed("segmentation_empty", "expected at least one pixel inside the picture, got none")
     return mask
 
 
-def rle_counts(text: str | bytes) -> list[int]:
-    """Run lengths of a compressed COCO RLE, unchecked: pycocotools trusts them, so they are looked at before.
-
-    Raises:
-        ValueError: not such a text.
-    """
-    data = text.encode("ascii") if isinstance(text, str) else text
-    counts: list[int] = []
-    value = shift = 0
-    for byte in data:
-        code = byte - 48
-        if not 0 <= code < 64:
-            raise ValueError(f"character {chr(byte)!r}")
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        if code & 16:
-            value -= 1 << shift
-        counts.append(value + counts[-2] if len(counts) > 2 else value)
-        value = shift = 0
-    if shift:
-        raise ValueError("cut short")
-    return counts
-
-
 def _index_coco(index: Index, images: Path, path: Path) -> None:
     data = path.read_bytes()
     index.fingerprint = hashlib.sha256(data).hexdigest()
-    try:
-        document = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: expected COCO or LVIS JSON: {error}") from error
-    if not isinstance(document, dict) or not all(isinstance(document.get(k), list) for k in ("images", "annotations")):
-        raise ValueError(f'{path}: expected a COCO or LVIS JSON object with the lists "images" and "annotations"')
+    document = parse_coco(data, path)
     try:
         if document.get("categories"):
             index.categories = {int(c["id"]): str(c.get("name", "")) for c in document["categories"]}
@@ -262,7 +211,7 @@ def _index_coco(index: Index, images: Path, path: Path) -> None:
             index.without_masks += 1
             continue
         try:
-            name = _coco_name(entry)
+            name, image = coco_name(entry), coco_picture(images, entry)
             size = _claimed_size(entry)
         except Malformed as error:
             index.faults.append(Fault(error.kind, path.name, f"image {entry['id']}", str(error)))
@@ -273,9 +222,6 @@ def _index_coco(index: Index, images: Path, path: Path) -> None:
             index.faults.append(Fault("image_duplicate", path.name, f"image {entry['id']}", text))
             continue
         seen.add(identity)
-        image = images / name
-        if not image.exists() and entry.get("file_name") is None:  # COCO as downloaded: images/train2017/1.jpg
-            image = images.joinpath(*PurePosixPath(urlparse(entry["coco_url"]).path).parts[-2:])
         licence = licences.get(str(entry.get("license")), entry.get("license"))
         index.sources.append(
             Source(identity, entry["id"], image, annotations=tuple(own), size=size, licence=licence)
@@ -320,19 +266,6 @@ def _annotations_by_image(index: Index, file: str, document: dict[str, Any]) -> 
         if isinstance(identity, (int, str)):
             seen.add(identity)
     return by_image
-
-
-def _coco_name(entry: dict[str, Any]) -> PurePosixPath:
-    """File name of a COCO image; LVIS has only the address."""
-    name = entry.get("file_name")
-    if name is None and isinstance(entry.get("coco_url"), str):
-        name = PurePosixPath(urlparse(entry["coco_url"]).path).name
-    if not isinstance(name, str) or not name:
-        raise Malformed("image_malformed", f"expected file_name or coco_url, got {name!r}")
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise Malformed("image_malformed", f"expected a file_name below the folder of pictures, got {name!r}")
-    return path
 
 
 def _claimed_size(entry: dict[str, Any]) -> tuple[int, int] | None:
@@ -481,42 +414,9 @@ def _decode(data: bytes, flags: int) -> np.ndarray[Any, Any] | None:
         return None
 
 
-def _numbers(values: Any, what: str) -> list[float]:
-    if not isinstance(values, list) or not all(isinstance(v, (int, float)) and v is not True for v in values):
-        raise Malformed("segmentation_malformed", f"{what}: expected a list of numbers, got {str(values)[:60]}")
-    if not all(math.isfinite(v) for v in values):
-        raise Malformed("not_finite", f"{what}: expected finite numbers, got {str(values)[:60]}")
-    return values
-
-
 def _check_box(box: Any, size: tuple[int, int]) -> None:
-    x, y, width, height = _numbers(box, "bbox") if isinstance(box, list) and len(box) == 4 else (0, 0, 0, 0)
+    x, y, width, height = check_numbers(box, "bbox") if isinstance(box, list) and len(box) == 4 else (0, 0, 0, 0)
     if width <= 0 or height <= 0:
         raise Malformed("bbox_malformed", f"expected bbox [x, y, width, height] with an area, got {str(box)[:60]}")
     if min(x, y) < -BOX_TOLERANCE or x + width > size[1] + BOX_TOLERANCE or y + height > size[0] + BOX_TOLERANCE:
         raise Malformed("bbox_outside", f"expected bbox inside a picture of {size[1]}x{size[0]}, got {box}")
-
-
-def _check_polygon(polygon: Any, size: tuple[int, int]) -> None:
-    points = _numbers(polygon, "polygon")
-    if len(points) % 2:
-        raise Malformed("polygon_odd", f"expected x, y pairs, got {len(points)} numbers")
-    if len(points) < 6:
-        raise Malformed("polygon_points", f"expected at least 3 points, got {len(points) // 2}")
-    for values, side in ((points[::2], size[1]), (points[1::2], size[0])):
-        if min(values) < -side or max(values) > 2 * side:  # far points also cost memory to rasterise
-            raise Malformed("polygon_outside", f"expected points near a picture of {size[1]}x{size[0]}")
-
-
-def _check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
-    if rle.get("size") != list(size):
-        raise Malformed("rle_size", f"expected size {list(size)} (height, width), got {rle.get('size')!r}")
-    counts = rle.get("counts")
-    try:
-        runs = rle_counts(counts) if isinstance(counts, str) else counts
-    except ValueError as error:
-        raise Malformed("rle_counts", f"expected compressed RLE counts: {error}") from error
-    if not isinstance(runs, list) or not all(isinstance(run, int) and run >= 0 for run in runs):
-        raise Malformed("rle_counts", f"expected run lengths of at least 0, got {str(counts)[:60]}")
-    if sum(runs) != size[0] * size[1]:
-        raise Malformed("rle_size", f"expected runs over {size[0] * size[1]} pixels, got {sum(runs)}")
