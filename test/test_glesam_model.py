@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import logging
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from glesam_ros.models.glesam import runtime as runtimes  # noqa: E402
 from glesam_ros.models.glesam.base import BaseModel, Features  # noqa: E402
 from glesam_ros.models.glesam.enhancer import Enhancer, EnhancerConfig, SmallEnhancer, save_enhancer  # noqa: E402
 from glesam_ros.models.glesam.model import GlesamModel, build_base, load_glesam  # noqa: E402
-from glesam_ros.models.glesam.replay import MAX_GRAPHS, Compiled, Function, Replayed, capture_cuda  # noqa: E402
+from glesam_ros.models.glesam.replay import MAX_GRAPHS, Compiled, Function, Replayed, capturer  # noqa: E402
 from glesam_ros.models.glesam.runtime import TorchRuntime, choose_device, choose_precision  # noqa: E402
 from glesam_ros.models.nano import Nano  # noqa: E402
 
@@ -146,7 +147,9 @@ def test_auto_takes_the_cpu_where_torch_has_no_cuda(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="expected auto, cuda or cpu for torch, got 'tensorrt'"):
         choose_device("tensorrt")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_device("auto").type == choose_device("cuda").type == "cuda"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    # with its index: "cuda" alone is in each thread the current device of that thread
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
     assert choose_device("cpu") == CPU
 
 
@@ -245,6 +248,15 @@ def test_lack_of_memory_between_the_stages_costs_a_rung_and_not_the_frame(
     monkeypatch.setattr(module, name, lacks_once)
     assert len(pipe.segment(picture(), **prompts)) >= 1 and len(calls) > 1
     assert pipe.memory.failures == 1 and pipe.memory.now.batch == 32
+
+
+def test_weights_that_do_not_fit_are_our_error() -> None:
+    class Large(TinyBase):
+        def to(self, *place: Any) -> Any:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 26 MiB")
+
+    with pytest.raises(OutOfMemory, match="Tried to allocate 26 MiB"):
+        TorchRuntime(Large(), None, CPU, torch.float32)
 
 
 # ---- runtime
@@ -373,6 +385,26 @@ def test_decoding_waits_for_its_features_and_not_for_the_next_image(monkeypatch:
     assert all(level.used_on == [here] for level in (first.latent, *first.high))
     runtime._await(Features(Level()))  # type: ignore[arg-type]  # without an event: all that was queued
     assert here.waits[1:] == [own]
+
+
+def test_a_thread_decodes_on_the_device_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread has a current device of its own, the first one unless it says otherwise; graphs belong to it."""
+    runtime, current = on_cpu(), [torch.device("cuda", 0)]
+    features = runtime.encode(picture(), 256)
+
+    @contextlib.contextmanager
+    def device(wanted: Any) -> Iterator[None]:
+        current.append(wanted)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(runtime, "_place", torch.device("cuda", 1))
+    used: list[Any] = []
+    decode = runtime._stages["decode"]
+    monkeypatch.setitem(runtime._stages, "decode", lambda *x: (used.append(current[-1]), decode(*x))[1])
+    runtime.decode(features, np.zeros((1, 1, 2), np.float32), np.ones((1, 1), np.float32), False)
+    assert used == [torch.device("cuda", 1)] and current == [torch.device("cuda", 0)]
 
 
 # ---- CUDA graphs, with a capture that works as CUDA's does but on the CPU
@@ -505,7 +537,7 @@ def test_a_capture_that_fails_at_its_end_leaves_the_thread_on_its_stream(monkeyp
         monkeypatch.setattr(torch.cuda, name, fake)
     used: list[FakeStream] = []
     with pytest.raises(RuntimeError, match="previous error"):
-        capture_cuda(lambda x: (used.append(current[0]), (x,))[1], (torch.zeros(2),))
+        capturer()(lambda x: (used.append(current[0]), (x,))[1], (torch.zeros(2),))
     assert current == [own] and used[-1] is captured
     # three calls before it, on a stream that waits for the inputs and is waited for
     warm = used[0]
@@ -513,7 +545,7 @@ def test_a_capture_that_fails_at_its_end_leaves_the_thread_on_its_stream(monkeyp
     assert warm.waits == [own] and own.waits == [warm]
 
 
-def test_graphs_of_one_stream_share_memory_and_those_of_two_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_of_one_model_share_memory_on_a_stream_and_others_share_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuBLAS's workspace belongs to the stream of the capture, and graphs of two streams replay at the same time."""
     current, captures = [FakeStream()], []
 
@@ -536,13 +568,93 @@ def test_graphs_of_one_stream_share_memory_and_those_of_two_share_nothing(monkey
              "stream": lambda _: contextlib.nullcontext()}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    encode = [capture_cuda(lambda x: (x + 1,), (torch.zeros(n),)) for n in (2, 3)]
+    capture = capturer()
+    encode = [capture(lambda x: (x + 1,), (torch.zeros(n),)) for n in (2, 3)]
+    another_model = capturer()(lambda x: (x + 1,), (torch.zeros(2),))
     current[0] = FakeStream()
-    decode = capture_cuda(lambda x: (x + 1,), (torch.zeros(2),))
-    assert len(encode) == 2 and decode
-    (first, beside), (second, again), (third, other) = captures
-    assert first is None and second is not None and third is None
+    decode = capture(lambda x: (x + 1,), (torch.zeros(2),))
+    assert len(encode) == 2 and another_model and decode
+    (first, beside), (second, again), (third, _), (fourth, other) = captures
+    assert first is None and second is not None and third is None and fourth is None
     assert beside is again is not other
+
+
+class PooledGraph:
+    """A CUDA graph, as far as its memory goes: what is free in its pool, the next capture with this pool takes."""
+
+    made: list[PooledGraph]
+    captured: PooledGraph | None = None
+
+    def __init__(self) -> None:
+        self.made.append(self)
+        self.free: list[Any] = []
+        self.kernels: list[Callable[[], Any]] = []
+        self.then: Callable[[], Any] = lambda: None
+
+    def pool(self) -> Any:
+        return self.free
+
+    def replay(self) -> None:
+        for kernel in self.kernels:
+            kernel()
+        self.then()
+
+    @classmethod
+    def run(cls, function: Callable[[Any], Any], x: Any) -> Any:
+        """One kernel and its result."""
+        graph = cls.captured
+        y = graph.free.pop() if graph is not None and graph.free else torch.zeros_like(x)
+        y.copy_(function(x))
+        if graph is not None:
+            graph.kernels.append(lambda: y.copy_(function(x)))
+        return y
+
+    @classmethod
+    def release(cls, y: Any) -> None:
+        if cls.captured is not None:
+            cls.captured.free.append(y)
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["a pool for each", "one pool"])
+def test_a_model_that_replays_before_another_has_its_outputs_leaves_them(
+    apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads with two models on one stream: nothing makes replay and copy of the outputs one step."""
+
+    @contextlib.contextmanager
+    def graph(one: PooledGraph, pool: Any, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
+        one.free = one.free if pool is None else pool
+        monkeypatch.setattr(PooledGraph, "captured", one)
+        yield
+        monkeypatch.setattr(PooledGraph, "captured", None)
+
+    here = FakeStream()
+    fakes = {"current_stream": lambda: here, "Stream": FakeStream, "CUDAGraph": PooledGraph, "graph": graph,
+             "stream": lambda _: contextlib.nullcontext()}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(PooledGraph, "made", [], raising=False)
+
+    def first(x: Any) -> Any:
+        twice = PooledGraph.run(lambda a: 2 * a, x)
+        found = PooledGraph.run(lambda a: a + 1, twice)
+        PooledGraph.release(twice)
+        return (found,)
+
+    capture = capturer()
+    one = capture(first, (torch.zeros(2),))
+    other = (capturer() if apart else capture)(lambda x: (PooledGraph.run(lambda a: a + 100, x),), (torch.zeros(2),))
+    answers: list[Any] = []
+
+    def replayed_between() -> None:
+        thread = threading.Thread(target=lambda: answers.extend(one(torch.full((2,), 3.0))))
+        thread.start()
+        thread.join()
+
+    PooledGraph.made[-1].then = replayed_between
+    (found,) = other(torch.full((2,), 5.0))
+    assert answers[0].tolist() == [7, 7]
+    assert (found.tolist() == [105, 105]) == apart
 
 
 def test_few_shapes_serve_all_numbers_of_prompts() -> None:
@@ -644,10 +756,12 @@ def test_what_cannot_be_captured_is_noticed() -> None:
             transfers(by_value, x)
 
 
-@pytest.mark.parametrize("name", ["sam_vit_b", "sam2.1_hiera_tiny"])
+@pytest.mark.parametrize("name", ["sam_vit_b", "sam2.1_hiera_tiny", "mobile_sam"])
 def test_stages_can_be_captured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    FAMILIES[name](monkeypatch)
-    base = build_base(name).to(torch.bfloat16).to("meta")
+    if name in FAMILIES:
+        FAMILIES[name](monkeypatch)
+    with torch.device("meta") if name == "mobile_sam" else contextlib.nullcontext():  # it has no narrow one
+        base = build_base(name).to(torch.bfloat16).to("meta")
     pixels = torch.empty(1, 3, 1024, 1024, dtype=torch.bfloat16, device="meta")
     points, labels = torch.empty(64, 2, 2, device="meta"), torch.empty(64, 2, device="meta")
     assert transfers(base.encode, pixels) == []
@@ -666,6 +780,25 @@ def test_enhancers_can_be_captured() -> None:
             made.fold_constants()
         made.to(torch.bfloat16).to("meta")
         assert transfers(made, latent, torch.empty(1, device="meta")) == []
+
+
+def test_restorer_and_segmenter_can_be_captured() -> None:
+    pytest.importorskip("transformers")
+    from tiny_sd import tiny_unet, tiny_vae
+
+    from glesam_ros.models.rass.rass import RassConfig, RassNetwork
+    from glesam_ros.models.rass.scr import Scr
+
+    restorer = Scr(tiny_unet(), tiny_vae()).to(torch.bfloat16).to("meta")
+    text = torch.empty(1, 77, 12, device="meta")
+    assert transfers(restorer, torch.empty(1, 3, 256, 320, device="meta"), text) == []
+    config = RassConfig(("road", "car"), projection=128, width=32, heads=4, queries=6, pixel_layers=1, layers=3)
+    segmenter = RassNetwork(config, tiny_vae(), tiny_unet(), torch.zeros(1, 77, 12))
+    segmenter.merge()
+    for part in (segmenter.encoder, segmenter.quant_conv, segmenter.unet):
+        part.to(torch.bfloat16)
+    pixels = torch.empty(1, 512, 512, 3, dtype=torch.uint8, device="meta")
+    assert transfers(segmenter.to("meta").features, pixels) == []
 
 
 def test_a_compiler_that_fails_is_logged_once(
@@ -910,6 +1043,24 @@ def test_the_mask_decoder_of_stage_2_takes_the_place_of_the_official_one(
     after = load_glesam(name, "cpu")._base.mask_decoder.state_dict()
     assert all(torch.equal(after[key], before[key] + 1) for key in before)
     assert torch.equal(load_glesam(base, "cpu")._base.mask_decoder.state_dict()[key := next(iter(before))], before[key])
+
+
+@ONE_FAMILY
+def test_lack_of_memory_at_load_says_what_to_do_and_leaves_nothing(
+    home: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[BaseModel]] = []
+    alive: list[BaseModel | None] = []
+
+    def lacks(base: BaseModel, *place: Any) -> Any:
+        held.append(weakref.ref(base))
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 26 MiB\nmore")
+
+    monkeypatch.setattr(sam.Sam, "to", lacks)
+    monkeypatch.setattr(runtimes, "give_back", lambda: alive.append(held[0]()))
+    with pytest.raises(OutOfMemory, match="allocate 26 MiB; expected memory .* take a smaller model or precision$"):
+        load_model(home[0], "cpu")
+    assert alive == [None]  # no weights are left when cached memory is given back
 
 
 @ONE_FAMILY

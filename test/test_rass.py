@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -435,6 +436,23 @@ def test_faults_of_the_model(small_windows, monkeypatch):
         model.logits(photo(64, 64))
 
 
+def test_windows_are_looked_at_on_the_device_of_the_weights(small_windows, monkeypatch):
+    """Each thread has a current device of its own, whose streams and graphs are meant."""
+    model, current, used = segmenter(), [], []
+    features = model._features
+
+    @contextlib.contextmanager
+    def made_current(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(module, "made_current", made_current)
+    monkeypatch.setattr(model, "_features", lambda x: (used.extend(current), features(x))[1])
+    model.logits(photo(64, 64))
+    assert used == [torch.device("cpu")] and not current
+
+
 # files
 
 
@@ -519,6 +537,17 @@ def test_loads_from_its_files(home, small_windows):
     write_tiny_scr(home / "rass" / "scr.pkl", seed=9)
     with pytest.raises(ValueError, match="trained with"):
         load_rass("cpu", "auto")
+
+
+def test_lack_of_memory_at_load_says_what_to_do(home, monkeypatch):
+    def lacks(network, *place):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 26 MiB")
+
+    monkeypatch.setattr(RassNetwork, "to", lacks)
+    with pytest.raises(OutOfMemory, match="allocate 26 MiB; expected memory .* take a smaller model or precision$"):
+        load_rass("cpu", "auto")
+    with pytest.raises(OutOfMemory, match="allocate 26 MiB$"):
+        segmenter()
 
 
 @pytest.mark.parametrize("part", ["sd21-base/vae", "sd21-base/unet", "rass/scr.pkl", "rass/rass.pth"])

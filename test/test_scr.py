@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -505,6 +506,33 @@ def test_where_memory_lacks_tiles_shrink():
     restorer, _ = restorer_of(starving, tile=512)
     with pytest.raises(OutOfMemory, match="out of memory"):
         restorer.restore(image)
+
+
+def test_tiles_are_restored_on_the_device_of_the_weights(monkeypatch):
+    """Each thread has a current device of its own, whose streams and graphs are meant."""
+    current, used = [], []
+
+    @contextlib.contextmanager
+    def made_current(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(scr, "made_current", made_current)
+    restorer, _ = restorer_of(lambda x: (used.extend(current), x)[1])
+    restorer.restore(picture())
+    assert used == [torch.device("cpu")] and not current
+
+
+def test_lack_of_memory_at_load_says_what_to_do(home, monkeypatch):
+    def lacks(network, *place):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 26 MiB")
+
+    monkeypatch.setattr(Scr, "to", lacks)
+    with pytest.raises(OutOfMemory, match="allocate 26 MiB; expected memory .* take a smaller model or precision$"):
+        load_scr("cpu", "auto")
+    with pytest.raises(OutOfMemory, match="allocate 26 MiB$"):
+        ScrRestorer(Scr(tiny_unet(), tiny_vae()), ClassPrompts(home), torch.device("cpu"), torch.float32)
 
 
 def test_other_errors_pass():

@@ -17,7 +17,14 @@ from glesam_ros.models.base import Budget, Candidates, Embedding
 from glesam_ros.models.glesam import catalogue, everything
 from glesam_ros.models.glesam.base import LOGIT_STRIDE, SIDE_MULTIPLE, STRIDE, BaseModel, Features
 from glesam_ros.models.glesam.enhancer import Enhancer, SmallEnhancer, load_config, load_enhancer
-from glesam_ros.models.glesam.runtime import Runtime, TorchRuntime, choose_device, choose_precision, memory_errors
+from glesam_ros.models.glesam.runtime import (
+    Runtime,
+    TorchRuntime,
+    choose_device,
+    choose_precision,
+    loading,
+    memory_errors,
+)
 from glesam_ros.models.glesam.weights import decoder_state, load_exactly, read_tensors
 from glesam_ros.models.nano import Nano
 from glesam_ros.validation import FloatArray, UInt8Array
@@ -159,6 +166,7 @@ class GlesamModel:
         return Nano("cpu", threads=LEVEL_THREADS)
 
 
+@loading
 def load_glesam(name: str, device: str = "auto", precision: str = "auto", *, compile: bool = False) -> GlesamModel:
     """Load a full-size model from the files in `catalogue.home()`.
 
@@ -174,6 +182,7 @@ def load_glesam(name: str, device: str = "auto", precision: str = "auto", *, com
         ValueError: unknown name, device or precision, or files that do not fit.
         FileNotFoundError: a file is missing; names it and the command that gets it.
         RuntimeError: the device is not available.
+        OutOfMemory: the weights do not fit.
     """
     name = catalogue.own_name(name)
     base_name, enhancer_name = catalogue.split_name(name)

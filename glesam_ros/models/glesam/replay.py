@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import weakref
@@ -23,8 +24,6 @@ _CAPTURING = threading.Lock()
 _BESIDE: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
 """Streams for warm-up and capture, by the stream that graphs are replayed on: torch keeps a workspace of cuBLAS for
 each stream, a graph remembers that of its capture, and graphs of two streams replay at the same time."""
-_LIVE: dict[torch.cuda.Stream, weakref.WeakSet[torch.cuda.CUDAGraph]] = {}
-"""Graphs by the stream that they are replayed on: they take turns, so they share memory."""
 ALLOCATION_FAILURES = (
     "out of memory",
     "can't allocate memory",
@@ -38,6 +37,8 @@ Function = Callable[..., tuple[Tensor, ...]]
 """Tensors -> tensors, without a side effect."""
 Capture = Callable[[Function, tuple[Tensor, ...]], Function]
 """(function, inputs) -> the same function for inputs of these shapes and dtypes."""
+Live = dict[torch.cuda.Stream, weakref.WeakSet[torch.cuda.CUDAGraph]]
+"""Graphs of a model by the stream that they are replayed on."""
 
 
 def means_out_of_memory(error: BaseException) -> bool:
@@ -106,8 +107,21 @@ class Replayed:
         self._graphs.clear()
 
 
-def capture_cuda(function: Function, inputs: tuple[Tensor, ...]) -> Function:
-    """Capture `function` on the current device; see `Capture`."""
+def capturer() -> Capture:
+    """Captures the functions of one model, which take turns on a stream: their graphs there share memory.
+
+    Another model needs a capturer of its own. Its thread may replay between a replay here and the copy of its outputs,
+    which lie in memory that was free to graphs of the same pool.
+    """
+    return functools.partial(capture_cuda, live={})
+
+
+def capture_cuda(function: Function, inputs: tuple[Tensor, ...], live: Live) -> Function:
+    """Capture `function` on the current device; see `Capture`.
+
+    Args:
+        live: graphs whose memory this one may use, by stream; it is added to them.
+    """
     held = [x.clone() for x in inputs]
     here = torch.cuda.current_stream()
     if (beside := _BESIDE.get(here)) is None:
@@ -117,8 +131,8 @@ def capture_cuda(function: Function, inputs: tuple[Tensor, ...]) -> Function:
         for _ in range(WARM_UP):
             function(*held)
     here.wait_stream(beside)
-    graph, live = torch.cuda.CUDAGraph(), _LIVE.setdefault(here, weakref.WeakSet())
-    pool = next((other.pool() for other in live), None)
+    graph, siblings = torch.cuda.CUDAGraph(), live.setdefault(here, weakref.WeakSet())
+    pool = next((other.pool() for other in siblings), None)
     _forget_workspaces()
     # thread_local: the other thread may allocate and copy meanwhile; the outer context because torch stays on the
     # stream of the capture where that fails at its end
@@ -127,7 +141,7 @@ def capture_cuda(function: Function, inputs: tuple[Tensor, ...]) -> Function:
             outputs = function(*held)
     finally:
         _forget_workspaces()
-    live.add(graph)
+    siblings.add(graph)
 
     def replay(*fresh: Tensor) -> tuple[Tensor, ...]:
         for own, x in zip(held, fresh):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from glesam_ros.models.base import OutOfMemory
 from glesam_ros.models.glesam.base import SIDE, BaseModel, Features
 from glesam_ros.models.glesam.enhancer import Enhancer, SmallEnhancer
-from glesam_ros.models.glesam.replay import Compiled, Function, Replayed, capture_cuda, give_back, means_out_of_memory
+from glesam_ros.models.glesam.replay import Compiled, Function, Replayed, capturer, give_back, means_out_of_memory
 from glesam_ros.validation import FloatArray, UInt8Array
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -70,6 +72,8 @@ class Runtime(Protocol):
 def choose_device(device: str) -> torch.device:
     """The device of torch for "auto" (CUDA where torch has it, else the CPU), "cuda" or "cpu".
 
+    Of several CUDA devices the current one of this thread, by its index: other threads have a current one of their own.
+
     Raises:
         ValueError: another name.
         RuntimeError: this torch has no CUDA device.
@@ -83,7 +87,12 @@ def choose_device(device: str) -> torch.device:
             f"device: 'cuda' needs a torch with CUDA, this torch {torch.__version__} {why}; install one "
             "(Jetson: NVIDIA's wheel for your JetPack) or set device to cpu"
         )
-    return torch.device("cuda" if there and device != "cpu" else "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if there and device != "cpu" else torch.device("cpu")
+
+
+def made_current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device that of this thread, whose streams and graphs are meant meanwhile; nothing on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -132,6 +141,25 @@ def memory_errors(call: Call) -> Call:
     return checked  # type: ignore[return-value]
 
 
+def loading(call: Call) -> Call:
+    """The same call, which loads a model: lack of memory is `OutOfMemory` that says what to do, all is given back."""
+    checked = memory_errors(call)
+
+    @functools.wraps(call)
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return checked(*args, **kwargs)
+        except OutOfMemory as error:
+            reason = str(error)
+        gc.collect()  # what was loaded until then
+        give_back()
+        raise OutOfMemory(
+            f"{reason}; expected memory for the weights: free some on the device, or take a smaller model or precision"
+        )
+
+    return loaded  # type: ignore[return-value]
+
+
 def rounded_up(rows: FloatArray) -> FloatArray:
     """(K, ...), K > 0 -> the last row again until their number is a power of two; above 64 as they are."""
     count = len(rows)
@@ -160,8 +188,12 @@ class TorchRuntime:
         device: of torch.
         dtype: of weights and activations: float32, float16 or bfloat16. Mask logits and scores are float32.
         compile: torch.compile for each stage: faster, minutes at the first call, and needs a compiler on the machine.
+
+    Raises:
+        OutOfMemory: the weights do not fit; as all calls.
     """
 
+    @memory_errors
     def __init__(
         self,
         base: BaseModel,
@@ -176,6 +208,7 @@ class TorchRuntime:
         self._on_cuda = device.type == "cuda"
         self.overlaps = self._few_shapes = self._on_cuda
         self._stream = torch.cuda.Stream(device) if self._on_cuda else None
+        capture = capturer() if self._on_cuda else None
         # crops are encoded by the thread that decodes, and memory is freed from either
         self._encoding, self._decoding = threading.Lock(), threading.Lock()
         self._base = base.to(device, dtype).eval().requires_grad_(False)
@@ -188,7 +221,7 @@ class TorchRuntime:
         def stage(function: Function, what: str) -> Replayed:
             fast = Compiled(function, what) if compile else function
             # the number of prompts varies, the size of the square hardly does
-            return Replayed(fast, what, capture_cuda if self._on_cuda else None, at_once=what != "decode")
+            return Replayed(fast, what, capture, at_once=what != "decode")
 
         self._stages = {
             "encode": stage(self._encode, "encode"),
@@ -228,7 +261,7 @@ class TorchRuntime:
         self, features: Features, points: FloatArray, labels: FloatArray, several: bool
     ) -> tuple[Tensor, Tensor]:
         """As `BaseModel.decode`, float32, on the caller's stream."""
-        with self._decoding, torch.inference_mode():
+        with self._decoding, torch.inference_mode(), made_current(self._place):
             self._await(features)
             count = len(points)
             if self._few_shapes:

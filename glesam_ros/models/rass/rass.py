@@ -53,8 +53,15 @@ from glesam_ros.models.glesam.enhancer import (
     merge_layers,
     write_tensors,
 )
-from glesam_ros.models.glesam.replay import Replayed, capture_cuda, give_back
-from glesam_ros.models.glesam.runtime import choose_device, choose_precision, device_in_words, memory_errors
+from glesam_ros.models.glesam.replay import Replayed, capturer, give_back
+from glesam_ros.models.glesam.runtime import (
+    choose_device,
+    choose_precision,
+    device_in_words,
+    loading,
+    made_current,
+    memory_errors,
+)
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
 from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, read_tensors, write_whole
 from glesam_ros.models.rass import ade20k
@@ -584,10 +591,14 @@ class RassModel:
         palette: (K, 3) uint8 RGB.
         device: of torch.
         dtype: of VAE and U-Net; projections and head compute in float32.
+
+    Raises:
+        OutOfMemory: the weights do not fit.
     """
 
     name = NAME
 
+    @memory_errors
     def __init__(self, network: RassNetwork, palette: UInt8Array, device: torch.device, dtype: torch.dtype) -> None:
         self.classes, self.palette = network.config.classes, palette
         self.device = device_in_words(device, dtype)
@@ -597,7 +608,7 @@ class RassModel:
             part.to(dtype)
             part.to(memory_format=torch.channels_last)
         self._network = network.to(device).eval()
-        capture = capture_cuda if device.type == "cuda" else None
+        capture = capturer() if device.type == "cuda" else None
         self._features = Replayed(self._network.features, "features", capture, at_once=False)
 
     @memory_errors
@@ -621,7 +632,7 @@ class RassModel:
         smaller = height * width < image.shape[0] * image.shape[1]
         how = cv2.INTER_AREA if smaller else cv2.INTER_CUBIC
         resized = cv2.resize(image, (width, height), interpolation=how)
-        with torch.inference_mode():
+        with torch.inference_mode(), made_current(self._place):
             pixels = torch.from_numpy(np.ascontiguousarray(resized))[None].to(self._place)
             shares = self._network.head(self._network.slide(pixels, self._features)).shares()[0]
             found = shares.clamp_min(LEAST_SHARE).log().cpu().numpy()
@@ -645,6 +656,7 @@ class RassModel:
             give_back()
 
 
+@loading
 def load_rass(device: str, precision: str) -> RassModel:
     """The segmenter from the files that `catalogue` names below `home()`.
 
@@ -655,6 +667,7 @@ def load_rass(device: str, precision: str) -> RassModel:
     Raises:
         FileNotFoundError: a file is missing; names the command that gets it.
         RuntimeError: there is no CUDA.
+        OutOfMemory: the weights do not fit.
         ValueError: another device or precision, or files that do not fit each other.
     """
     place = choose_device(device)

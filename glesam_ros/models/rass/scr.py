@@ -54,8 +54,15 @@ from glesam_ros.models.glesam.enhancer import (
     merge_layers,
     one_step,
 )
-from glesam_ros.models.glesam.replay import Replayed, capture_cuda, give_back
-from glesam_ros.models.glesam.runtime import choose_device, choose_precision, device_in_words, memory_errors
+from glesam_ros.models.glesam.replay import Replayed, capturer, give_back
+from glesam_ros.models.glesam.runtime import (
+    choose_device,
+    choose_precision,
+    device_in_words,
+    loading,
+    made_current,
+    memory_errors,
+)
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
 from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, write_whole
 from glesam_ros.validation import FloatArray, UInt8Array, check_image
@@ -502,10 +509,15 @@ class ScrRestorer:
         device: of torch.
         dtype: of weights and activations; the step is float32.
         tile: longest side of a tile in pixels, a multiple of 64, at least 256.
+
+    Raises:
+        ValueError: another tile.
+        OutOfMemory: the weights do not fit.
     """
 
     name = NAME
 
+    @memory_errors
     def __init__(
         self, network: Scr, prompts: Callable[[Sequence[str]], Tensor], device: torch.device, dtype: torch.dtype,
         tile: int = TILE,
@@ -517,7 +529,7 @@ class ScrRestorer:
         network.to(device, dtype)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own hints lack it
         self._network = network.eval().requires_grad_(False)
-        capture = capture_cuda if device.type == "cuda" else None
+        capture = capturer() if device.type == "cuda" else None
         # pictures of a camera come again in one size, pictures of a folder do not
         self._forward = Replayed(lambda x, prompt: (self._network(x, prompt),), "restore", capture, at_once=False)
 
@@ -584,7 +596,7 @@ class ScrRestorer:
 
     def _run(self, tile: UInt8Array, prompt: Tensor) -> FloatArray:
         """(h, w, 3) uint8 -> restored, float32 0..255 or a little beyond."""
-        with torch.inference_mode():
+        with torch.inference_mode(), made_current(self._place):
             x = torch.from_numpy(np.ascontiguousarray(tile)).to(self._place).permute(2, 0, 1)[None]
             (y,) = self._forward(x / 127.5 - 1, prompt)
             pixels = (127.5 * (y[0].clamp(-1, 1) + 1)).permute(1, 2, 0)
@@ -598,6 +610,7 @@ def _windows(height: int, width: int, tile: int) -> Iterator[tuple[slice, slice]
             yield slice(top, min(top + tile, height)), slice(left, min(left + tile, width))
 
 
+@loading
 def load_scr(device: str, precision: str) -> ScrRestorer:
     """The restorer from the files that `catalogue` names below `home()`.
 
@@ -608,6 +621,7 @@ def load_scr(device: str, precision: str) -> ScrRestorer:
     Raises:
         FileNotFoundError: a file is missing; names the command that gets it.
         RuntimeError: there is no CUDA.
+        OutOfMemory: the weights do not fit.
         ValueError: another device or precision, or files that do not fit each other.
     """
     place = choose_device(device)
