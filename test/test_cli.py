@@ -17,6 +17,7 @@ from pycocotools import mask as coco
 from glesam_ros import __version__, settings
 from glesam_ros.cli.main import main, make_parser
 from glesam_ros.models import OutOfMemory, register_model
+from glesam_ros.picture_files import is_cut_short
 
 
 def write(path: Path, rgb: np.ndarray) -> Path:
@@ -102,7 +103,7 @@ def test_wrong_usage_exits_with_2_and_says_what_was_expected(arguments, expected
     ("arguments", "expected"),
     [
         (["--model", "nosuch"], "model: expected one of"),
-        (["--enhance-below", "0.9"], "enhance_below"),
+        (["--device", "cpu", "--precision", "fp16"], "fp16 needs device tensorrt"),
     ],
 )
 def test_failures_are_one_line_without_traceback(arguments, expected, tmp_path, capsys):
@@ -158,6 +159,13 @@ def test_segment_enhances_a_dark_picture_and_says_so(tmp_path):
     assert json.loads((tmp_path / "off/results.json").read_text()) == []
 
 
+@pytest.mark.parametrize("above", ["0.1", "1"])
+def test_enhance_above_alone_says_when_a_picture_is_enhanced(tmp_path, above):
+    picture = write(tmp_path / "dark.png", bright_model.scene(level=80))
+    assert segment(picture, "--out", tmp_path / "out", "--enhance-above", above) == 0
+    assert len(json.loads((tmp_path / "out/results.json").read_text())) == (2 if above == "0.1" else 0)
+
+
 def test_bad_pictures_are_named_and_the_others_are_done(tmp_path, capsys):
     folder = tmp_path / "in"
     good = write(folder / "b.png", bright_model.scene())
@@ -192,6 +200,122 @@ def test_a_picture_that_memory_lacks_for_is_named_and_the_others_are_done(tmp_pa
     assert re.search(r"skipped .*a_wide.png: no room; expected memory for at least", capsys.readouterr().err)
     entries = json.loads((tmp_path / "out/results.json").read_text())
     assert {Path(e["file_name"]).name for e in entries} == {"b.png"}
+
+
+class Failing(bright_model.BrightRegions):
+    """Fails on a picture by its width."""
+
+    errors = {110: MemoryError(), 120: KeyboardInterrupt(), 130: TypeError("an error of the code")}
+
+    def encode(self, image, budget):
+        if image.shape[1] in self.errors:
+            raise self.errors[image.shape[1]]
+        return super().encode(image, budget)
+
+
+@pytest.fixture
+def failing(tmp_path, capsys):
+    """Segments pictures of these widths, or files: exit code and what was said; that of width 96 is in the JSON."""
+    register_model("failing", lambda device, precision: Failing())
+
+    def run(*pictures: int | str):
+        paths = [p if isinstance(p, str) else write(tmp_path / f"{p}.png", bright_model.scene(p)) for p in pictures]
+        try:
+            code = main(["segment", *map(str, paths), "--out", str(tmp_path / "out"), "--model", "failing"])
+        finally:
+            found = json.loads((tmp_path / "out/results.json").read_text())
+            assert [Path(e["file_name"]).stem for e in found] == ["96", "96"]
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def test_a_picture_that_cannot_be_read_or_held_is_named_and_the_next_is_done(failing):
+    code, said = failing("/proc/self/mem", 110, 96)
+    assert code == 1 and "2 of 3 pictures failed" in said
+    assert re.search(r"skipped /proc/self/mem: .*[Ee]rror", said) and re.search(r"110\.png: out of memory", said)
+
+
+def test_what_was_done_is_in_the_json_of_a_run_that_was_stopped(failing):
+    code, said = failing(96, 120, 140)
+    assert code == 130 and "stopped" in said
+    with pytest.raises(TypeError, match="of the code"):
+        failing(96, 130)
+
+
+def test_memory_that_lacks_elsewhere_is_one_line(monkeypatch, tmp_path, capsys):
+    def lack(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("glesam_ros.cli.segment.coco_results", lack)
+    picture = write(tmp_path / "a.png", bright_model.scene())
+    assert segment(picture, "--out", tmp_path / "out") == 1
+    assert capsys.readouterr().err == "glesam segment: error: out of memory\n"
+
+
+def jpegs() -> dict[str, bytes]:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    small, plain = (cv2.imencode(".jpg", pixels)[1].tobytes() for pixels in (noise[:16, :16], noise))
+    progressive = cv2.imencode(".jpg", noise, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    thumbnail = b"\xff\xe1" + (len(small) + 2).to_bytes(2, "big") + small
+    return {
+        "plain": plain, "progressive": progressive, "with a thumbnail": plain[:2] + thumbnail + plain[2:],
+        "filled": plain[:2] + b"\xff\xff\xff" + plain[2:],
+    }
+
+
+@pytest.mark.parametrize("kind", jpegs())
+def test_a_jpeg_is_cut_short_wherever_it_ends_early_and_never_by_what_follows(kind):
+    whole = jpegs()[kind]
+    assert not is_cut_short(whole)
+    assert all(is_cut_short(whole[:end]) for end in range(2, len(whole)))
+    for seed in range(20):
+        assert not is_cut_short(whole + np.random.default_rng(seed).bytes(20_000))
+    assert not is_cut_short(whole + b"\xff\xda" + bytes(100))
+
+
+def test_a_jpeg_of_nonsense_is_cut_short_or_not_but_never_hangs():
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        is_cut_short(b"\xff\xd8" + rng.choice([0xFF, 0xE1, 0, 1, 0xD8], 300).astype(np.uint8).tobytes())
+    assert is_cut_short(b"\xff\xd8\xff\xe1\x00\x00\xff\xe1\x00")
+
+
+def test_a_png_is_whole_with_its_last_chunk_whatever_follows():
+    whole = cv2.imencode(".png", bright_model.scene())[1].tobytes()
+    assert not is_cut_short(whole) and not is_cut_short(whole + bytes(10_000))
+    assert is_cut_short(whole[:-12])
+
+
+def test_a_photo_with_a_film_behind_it_is_segmented(tmp_path):
+    photo = tmp_path / "motion.jpg"
+    photo.write_bytes(cv2.imencode(".jpg", bright_model.scene())[1].tobytes() + b"\xff\xda" + bytes(9000))
+    assert segment(photo, "--out", tmp_path / "out") == 0
+
+
+def test_results_are_not_taken_for_pictures(tmp_path):
+    folder = tmp_path / "in"
+    write(folder / "a.png", bright_model.scene())
+    write(folder / "below/b.png", bright_model.scene())
+    for _ in range(2):
+        assert segment(folder, "-r", "--out", folder / "results") == 0
+        entries = json.loads((folder / "results/results.json").read_text())
+        assert {Path(e["file_name"]).name for e in entries} == {"a.png", "b.png"}
+    # a folder below that of the results is one of pictures all the same
+    assert segment(folder / "below", "--out", folder) == 0
+
+
+def test_pictures_are_not_replaced_by_results(tmp_path, capsys):
+    folder = tmp_path / "in"
+    write(folder / "a.png", bright_model.scene())
+    own = write(folder / "a_overlay.jpg", bright_model.scene()).read_bytes()
+    (tmp_path / "link").symlink_to(folder)
+    for paths in ([folder], [folder / "a.png", folder / "a_overlay.jpg"]):
+        for out in (folder, tmp_path / "link"):
+            assert segment(*paths, "--out", out) == 1
+            assert "expected another folder than that of" in capsys.readouterr().err
+    assert (folder / "a_overlay.jpg").read_bytes() == own and len(list(folder.iterdir())) == 2
+    assert segment(folder / "a.png", "--out", tmp_path) == 0
 
 
 def test_help_of_what_runs_beside_masks_names_its_own_precisions(capsys):

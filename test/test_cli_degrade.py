@@ -119,6 +119,41 @@ def test_a_bad_picture_is_named_and_the_rest_goes_on(tmp_path, capsys):
     assert not (tmp_path / "none").exists() and not (tmp_path / "sheet.png").exists()
 
 
+def test_a_picture_that_memory_lacks_for_is_named_and_a_stopped_run_has_its_json(tmp_path, capsys, monkeypatch):
+    for name, height in (("a.png", 20), ("b.png", 21), ("c.png", 22), ("d.png", 23)):
+        picture(tmp_path / "in", name, height)
+
+    def limited(image, *arguments):
+        if image.shape[0] in (21, 23):
+            raise MemoryError if image.shape[0] == 21 else KeyboardInterrupt
+        return degrade(image, *arguments)
+
+    monkeypatch.setattr("glesam_ros.degradation.degrade", limited)
+    command = (tmp_path / "in", "/proc/self/mem", "--kind", "jpeg", "--level", 1, "--out", tmp_path / "out")
+    assert run(*command) == 130
+    entries = json.loads((tmp_path / "out" / "degraded.json").read_text())
+    assert [e["file"] for e in entries] == ["a_jpeg-1.png", "c_jpeg-1.png"]
+    assert "b.png: out of memory" in capsys.readouterr().err
+    (tmp_path / "in" / "d.png").unlink()
+    assert run(*command) == 1
+    assert "skipped /proc/self/mem: " in (said := capsys.readouterr().err) and "2 of 4 pictures failed" in said
+
+
+def test_results_are_neither_taken_for_pictures_nor_written_over_them(tmp_path, capsys):
+    picture(tmp_path, "a.png")
+    picture(tmp_path, "a_jpeg-1.png")
+    command = (tmp_path, "--kind", "jpeg", "--level", 1)
+    for _ in range(2):
+        assert run(*command, "-r", "--out", tmp_path / "out") == 0
+        assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert run(*command, "--out", tmp_path) == 1
+    assert run(tmp_path / "a.png", tmp_path / "a_jpeg-1.png", *command[1:], "--out", tmp_path) == 1
+    assert run(*command, "--sheet", tmp_path / "a.png") == 1
+    assert capsys.readouterr().err.count("expected another folder than that of") == 3
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.png")} == before
+
+
 def test_more_pictures_than_a_sheet_holds(tmp_path, capsys):
     for n in range(9):
         picture(tmp_path / "in", f"{n}.png")

@@ -6,7 +6,9 @@ import csv
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,6 +20,7 @@ Image = pytest.importorskip("PIL.Image", reason="label maps need pillow; scripts
 import test_rass_nano as tiny_rass_nano  # noqa: E402
 
 from glesam_ros.cli.main import main, make_parser  # noqa: E402
+from glesam_ros.cli.segment import read_picture  # noqa: E402
 from glesam_ros.models import registry  # noqa: E402
 
 CLASSES = list(tiny_rass_nano.COLOURS)
@@ -36,6 +39,19 @@ def write(path: Path, rgb: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), rgb if rgb.ndim == 2 else cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
     return path
+
+
+class Stopping:
+    """A function that is stopped by Ctrl-C once it was called so often."""
+
+    def __init__(self, function: Callable[..., Any], after: int) -> None:
+        self.function, self.after, self.calls = function, after, 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        if self.calls > self.after:
+            raise KeyboardInterrupt
+        return self.function(*arguments)
 
 
 @pytest.fixture
@@ -273,6 +289,31 @@ def test_semantic_goes_on_after_a_picture_that_is_broken(weights: Path, tmp_path
     said = capsys.readouterr()
     assert "skipped" in said.err and "a.png" in said.err and "1 of 2 pictures failed" in said.err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"b_classes.png", "b_overlay.jpg", "semantic.json"}
+
+
+def test_semantic_names_what_it_cannot_read_and_a_stopped_run_has_its_json(weights: Path, tmp_path: Path, capsys,
+                                                                           monkeypatch) -> None:
+    monkeypatch.setattr("glesam_ros.cli.semantic.read_picture", stopping := Stopping(read_picture, after=2))
+    write(tmp_path / "in/b.png", scene(0)[0])
+    write(tmp_path / "in/c.png", scene(0)[0])
+    arguments = ["semantic", "/proc/self/mem", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--model", str(weights)]) == 130
+    assert "skipped /proc/self/mem: " in capsys.readouterr().err and stopping.calls == 3
+    pictures = json.loads((tmp_path / "out" / "semantic.json").read_text())["pictures"]
+    assert [Path(entry["file_name"]).name for entry in pictures] == ["b.png"]
+
+
+def test_semantic_takes_no_results_for_pictures(weights: Path, tmp_path: Path, capsys) -> None:
+    write(tmp_path / "in/a.png", scene(0)[0])
+    arguments = ["semantic", str(tmp_path / "in"), "-r", "--model", str(weights), "--out"]
+    for _ in range(2):
+        assert main([*arguments, str(tmp_path / "in/out")]) == 0
+        assert "1 of 1 pictures" in capsys.readouterr().out
+    assert main([*arguments, str(tmp_path / "in")]) == 1
+    assert "expected another folder" in one_line(capsys, "semantic")
+    own = write(tmp_path / "in/a_overlay.jpg", scene(0)[0])
+    assert main(["semantic", str(own), str(tmp_path / "in/a.png"), *arguments[2:], str(tmp_path / "in")]) == 1
+    assert "a_overlay.jpg, which would be replaced" in one_line(capsys, "semantic")
 
 
 def test_semantic_names_what_it_cannot_load(weights: Path, tmp_path: Path, capsys) -> None:

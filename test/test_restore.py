@@ -103,6 +103,21 @@ def test_originals_are_not_replaced(inverter, photos, capsys):
     assert (photos / "b.png").read_bytes() == before and not inverter.told
 
 
+def test_originals_of_the_same_name_in_another_folder_are_not_replaced_either(inverter, photos, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    cv2.imwrite(str(other / "b.png"), picture(5))
+    assert restore(other / "b.png", photos / "b.png", "--out", photos) == 1
+    assert "b.png, which would be replaced" in capsys.readouterr().err and not inverter.told
+
+
+def test_results_are_not_restored_again_and_what_cannot_be_read_is_named(inverter, photos, capsys):
+    for _ in range(2):
+        assert restore(photos, "/proc/self/mem", "-r", "--out", photos / "out") == 1
+        said = capsys.readouterr()
+        assert "4 of 5 pictures" in said.out and "skipped /proc/self/mem: " in said.err
+
+
 def test_what_cannot_be_restored_is_said_in_one_line(inverter, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("GLESAM_HOME", str(tmp_path / "none"))
     for arguments, expected in (

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import CommandError, degradation, positive, seed
-from glesam_ros.cli.segment import find_pictures, read_picture
+from glesam_ros.cli.segment import FAILURES, find_pictures, keep_pictures, read_picture, say_skipped
 
 if TYPE_CHECKING:
     from glesam_ros.validation import UInt8Array
@@ -67,7 +66,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Degrade, draw the sheet or list the kinds; 1 when a picture could not be read, each is named."""
+    """Degrade, draw the sheet or list the kinds; 1 when a picture failed, each is named."""
     if args.list:
         _print_kinds()
         return 0
@@ -76,20 +75,30 @@ def run(args: argparse.Namespace) -> int:
     from glesam_ros.degradation import names
 
     kinds, levels = list(dict.fromkeys(args.kinds or names())), sorted(set(args.levels))
-    pictures = find_pictures(args.paths, args.recursive)
+    pictures = find_pictures(args.paths, args.recursive, args.out)
     if args.sheet is not None and len(pictures) > SHEET_PICTURES:
         raise CommandError(f"--sheet: expected at most {SHEET_PICTURES} pictures, got {len(pictures)}; name fewer")
+    files = [_file(stem, kind, level) for _, stem in pictures for kind in kinds for level in levels]
+    keep_pictures(pictures, [args.out / file for file in files] if args.out is not None else [])
+    keep_pictures(pictures, [args.sheet] if args.sheet is not None else [])
     failures: list[Path] = []
-    images = _read(pictures, failures)
-    blocks, entries = [], []
-    for path, stem, image in images:
-        if args.out is not None:
-            entries += _write_degraded(args.out, path, stem, image, kinds, levels, args.seed)
-        if args.sheet is not None:
-            blocks.append(sheet_block(_shrunk(image, args.size), path.name, kinds, levels, args.seed))
+    blocks: list[UInt8Array] = []
+    entries: list[dict[str, Any]] = []
+    try:
+        for path, stem, image in _read(pictures, failures):
+            try:
+                if args.out is not None:
+                    entries += _write_degraded(args.out, path, stem, image, kinds, levels, args.seed)
+                if args.sheet is not None:
+                    blocks.append(sheet_block(_shrunk(image, args.size), path.name, kinds, levels, args.seed))
+            except MemoryError as error:
+                failures.append(path)
+                say_skipped("degrade", path, error)
+    finally:  # also of a run that was stopped
+        if entries:
+            (args.out / PARAMETERS).write_text(json.dumps(entries, indent=1) + "\n")
     done = len(pictures) - len(failures)
     if done and args.out is not None:
-        (args.out / PARAMETERS).write_text(json.dumps(entries, indent=1) + "\n")
         print(f"{done} of {len(pictures)} pictures, {len(entries)} degraded; {PARAMETERS} and results in {args.out}")
     if done and args.sheet is not None:
         _write(args.sheet, _side_by_side(blocks))
@@ -151,9 +160,9 @@ def _read(pictures: Sequence[tuple[Path, Path]], failures: list[Path]) -> Iterat
     for path, stem in tqdm(pictures, unit="picture", disable=None):
         try:
             image = read_picture(path)
-        except ValueError as error:
+        except FAILURES as error:
             failures.append(path)
-            tqdm.write(f"glesam degrade: skipped {path}: {error}", file=sys.stderr)
+            say_skipped("degrade", path, error)
             continue
         yield path, stem, image
 
@@ -168,13 +177,17 @@ def _write_degraded(
     for kind in kinds:
         for level in levels:
             degraded = degrade(image, kind, level, seed)
-            file = stem.with_name(f"{stem.name}_{kind}-{level}.png")
+            file = _file(stem, kind, level)
             _write(out / file, degraded.image)
             entries.append({
                 "picture": str(path), "file": file.as_posix(), "kind": kind, "level": level, "seed": seed,
                 "parameters": degraded.parameters,
             })
     return entries
+
+
+def _file(stem: Path, kind: str, level: int) -> Path:
+    return stem.with_name(f"{stem.name}_{kind}-{level}.png")
 
 
 def _write(path: Path, rgb: UInt8Array) -> None:

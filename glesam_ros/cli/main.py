@@ -71,13 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         return int(args.func(args) or 0)
-    except (CommandError, OSError) as error:
-        print(f"glesam {args.command}: error: {error}", file=sys.stderr)
+    except (CommandError, OSError, MemoryError) as error:
+        # Python's own MemoryError has no text
+        print(f"glesam {args.command}: error: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
             raise
-        print(f"glesam {args.command}: error: {error}; install it: {OPTIONAL[error.name]}", file=sys.stderr)
+        how = OPTIONAL[error.name]
+        text = str(error) if how in str(error) else f"{error}; install it: {how}"
+        print(f"glesam {args.command}: error: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"glesam {args.command}: stopped", file=sys.stderr)

@@ -69,17 +69,22 @@ def chosen_settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str,
     return {name: getattr(args, name) for name in names}
 
 
-def open_pipeline(args: argparse.Namespace, names: Sequence[str]) -> Pipeline:
+def open_pipeline(args: argparse.Namespace, names: Sequence[str], **more: Any) -> Pipeline:
     """Load the pipeline that the options ask for.
 
+    Args:
+        args: of the command.
+        names: of the parameters that have an option.
+        **more: parameters that have none.
+
     Raises:
-        CommandError: unknown model, device not available, values that contradict, weights missing.
+        CommandError: unknown model, device not available, values that contradict, weights missing or damaged.
     """
     from glesam_ros.pipeline import load_pipeline
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        return load_pipeline(**chosen_settings(args, names))
+        return load_pipeline(**chosen_settings(args, names), **more)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise CommandError(str(error)) from error
 

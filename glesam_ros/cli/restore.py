@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import BESIDE_TEXTS, CommandError, add_settings
-from glesam_ros.cli.segment import add_pictures, find_pictures, read_picture
+from glesam_ros.cli.segment import FAILURES, add_pictures, find_pictures, keep_pictures, read_picture, say_skipped
 from glesam_ros.picture_files import SUFFIXES
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
     """Restore all pictures; 1 when one of them failed, each failure is named."""
     from tqdm import tqdm
 
-    pictures = [(path, args.out / result_name(path, stem)) for path, stem in find_pictures(args.paths, args.recursive)]
-    if own := [path for path, target in pictures if target.exists() and target.samefile(path)]:
-        raise CommandError(f"--out {args.out}: expected another folder than that of {own[0]}, which would be replaced")
+    found = find_pictures(args.paths, args.recursive, args.out)
+    pictures = [(path, args.out / result_name(path, stem)) for path, stem in found]
+    keep_pictures(pictures, (target for _, target in pictures))
     restorer = _open(args.model, args.device, args.precision)
     failed, seconds = 0, 0.0
     for path, target in tqdm(pictures, unit="picture", disable=None):
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
             start = time.perf_counter()
             restored = restorer.restore(image, args.classes)
             seconds += time.perf_counter() - start
-        except (ValueError, RuntimeError) as error:
+        except FAILURES as error:
             failed += 1
-            tqdm.write(f"glesam restore: skipped {path}: {error}", file=sys.stderr)
+            say_skipped("restore", path, error)
             continue
         write_picture(target, restored)
     restorer.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -19,12 +20,17 @@ from glesam_ros.cli.options import (
     open_pipeline,
 )
 from glesam_ros.picture_files import SUFFIXES, is_cut_short
+from glesam_ros.settings import default
 
 if TYPE_CHECKING:
     from glesam_ros.instances import Instances
     from glesam_ros.validation import UInt8Array
 
-SETTINGS = (*MODEL_SETTINGS, *SELECTION_SETTINGS, "overlay_alpha")
+# a single picture has no frame before it whose enhancement could go on
+SETTINGS = (*MODEL_SETTINGS, *(name for name in SELECTION_SETTINGS if name != "enhance_below"), "overlay_alpha")
+FAILURES = (ValueError, RuntimeError, OSError, MemoryError)
+"""What one picture may fail with; the others are done all the same."""
+ENDINGS = ("_masks.png", "_overlay.jpg")
 
 EPILOG = """\
 examples:
@@ -66,54 +72,66 @@ def run(args: argparse.Namespace) -> int:
     """Segment all pictures; 1 when one of them failed, each failure is named."""
     from tqdm import tqdm
 
-    pictures = find_pictures(args.paths, args.recursive)
+    pictures = find_pictures(args.paths, args.recursive, args.out)
+    keep_pictures(pictures, (args.out / f"{stem}{ending}" for _, stem in pictures for ending in ENDINGS))
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = prompts_of(args.points, args.box)
-    pipeline = open_pipeline(args, SETTINGS)
+    pipeline = open_pipeline(args, SETTINGS, enhance_below=min(default("enhance_below"), args.enhance_above))
     results: list[dict[str, Any]] = []
-    failures: list[str] = []
-    seconds = 0.0
-    for image_id, (path, stem) in enumerate(tqdm(pictures, unit="picture", disable=None), start=1):
-        try:
-            image = read_picture(path)
-            start = time.perf_counter()
-            instances = pipeline.segment(image, **prompts)
-            seconds += time.perf_counter() - start
-        except (ValueError, RuntimeError) as error:
-            failures.append(f"{path}: {error}")
-            tqdm.write(f"glesam segment: skipped {path}: {error}", file=sys.stderr)
-            continue
-        _write_pictures(args.out / stem, image, instances, args.overlay_alpha)
-        results += coco_results(instances, image_id, str(path))
+    failed, seconds = 0, 0.0
+    try:
+        for image_id, (path, stem) in enumerate(tqdm(pictures, unit="picture", disable=None), start=1):
+            try:
+                image = read_picture(path)
+                start = time.perf_counter()
+                instances = pipeline.segment(image, **prompts)
+                seconds += time.perf_counter() - start
+            except FAILURES as error:
+                failed += 1
+                say_skipped("segment", path, error)
+                continue
+            _write_pictures(args.out / stem, image, instances, args.overlay_alpha)
+            results += coco_results(instances, image_id, str(path))
+    finally:  # also of a run that was stopped
+        (args.out / "results.json").write_text(json.dumps(results, indent=1))
     pipeline.close()
-    (args.out / "results.json").write_text(json.dumps(results, indent=1))
-    done = len(pictures) - len(failures)
+    done = len(pictures) - failed
     speed = f", {1000 * seconds / done:.0f} ms a picture" if done else ""
     print(f"{done} of {len(pictures)} pictures, {len(results)} instances{speed}; results in {args.out}")
-    if failures:
-        text = f"glesam segment: error: {len(failures)} of {len(pictures)} pictures failed, named above"
-        print(text, file=sys.stderr)
-    return 1 if failures else 0
+    if failed:
+        print(f"glesam segment: error: {failed} of {len(pictures)} pictures failed, named above", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def add_pictures(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that turn pictures into files: PATH, what `find_pictures` takes; --out; -r."""
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="picture, or folder of pictures")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if needed")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the results, none of PATH; made if needed"
+    )
     parser.add_argument("-r", "--recursive", action="store_true", help="look into the folders below, too")
 
 
-def find_pictures(paths: Sequence[Path], recursive: bool) -> list[tuple[Path, Path]]:
+def find_pictures(paths: Sequence[Path], recursive: bool, out: Path | None = None) -> list[tuple[Path, Path]]:
     """Pictures named by `paths`, each with the stem of its results: its path below the folder it was found in.
 
+    Args:
+        paths: pictures and folders of pictures.
+        recursive: look into the folders below, too.
+        out: where results will be written; what lies there is no picture of a folder above it.
+
     Raises:
-        CommandError: a path does not exist, or there is no picture at all.
+        CommandError: a path does not exist, there is no picture at all, or one of the folders is `out`.
     """
     found: list[tuple[Path, Path]] = []
     for path in paths:
         if path.is_dir():
+            results = None if out is None else Path(os.path.relpath(out.resolve(), path.resolve()))
+            if results == Path():
+                raise CommandError(f"--out {out}: expected another folder than that of the pictures")
             inside = sorted(p for p in path.glob("**/*" if recursive else "*") if p.suffix.lower() in SUFFIXES)
-            found += [(p, p.relative_to(path)) for p in inside if p.is_file()]
+            names = ((p, p.relative_to(path)) for p in inside if p.is_file())
+            found += [(p, name) for p, name in names if results is None or results not in name.parents]
         elif path.exists():
             found.append((path, Path(path.name)))
         else:
@@ -135,6 +153,30 @@ def find_pictures(paths: Sequence[Path], recursive: bool) -> list[tuple[Path, Pa
     return result
 
 
+def keep_pictures(pictures: Iterable[tuple[Path, Path]], results: Iterable[Path]) -> None:
+    """Refuse to write results over the pictures.
+
+    Args:
+        pictures: what `find_pictures` gave.
+        results: files that will be written.
+
+    Raises:
+        CommandError: one of them would replace a picture.
+    """
+    sources = {_identity(path): path for path, _ in pictures}
+    for file in results:
+        if file.exists() and (path := sources.get(_identity(file))):
+            raise CommandError(f"{file}: expected another folder than that of {path}, which would be replaced")
+
+
+def say_skipped(command: str, path: Path, error: Exception) -> None:
+    """Name a picture that failed, beside the bar of the progress."""
+    from tqdm import tqdm
+
+    # Python's own MemoryError has no text
+    tqdm.write(f"glesam {command}: skipped {path}: {str(error) or 'out of memory'}", file=sys.stderr)
+
+
 def read_picture(path: Path) -> UInt8Array:
     """A picture file as (H, W, 3) uint8 RGB; EXIF orientation applied, grey repeated, 16 bit scaled, alpha dropped.
 
@@ -152,11 +194,11 @@ def read_picture(path: Path) -> UInt8Array:
         raise ValueError(f"expected a whole picture, got one cut short after {len(data)} bytes; copy it again")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        if image is not None:
+            return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
     except cv2.error as error:
         raise ValueError(f"expected a picture, OpenCV cannot decode it: {str(error).strip()}") from error
-    if image is None:
-        raise ValueError(f"expected a picture ({' '.join(SUFFIXES)}), got a file that OpenCV cannot decode")
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+    raise ValueError(f"expected a picture ({' '.join(SUFFIXES)}), got a file that OpenCV cannot decode")
 
 
 def coco_results(instances: Instances, image_id: int, file_name: str) -> list[dict[str, Any]]:
@@ -195,6 +237,12 @@ def prompts_of(points: Iterable[tuple[float, ...]], boxes: Sequence[tuple[float,
     return prompts
 
 
+def _identity(path: Path) -> tuple[int, int]:
+    """The same for all names of a file: links, too."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
+
+
 def _write_pictures(stem: Path, image: UInt8Array, instances: Instances, alpha: float) -> None:
     import cv2
 
@@ -203,10 +251,8 @@ def _write_pictures(stem: Path, image: UInt8Array, instances: Instances, alpha: 
     stem.parent.mkdir(parents=True, exist_ok=True)
     labels = instances.label_map()
     overlay = draw_overlay(image, instances, alpha, labels)
-    for path, pixels in (
-        (stem.with_name(stem.name + "_masks.png"), labels),
-        (stem.with_name(stem.name + "_overlay.jpg"), cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR)),
-    ):
+    for ending, pixels in zip(ENDINGS, (labels, cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR))):
+        path = stem.with_name(stem.name + ending)
         done, data = cv2.imencode(path.suffix, pixels)
         if not done:
             raise CommandError(f"{path}: OpenCV could not encode the picture")

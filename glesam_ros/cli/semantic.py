@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import BESIDE_TEXTS, CommandError, add_settings
-from glesam_ros.cli.segment import add_pictures, find_pictures, read_picture
+from glesam_ros.cli.segment import FAILURES, add_pictures, find_pictures, keep_pictures, read_picture, say_skipped
 
 if TYPE_CHECKING:
     from glesam_ros.semantic import SemanticMap, SemanticSegmenter
     from glesam_ros.validation import UInt8Array
 
 SETTINGS = ("device", "precision", "overlay_alpha")
+CLASSES, CONFIDENCE, OVERLAY = "_classes.png", "_confidence.png", "_overlay.jpg"
 
 EPILOG = """\
 examples:
@@ -60,30 +61,33 @@ def run(args: argparse.Namespace) -> int:
     """Classify all pictures; 1 when one of them failed, each failure is named."""
     from tqdm import tqdm
 
-    pictures = find_pictures(args.paths, args.recursive)
+    pictures = find_pictures(args.paths, args.recursive, args.out)
+    endings = (CLASSES, OVERLAY, *([CONFIDENCE] if args.confidence else []))
+    keep_pictures(pictures, (args.out / f"{stem}{ending}" for _, stem in pictures for ending in endings))
     segmenter = _open(args.model, args.device, args.precision)
     args.out.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
-    failed = 0
-    seconds = 0.0
-    for path, stem in tqdm(pictures, unit="picture", disable=None):
-        try:
-            image = read_picture(path)
-            start = time.perf_counter()
-            found = segmenter.segment(image)
-            seconds += time.perf_counter() - start
-        except (ValueError, RuntimeError) as error:
-            failed += 1
-            tqdm.write(f"glesam semantic: skipped {path}: {error}", file=sys.stderr)
-            continue
-        _write_pictures(args.out / stem, image, found, args.overlay_alpha, args.confidence)
-        entries.append({"file_name": str(path), **summary(found)})
-    document = {
-        "model": segmenter.name, "classes": list(segmenter.classes), "palette": segmenter.palette.tolist(),
-        "pictures": entries,
-    }
+    failed, seconds = 0, 0.0
+    try:
+        for path, stem in tqdm(pictures, unit="picture", disable=None):
+            try:
+                image = read_picture(path)
+                start = time.perf_counter()
+                found = segmenter.segment(image)
+                seconds += time.perf_counter() - start
+            except FAILURES as error:
+                failed += 1
+                say_skipped("semantic", path, error)
+                continue
+            _write_pictures(args.out / stem, image, found, args.overlay_alpha, args.confidence)
+            entries.append({"file_name": str(path), **summary(found)})
+    finally:  # also of a run that was stopped
+        document = {
+            "model": segmenter.name, "classes": list(segmenter.classes), "palette": segmenter.palette.tolist(),
+            "pictures": entries,
+        }
+        (args.out / "semantic.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     segmenter.close()
-    (args.out / "semantic.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     speed = f", {1000 * seconds / len(entries):.0f} ms a picture" if entries else ""
     print(f"{len(entries)} of {len(pictures)} pictures{speed}; results in {args.out}")
     if failed:
@@ -135,10 +139,10 @@ def _write_pictures(stem: Path, image: UInt8Array, found: SemanticMap, alpha: fl
     from glesam_ros.overlay import draw_classes
 
     stem.parent.mkdir(parents=True, exist_ok=True)
-    write_label_map(stem.with_name(stem.name + "_classes.png"), found.labels, found.palette)
-    files = {"_overlay.jpg": cv2.cvtColor(draw_classes(image, found, alpha), cv2.COLOR_RGB2BGR)}
+    write_label_map(stem.with_name(stem.name + CLASSES), found.labels, found.palette)
+    files = {OVERLAY: cv2.cvtColor(draw_classes(image, found, alpha), cv2.COLOR_RGB2BGR)}
     if confidence:
-        files["_confidence.png"] = np.round(255 * found.confidence).astype(np.uint8)
+        files[CONFIDENCE] = np.round(255 * found.confidence).astype(np.uint8)
     for ending, pixels in files.items():
         path = stem.with_name(stem.name + ending)
         done, data = cv2.imencode(path.suffix, pixels)
