@@ -14,7 +14,7 @@ from bright_model import BrightRegions
 
 from glesam_ros import Settings
 from glesam_ros.datasets import Photograph
-from glesam_ros.evaluation import agreement, pool, protocol, report, sheet, summary
+from glesam_ros.evaluation import agreement, plots, pool, protocol, report, sheet, summary
 from glesam_ros.evaluation.protocol import CLEAR, Case, Condition, Evaluator, Measurement, Options
 from glesam_ros.overlay import PALETTE
 from glesam_ros.pipeline import Pipeline
@@ -293,6 +293,36 @@ def test_table_of_baselines_names_the_best_restorer() -> None:
     dark, clear = rows_of(text, "### Three random points, IoU")[2:]
     assert dark == ["made", "low_light-3", "30.0", "50.0", "20.0", "40.0", "Zero-DCE", "+10.0 [+10.0, +10.0] (+25 %)"]
     assert clear[5:7] == ["-", "classical (OpenCV)"]
+
+
+def test_where_no_restorer_was_measured_the_table_names_none() -> None:
+    clear = {("off", "points_iou"): [0.3], ("always", "points_iou"): [0.5]}
+    rain = {**clear, ("prenet", "points_iou"): [0.4]}
+    text = reported([measurement(1, Condition("rain", 1), rain), measurement(0, CLEAR, clear)])
+    first, second = rows_of(text, "### Three random points, IoU")[2:]
+    assert first[4:] == ["40.0", "PReNet", "+10.0 [+10.0, +10.0] (+25 %)"]
+    assert second == ["made", "clear", "30.0", "50.0", "-", "-", "-"]
+
+
+# plots
+
+
+def test_sets_of_different_levels_share_the_plots(tmp_path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'glesam_ros[evaluate]'")
+    values = {(mode, "points_iou"): [0.5] for mode in ("off", "always")}
+    levels = {"coco": (1, 2, 3), "lqseg": (3,), "low": (1,)}
+    found = [
+        measurement(1, condition, values, set_name=name)
+        for name, some in levels.items() for condition in (CLEAR, *(Condition("lq", level) for level in some))
+    ]
+    settings = {"kinds": ["lq"], "pipeline": {"enhance_above": 0.25}}
+    results = {"settings": settings, **summary.summarise(found, 0)}
+    assert [path.name for path in plots.draw_plots(results, found, tmp_path)] == [
+        "by_level.png", "gains.png", "levels.png"
+    ]
+    figure = plots._by_level(results)
+    drawn = [np.rint(np.asarray(panel.containers[0].lines[0].get_xdata(), float)).tolist() for panel in figure.axes]
+    assert drawn == [[0, 1, 2, 3], [0, 3], [0, 1]]
 
 
 # contact sheets

@@ -102,12 +102,14 @@ def _by_level(results: dict[str, Any]) -> Figure | None:
     panels = figure.subplots(len(sets), len(prompts), squeeze=False, sharex=True)
     for set_name, line in zip(sets, panels):
         for prompt, panel in zip(prompts, line):
-            modes = [m for m in MODES if (set_name, steps[-1], m, MAIN[prompt]) in cells]
+            modes = [m for m in MODES if any((set_name, step, m, MAIN[prompt]) in cells for step in steps)]
             for number, mode in enumerate(modes):
-                found = [cells[set_name, step, mode, MAIN[prompt]] for step in steps]
+                # sets may have been measured at different levels
+                there = [k for k, step in enumerate(steps) if (set_name, step, mode, MAIN[prompt]) in cells]
+                found = [cells[set_name, steps[k], mode, MAIN[prompt]] for k in there]
                 mean = [100 * r["mean"] for r in found]
                 # side by side, or the intervals would hide one another
-                x = [k + 0.06 * (number - (len(modes) - 1) / 2) for k in range(len(steps))]
+                x = [k + 0.06 * (number - (len(modes) - 1) / 2) for k in there]
                 panel.errorbar(
                     x, mean, _reach(found, "mean", "low", "high"), label=mode, color=COLOURS[mode], marker="o",
                     markersize=4, capsize=2, linewidth=1.5, elinewidth=1, linestyle="--" if mode == "auto" else "-",

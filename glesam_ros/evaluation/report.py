@@ -99,8 +99,9 @@ def _baselines_table(
         line = [*place, *(_percent(means.get((*place, method, metric))) for method in [*modes, *shown])]
         if compared:
             others = [b for b in restored(shown) if (*place, b, metric) in means]
-            best = max(others, key=lambda b: means[(*place, b, metric)])
-            line += [TITLES[best], _gain(results, place, metric, "always", best)]
+            # learned restorers are measured on their own kind alone, so a condition may have none
+            best = max(others, key=lambda b: means[(*place, b, metric)], default=None)
+            line += [TITLES[best], _gain(results, place, metric, "always", best)] if best else ["-", "-"]
         lines.append(line)
     return markdown(head, lines)
 
