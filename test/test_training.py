@@ -146,6 +146,15 @@ def test_a_square_that_fits_exactly_is_drawn_from_pictures_of_any_size() -> None
         assert image.shape == (64, 64, 3)
 
 
+def test_pictures_without_a_region_that_is_large_enough_end_the_drawing() -> None:
+    labels = np.zeros((48, 64), np.int16)
+    labels[20:26, 20:26] = 1
+    photograph = Photograph("x", np.zeros((48, 64, 3), np.uint8), [labels], False)
+    with pytest.raises(ValueError, match=r"regions of at least 192 pixels in crops of 64x48, found 1000 .* crop\.zoom"):
+        draw_crop(lambda _: photograph, np.random.default_rng(0), 48, 64, (1.0, 1.0))
+    draw_crop(lambda _: photograph, np.random.default_rng(0), 96, 128, (1.0, 2.0))
+
+
 def test_zoom_is_how_much_of_the_photograph_a_crop_shows(scenes: Scenes) -> None:
     sizes = []
     for zoom in ((1.0, 1.0), (4.0, 4.0)):

@@ -14,6 +14,8 @@ STRIDE = 4
 """Masks are made at this stride of the crop: the decoder's own resolution."""
 MIN_AREA = 192
 """Smaller regions of a crop (in pixels; 12 cells of STRIDE) are not trained on."""
+TRIES = 1000
+"""Crops without such a region that are drawn in a row."""
 
 
 def draw_crop(
@@ -37,9 +39,12 @@ def draw_crop(
     Returns:
         image (height * detail, width * detail, 3) uint8 RGB, sides rounded, and regions (R, height / stride, width /
         stride) bool, R >= 1.
+
+    Raises:
+        ValueError: 1000 crops in a row have no region of `MIN_AREA` pixels.
     """
     shape = (height, width, zoom, stride, detail, turn, stretch)
-    while True:
+    for _ in range(TRIES):
         image, regions = _crop(draw(rng), rng, *shape)
         if rng.random() < paste:
             other, objects = _crop(draw(rng), rng, *shape)
@@ -47,6 +52,10 @@ def draw_crop(
         regions = regions[regions.sum((1, 2)) * stride**2 >= MIN_AREA]
         if len(regions):
             return image, regions
+    raise ValueError(
+        f"sources: expected regions of at least {MIN_AREA} pixels in crops of {width}x{height}, found {TRIES} crops in "
+        "a row without; raise crop.zoom or the sides of the crop"
+    )
 
 
 def _crop(
