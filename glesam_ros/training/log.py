@@ -14,20 +14,22 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Log:
-    """Means of losses over `every` steps.
+    """Means of losses over `every` steps, and over those that are left at the end.
 
     Args:
         folder: gets `<stage>.csv` and `tensorboard/`; None keeps the sums only (processes but the first).
         stage: name of the stage.
         every: steps between two rows.
+        steps: of the stage; the last one gets a row, too.
         first: steps that were done before; later rows of an earlier run are dropped.
         state: of `state()`, to go on with.
     """
 
     def __init__(
-        self, folder: Path | None, stage: str, every: int, first: int = 0, state: Mapping[str, Any] | None = None
+        self, folder: Path | None, stage: str, every: int, steps: int, first: int = 0,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
-        self.stage, self.every = stage, every
+        self.stage, self.every, self.steps = stage, every, steps
         self._sums: dict[str, float] = dict(state["sums"]) if state else {}
         self._count = int(state["count"]) if state else 0
         self._before = float(state["seconds"]) if state else 0.0
@@ -45,10 +47,10 @@ class Log:
         """Losses of step `step` (from 0) and the learning rates that it had.
 
         Raises:
-            FloatingPointError: a loss of the last `every` steps was infinite or not a number.
+            FloatingPointError: a loss since the last row was infinite or not a number.
         """
         self._pending.append({name: value.detach() for name, value in losses.items()})
-        if (step + 1) % self.every:
+        if (step + 1) % self.every and step + 1 < self.steps:
             return
         self._settle()
         row: dict[str, Any] = {"step": step + 1, "seconds": round(self._seconds(), 1)}

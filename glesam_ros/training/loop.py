@@ -34,8 +34,8 @@ from glesam_ros.training.config import StageConfig, differences, to_dict, to_yam
 from glesam_ros.training.log import Log
 
 _LOG = logging.getLogger(__name__)
-WITHOUT_BF16 = ("NO AVX", "AVX2")
-"""CPUs, as torch names them, on which 16-bit arithmetic is emulated."""
+WITH_BF16 = ("AVX512",)
+"""CPUs, as torch names them, on which 16-bit arithmetic is not emulated; of others torch does not say it."""
 Batch = dict[str, Tensor]
 Draw = Callable[[np.random.Generator], Batch]
 TRAINING, PREPARATION, CHANCE = range(3)
@@ -260,7 +260,7 @@ def _is_cpu(device: str) -> bool:
 def _has_bf16(cpu: bool) -> bool:
     """Whether 16-bit arithmetic is the device's own; GPUs have it from compute capability 8.0 on."""
     if cpu:
-        return torch.backends.cpu.get_cpu_capability() not in WITHOUT_BF16
+        return torch.backends.cpu.get_cpu_capability() in WITH_BF16
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
@@ -279,7 +279,7 @@ def make_accelerator(device: str, precision: str, unused: bool = False) -> Accel
     if cpu and precision == "fp16":
         raise ValueError("precision: expected no or bf16 on a CPU, got fp16")
     if cpu and precision == "bf16" and not _has_bf16(cpu):
-        _LOG.warning("precision: this CPU emulates bf16, which takes many times as long; take precision=no")
+        _LOG.warning("precision: a CPU without AVX-512 may emulate bf16, many times as slow as fp32; take precision=no")
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused else []
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
 
@@ -413,7 +413,7 @@ def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = No
     average = Average(trained, settings.ema) if settings.ema else None
     first = _load(saved, stage, optimizer, average, accelerator) if saved else 0
     log = Log(
-        run.out if accelerator.is_main_process else None, stage.name, settings.log_every, first,
+        run.out if accelerator.is_main_process else None, stage.name, settings.log_every, settings.steps, first,
         saved["log"] if saved else None,
     )
     clipped = stage.clipped(groups)
