@@ -22,7 +22,7 @@ from glesam_ros.models import Budget, OutOfMemory, onnx_session  # noqa: E402
 from glesam_ros.models.glesam import model as models  # noqa: E402
 from glesam_ros.models.glesam import onnx_export, onnx_runtime  # noqa: E402
 from glesam_ros.models.glesam.base import Features  # noqa: E402
-from glesam_ros.models.glesam.model import build_base, load_glesam, load_parts  # noqa: E402
+from glesam_ros.models.glesam.model import load_glesam, load_parts  # noqa: E402
 from glesam_ros.models.glesam.onnx_export import Difference, Manifest  # noqa: E402
 from glesam_ros.models.glesam.runtime import TorchRuntime  # noqa: E402
 
@@ -94,14 +94,16 @@ def test_tensorrt_gets_one_profile_for_all_prompts_and_a_cache(tmp_path, monkeyp
     monkeypatch.setattr(Session, "opened", [])
     everywhere = [*onnx_session.PROVIDERS.values()]
     monkeypatch.setattr(onnx_session.ort, "get_available_providers", lambda: everywhere)
-    for part in ("encoder", "decoder_one", "decoder_three"):
+    for part in ("encoder", "level", "decoder_one", "decoder_three"):
         (tmp_path / f"{part}.onnx").touch()
-    runtime = onnx_runtime.OnnxRuntime(tmp_path, MANIFEST, build_base("mobile_sam"), "tensorrt", "fp16")
+    manifest = dataclasses.replace(MANIFEST, levels=True)
+    runtime = onnx_runtime.OnnxRuntime(tmp_path, manifest, TinyBase(), "tensorrt", "fp16")
     assert runtime.device == "tensorrt (fp16, onnxruntime, TensorrtExecutionProvider)"
     settings = {file: providers["TensorrtExecutionProvider"] for file, providers in Session.opened}
-    assert list(settings) == ["encoder.onnx", "decoder_one.onnx", "decoder_three.onnx"]
-    for given in settings.values():
-        assert given["trt_fp16_enable"] is True and given["trt_engine_cache_enable"] is True
+    assert list(settings) == ["encoder.onnx", "level.onnx", "decoder_one.onnx", "decoder_three.onnx"]
+    for file, given in settings.items():
+        assert given["trt_fp16_enable"] is (file != "level.onnx")  # the statistics of a level need float32
+        assert given["trt_engine_cache_enable"] is True
         assert Path(given["trt_engine_cache_path"]).parent == tmp_path / "tensorrt"
     assert not any("profile" in key for key in settings["encoder.onnx"])
     fixed = "latent:1x256x16x16,high0:1x32x64x64"
@@ -110,6 +112,29 @@ def test_tensorrt_gets_one_profile_for_all_prompts_and_a_cache(tmp_path, monkeyp
         assert given["trt_profile_min_shapes"] == f"points:1x1x2,labels:1x1,{fixed}"
         assert given["trt_profile_opt_shapes"] == f"points:64x1x2,labels:64x1,{fixed}"
         assert given["trt_profile_max_shapes"] == f"points:64x16x2,labels:64x16,{fixed}"
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "fp16", "asked", "taken"),
+    [
+        ("mobile_sam+glesam_small", "tensorrt", False, "auto", "fp32"),
+        ("mobile_sam", "tensorrt", False, "fp32", "fp32"),
+        ("mobile_sam", "tensorrt", False, "fp16", "fp16"),
+        ("mobile_sam", "tensorrt", True, "auto", "fp16"),
+        ("mobile_sam", "cuda", True, "auto", "fp16"),
+        ("sam_vit_b", "tensorrt", False, "auto", "fp16"),
+    ],
+)
+def test_tensorrt_takes_mobile_sam_in_fp16_only_where_told_and_warns(
+    name, device, fp16, asked, taken, tmp_path, monkeypatch, caplog
+):
+    manifest = dataclasses.replace(MANIFEST, name=name, fp16=fp16)
+    monkeypatch.setattr(onnx_runtime, "read_manifest", lambda folder, name: manifest)
+    monkeypatch.setattr(onnx_runtime, "choose_device", lambda device: device)
+    monkeypatch.setattr(onnx_runtime, "OnnxRuntime", lambda *arguments: arguments[3:])
+    assert onnx_runtime.open_onnx_runtime(name, device, asked, tmp_path, base=TinyBase()) == (device, taken)
+    doubtful = name.startswith("mobile_sam") and (device, taken) == ("tensorrt", "fp16")
+    assert ("found its output wrong in fp16 with TensorRT; take precision fp32" in caplog.text) == doubtful
 
 
 def test_graphs_too_large_for_tensorrt_are_refused_before_it_fails(tmp_path, monkeypatch):
@@ -122,7 +147,7 @@ def test_graphs_too_large_for_tensorrt_are_refused_before_it_fails(tmp_path, mon
     monkeypatch.setattr(onnx_runtime, "OnnxRuntime", lambda *arguments: arguments[3:])
 
     def opened(device: str) -> Any:
-        return onnx_runtime.open_onnx_runtime("sam_vit_b", device, folder=tmp_path, base=build_base("mobile_sam"))
+        return onnx_runtime.open_onnx_runtime("sam_vit_b", device, folder=tmp_path, base=TinyBase())
 
     assert opened("tensorrt") == ("tensorrt", "fp16")
     monkeypatch.setattr(onnx_runtime, "MOST_BYTES", 100)  # the weights of the enhancer count, in whatever file they are

@@ -24,11 +24,12 @@ examples:
   glesam export sam_vit_b --size 512 --images night/ --out graphs
   ros2 launch glesam_ros perception.launch.py model:=sam2.1_hiera_tiny+glesam device:=tensorrt
 
-Opset 18; the side of the square input is fixed, prompts are dynamic. TensorRT computes in fp16 unless --precision fp32
-says otherwise; its engines are cached beside the graphs. With --fp16 the graphs themselves are in fp16: TensorRT needs
-that with +glesam and +glesam++, whose U-Net is larger than its 2 GB in float32. The comparison gives both the same
-inputs stage by stage: the largest and the mean absolute difference, of latents and logits as a share of their
-deviation."""
+Opset 18; the side of the square input is fixed, prompts are dynamic. TensorRT computes in fp16, but MobileSAM, whose
+output in fp16 others found wrong, in fp32, unless --precision says otherwise; its engines are cached beside the graphs.
+What it makes of a graph depends on the GPU: compare on the robot itself, with --device tensorrt. With --fp16 the graphs
+themselves are in fp16: TensorRT needs that with +glesam and +glesam++, whose U-Net is larger than its 2 GB in float32.
+The comparison gives both the same inputs stage by stage: the largest and the mean absolute difference, of latents and
+logits as a share of their deviation."""
 
 
 def add_parser(commands: Any) -> None:
@@ -50,7 +51,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--precision", choices=("auto", "fp32", "fp16"), default="auto",
-        help="of onnxruntime; auto: fp16 with TensorRT, else that of the graphs",
+        help="of onnxruntime; auto: fp16 with TensorRT (MobileSAM: fp32), else that of the graphs",
     )
     parser.add_argument(
         "--tolerance", type=float, metavar="X",

@@ -26,6 +26,8 @@ MOST_PROMPTS, MOST_POINTS = 64, 16
 memory of its largest batch from the start, in fp16 at 1024 4 MB a prompt for the finest features alone."""
 MOST_BYTES = 2**31 - 1
 """Of a graph with its weights, for TensorRT: onnxruntime passes them on as one protobuf message."""
+WRONG_IN_FP16 = ("mobile_sam",)
+"""Bases that TensorRT gives wrong output of in fp16, as the authors of NanoSAM found."""
 PROFILE: Shapes = {
     "points": ((1, 1, 2), (64, 1, 2), (MOST_PROMPTS, MOST_POINTS, 2)),
     "labels": ((1, 1), (64, 1), (MOST_PROMPTS, MOST_POINTS)),
@@ -45,7 +47,8 @@ def open_onnx_runtime(
 
     Args:
         device: "tensorrt", "cuda" or "cpu".
-        precision: "auto" (fp16 with TensorRT, else that of the graphs), "fp32", or "fp16" (TensorRT, or fp16 graphs).
+        precision: "auto" (fp16 with TensorRT, but for `WRONG_IN_FP16` where the graphs allow it; else that of the
+            graphs), "fp32", or "fp16" (TensorRT, or fp16 graphs).
         folder: with the graphs; None takes what `glesam export` fills.
         base: says how pictures become pixels; its weights are not used.
 
@@ -63,7 +66,14 @@ def open_onnx_runtime(
             f"precision: expected auto or {' or '.join(possible)} on {device} for graphs in "
             f"{'fp16' if manifest.fp16 else 'fp32'}, got {precision!r}; export them again, with or without --fp16"
         )
-    precision = possible[0] if precision == "auto" else precision
+    doubtful = device == "tensorrt" and catalogue.split_name(name)[0] in WRONG_IN_FP16
+    if precision == "auto":
+        precision = possible[-1 if doubtful else 0]
+    if doubtful and precision == "fp16":
+        _LOG.warning(
+            "%s: others found its output wrong in fp16 with TensorRT; take precision fp32, of graphs exported without "
+            "--fp16, or compare first: glesam export %s --device tensorrt --precision fp16", name, name,
+        )
     if device == "tensorrt":
         _check_bytes(folder, manifest)
     return OnnxRuntime(folder, manifest, base, device, precision)
@@ -87,7 +97,8 @@ class OnnxRuntime:
         cache = folder / ENGINES / hashlib.sha256("".join(manifest.files.values()).encode()).hexdigest()[:16]
 
         def open_part(part: str, shapes: Shapes | None = None) -> Any:
-            return open_session(folder / f"{part}.onnx", device, precision == "fp16", cache, shapes=shapes)
+            fp16 = precision == "fp16" and part != "level"  # the statistics of a level need float32
+            return open_session(folder / f"{part}.onnx", device, fp16, cache, shapes=shapes)
 
         parts = ["encoder", *(["enhancer"] if manifest.enhances else []), *(["level"] if manifest.levels else [])]
         self._sessions = {part: open_part(part) for part in parts}
