@@ -298,6 +298,39 @@ def test_what_is_there_is_not_built_again(tmp_path: Path, cut: int) -> None:
     assert kept == {"1"}
 
 
+def test_what_was_changed_in_the_source_is_built_again(tmp_path: Path) -> None:
+    options, out = bsds_source(tmp_path), tmp_path / "out"
+    (tmp_path / "test.txt").write_text("1 2\n")
+    build(options, out)
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.[pj]*g")}
+    label_map(tmp_path / "regions" / "2_2.png", (1 + box(0, 0, 20, HEIGHT)).astype(np.uint8))
+    build(options, out)
+    assert {p.stem.split("_")[0] for p, stamp in stamps.items() if p.stat().st_mtime_ns != stamp} == {"2"}
+    picture(tmp_path / "images" / "1.jpg", 7)
+    label_map(tmp_path / "regions" / "1_10.png", np.zeros((HEIGHT, WIDTH), np.uint8))  # no longer a segmentation
+    build(options, out)
+    build(options, tmp_path / "fresh")
+    assert content(out) == content(tmp_path / "fresh") and verify(out) == []
+    # a manifest of before has no checksum of the masks
+    lines = [{k: v for k, v in entry.items() if k != "masks_sha256"} for entry in entries(out)]
+    (out / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    label_map(tmp_path / "regions" / "2_0.png", (1 + box(0, 0, 9, HEIGHT)).astype(np.uint8))
+    build(options, out)
+    build(options, tmp_path / "again")
+    assert content(out) == content(tmp_path / "again")
+
+
+def test_a_changed_picture_of_coco_is_built_again(tmp_path: Path) -> None:
+    options = many(tmp_path)
+    build(options, tmp_path / "out")
+    picture(tmp_path / "images" / "4.png", 9)
+    (tmp_path / "images" / "5.png").unlink()
+    assert [(f.kind, f.file) for f in build(options, tmp_path / "out").faults][-1] == ("image_missing", "5.png")
+    built = (tmp_path / "out" / "images" / "4.png").read_bytes()
+    assert built == (tmp_path / "images" / "4.png").read_bytes()
+    assert [entry["id"] for entry in entries(tmp_path / "out")] == ["1", "2", "3", "4"]
+
+
 def test_an_interrupted_command_goes_on(tmp_path: Path) -> None:
     options = many(tmp_path, 40)
     build(options, tmp_path / "whole")

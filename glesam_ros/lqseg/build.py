@@ -7,8 +7,9 @@
     lq/<kind>-<level>/<id>.png degraded, 8 bit RGB
     masks/<id>_<layer>.png     label maps, 16 bit, 0 unlabeled
 
-Each picture's line is appended to a journal once its files are there, so a build that was killed goes on. What a file
-holds depends on the settings and the picture alone, so the result is the same byte for byte.
+Each picture's line is appended to a journal once its files are there, so a build that was killed goes on; a picture
+whose source was changed since is built again. What a file holds depends on the settings and the picture alone, so the
+result is the same byte for byte.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ import cv2
 import numpy as np
 
 from glesam_ros import __version__
+from glesam_ros.checksum import sha256
 from glesam_ros.datasets import LQSEG_FORMAT, LQSEG_INFO, LQSEG_MANIFEST
 from glesam_ros.degradation import degrade, names
 from glesam_ros.lqseg.sources import Fault, Index, Malformed, Source, read_index, read_picture, read_truth
 
 JOURNAL = "manifest.journal"
 ERRORS = "errors.jsonl"
+FOLDERS = ("images", "lq", "masks")
 PART = ".part"
 """Ending of a file that is being written."""
 
@@ -97,7 +100,13 @@ def build(options: BuildOptions, out: Path, workers: int = 1, track: Track = lam
 
     def entry_of(source: Source) -> str | Fault:
         line = known.get(source.id)
-        return line if line and _is_intact(out, json.loads(line)) else _build_one(options, index, source, out)
+        entry = json.loads(line) if line else {"files": {}}
+        if line and _is_intact(out, entry) and _is_of(source, entry):
+            return line
+        built = _build_one(options, index, source, out)
+        if isinstance(built, str):
+            _remove(out, entry["files"].keys() - json.loads(built)["files"].keys())
+        return built
 
     faults = list(index.faults)
     counts: Counter[str] = Counter(images=0, degraded=0, instances=0)
@@ -229,6 +238,33 @@ def _is_intact(out: Path, entry: dict[str, Any]) -> bool:
         return False
 
 
+def _is_of(source: Source, entry: dict[str, Any]) -> bool:
+    """Whether a line was made of the files of `source` as they are now; settings hold the checksum of a COCO file."""
+    try:
+        image = entry["files"][entry["image"]]["sha256"]
+        return bool(entry.get("masks_sha256", []) == _checksums(source) and sha256(source.image) == image)
+    except (OSError, KeyError, TypeError):  # a picture without masks has no files, and is quickly read again
+        return False
+
+
+def _checksums(source: Source) -> list[str | None]:
+    """Of the files of masks; None for one that cannot be read."""
+    found: list[str | None] = []
+    for path in source.masks:
+        try:
+            found.append(sha256(path))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def _remove(out: Path, names: Iterable[str]) -> None:
+    """Remove files that a picture had of its source as it was before, a layer of its masks for example."""
+    for name in names:
+        if name.startswith(tuple(f"{folder}/" for folder in FOLDERS)) and ".." not in name.split("/"):
+            (out / name).unlink(missing_ok=True)
+
+
 def _build_one(options: BuildOptions, index: Index, source: Source, out: Path) -> str | Fault:
     """Write the files of one picture; its line of the manifest, or why there is none."""
     try:
@@ -236,6 +272,7 @@ def _build_one(options: BuildOptions, index: Index, source: Source, out: Path) -
     except Malformed as error:
         return Fault(error.kind, source.image.name, source.source_id, str(error))
     height, width = image.shape[:2]
+    masks = _checksums(source)  # before they are read: one that changes meanwhile differs the next time
     truth = read_truth(index, source, (height, width))
     files: dict[str, bytes] = {}
     entry: dict[str, Any] = {
@@ -243,6 +280,8 @@ def _build_one(options: BuildOptions, index: Index, source: Source, out: Path) -
         "alternatives": truth.alternatives, "instances": truth.instances,
         "left_out": [asdict(fault) for fault in truth.faults],
     }
+    if masks:
+        entry["masks_sha256"] = masks
     if truth.instances:
         entry["image"] = f"images/{source.id}{source.image.suffix.lower()}"
         files[entry["image"]] = data

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from glesam_ros.checksum import sha256
 from glesam_ros.datasets import LQSEG_MANIFEST, read_lqseg_info
-from glesam_ros.lqseg.build import Track
-
-FOLDERS = ("images", "lq", "masks")
+from glesam_ros.lqseg.build import FOLDERS, Track
 
 
 def verify(folder: Path, track: Track = lambda items, total: items) -> list[str]:
