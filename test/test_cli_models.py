@@ -520,6 +520,37 @@ def test_the_restorer_needs_stable_diffusion_whole_and_its_own_file(small_sam, h
     assert not [file for file in download.unet_files("sd21-base", home) if "/vae/" in file.path]
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 70000000\n"
+
+
+def test_an_answer_that_is_not_the_file_is_neither_kept_nor_remembered(small_sam, home, tmp_path, monkeypatch, capsys):
+    """Nothing is published of scr.pkl, so its first copy is the one that later ones are held against."""
+    pytest.importorskip("diffusers")
+    monkeypatch.setitem(catalogue.SYSTEMS, "scr-sd21", (source(small_sam, catalogue.SCR_FILE),))
+    config = small_sam.files["/sd21-base/vae/config.json"]
+    for path, content in (("/sd21-base/vae/config.json", b"<!DOCTYPE html>"), (f"/{catalogue.SCR_FILE}", POINTER)):
+        small_sam.files[path] = content
+        assert main(["models", "get", "scr-sd21"]) == 1
+        error = capsys.readouterr().err
+        said = f"{path}: expected {Path(path).name}, got {len(content)} bytes that begin with {content[:40]!r} and are none"
+        assert f"127.0.0.1:{small_sam.server_port}{said}" in error and "name it with --from" in error
+        assert not list((home / path[1:]).parent.glob(f"{Path(path).name}*"))
+        small_sam.files["/sd21-base/vae/config.json"] = config
+    assert catalogue.SCR_FILE not in json.loads((home / download.CHECKSUMS).read_text())
+    small_sam.files[f"/{catalogue.SCR_FILE}"] = scr_file(tmp_path / "right.pkl").read_bytes()
+    assert main(["models", "get", "scr-sd21"]) == 0
+    assert main(["models", "verify", "scr-sd21"]) == 0
+
+
+def test_a_page_is_no_weights(small_sam, home):
+    weights = source(small_sam, "sd21-base/unet/diffusion_pytorch_model.safetensors")
+    small_sam.files[f"/{weights.path}"] = b"<html>Sign in to the network</html>"
+    with pytest.raises(download.DownloadError, match="got 35 bytes that begin with b'<html>Sign in"):
+        download.fetch(weights, home, lambda *_: lambda _: None)
+    small_sam.files[f"/{weights.path}"] = safetensors.save({"a": torch.ones(2)})
+    assert download.fetch(weights, home, lambda *_: lambda _: None).is_file()
+
+
 def test_the_segmenter_is_fetched_by_hand(small_sam, home, tmp_path, capsys):
     pytest.importorskip("diffusers")
     folder = tmp_path / "run"

@@ -41,6 +41,8 @@ CHECKSUMS = "checksums.json"
 TAG = "X-Linked-Etag"
 """Header in which the Hugging Face hub names the SHA-256 of a large file."""
 CHUNK = 1 << 20
+BYTES_SHOWN = 40
+"""Of an answer that is not the file, for the error."""
 TIMEOUT_S = 60
 GAMMAS = {"sd21-base": 5.0, "sd15": 3.0}
 """FDA scale of the released weights: of the paper and the README, and of the demo script for SD 1.5."""
@@ -83,7 +85,8 @@ def fetch(source: Source, folder: Path, started: Callable[[str, int | None, int]
 
     Raises:
         DownloadError: no program gets this file, the server refuses, the connection breaks (the part stays, the same
-            call goes on), there is not enough space, the size or the checksum is another (the part is removed).
+            call goes on), there is not enough space, the size or the checksum is another or, where none is published,
+            something else came, such as a page (the part is removed).
     """
     path = folder / source.path
     if path.is_file():
@@ -94,6 +97,8 @@ def fetch(source: Source, folder: Path, started: Callable[[str, int | None, int]
     partial = path.with_name(path.name + ".partial")
     named = _receive(source, partial, started)
     published, found = source.sha256 or named, sha256(partial)
+    if published is None:
+        _check_kind(source, partial)
     expected = published or _checksums(folder).get(source.path, found)
     if found != expected:
         partial.unlink()
@@ -103,6 +108,30 @@ def fetch(source: Source, folder: Path, started: Callable[[str, int | None, int]
         raise DownloadError(f"{source.url}: expected SHA-256 {expected}, got {found}; {how}")
     _place(partial, path, folder, found)
     return path
+
+
+def _check_kind(source: Source, partial: Path) -> None:
+    """Refuse what cannot be the file, before its checksum becomes the one that later copies are held against."""
+    try:
+        if source.path == SCR_FILE:
+            from glesam_ros.models.rass.scr import read_scr
+
+            read_scr(partial)
+        elif source.path.endswith(".safetensors"):
+            from glesam_ros.models.glesam.weights import read_tensors
+
+            read_tensors(partial)
+        elif source.path.endswith(".json"):
+            json.loads(partial.read_text(encoding="utf-8"))
+    except ValueError as error:
+        with partial.open("rb") as file:
+            start = file.read(BYTES_SHOWN)
+        size = partial.stat().st_size
+        partial.unlink()
+        raise DownloadError(
+            f"{source.url}: expected {Path(source.path).name}, got {size} bytes that begin with {start!r} and are none; "
+            "get it by hand and name it with --from"
+        ) from error
 
 
 def _receive(source: Source, partial: Path, started: Callable[[str, int | None, int], Progress]) -> str | None:
