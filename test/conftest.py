@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 
@@ -69,28 +71,37 @@ def _ros():
     import rclpy
 
     rclpy.init()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE"):
+            patch.setenv(name, str(Path(__file__).with_name("discovery.xml")))
+        # read by the first node of a process; those under test must not inherit it
+        first = rclpy.create_node("first")
     yield
+    first.destroy_node()
     rclpy.shutdown()
 
 
 def _launcher():
     from ros_graph import Client, NodeProcess
 
-    clients = []
+    processes, clients = [], []
 
     def launch(*, wait_active=True, arguments=(), **parameters):
         namespace = f"test_{os.getpid()}_{next(_numbers)}"
-        process = NodeProcess(namespace, parameters, [a.format(namespace=namespace) for a in arguments])
-        clients.append(Client(namespace, process))
+        processes.append(NodeProcess(namespace, parameters, [a.format(namespace=namespace) for a in arguments]))
+        clients.append(Client(namespace, processes[-1]))
         if wait_active:
             clients[-1].wait_state("active")
         return clients[-1]
 
     yield launch
-    for client in clients:
-        client.ros.end()
-        client.close()
-        print(client.ros.output)  # pytest shows it when the test fails
+    with contextlib.ExitStack() as ends:  # all of them, also where one fails
+        for process in processes:
+            ends.callback(lambda process=process: print(process.output))  # pytest shows it when the test fails
+        for client in clients:
+            ends.callback(client.close)
+        for process in processes:
+            ends.callback(process.end)
 
 
 @pytest.fixture

@@ -58,8 +58,23 @@ def only_left(masks):
     return masks[50, 40] == 1 and not masks[50, 120]
 
 
+@pytest.fixture(scope="module")
+def _of_module(launch_shared):
+    return Scene(launch_shared())
+
+
 @pytest.fixture
-def scene(launch):
+def scene(_of_module):
+    """A scene that the tests share, in which no prompt is left and none is refused."""
+    _of_module.clear()
+    _of_module.size = (120, 160)
+    _of_module.see("two objects", lambda m: m.shape == (120, 160) and len({m[50, 40], m[50, 120], 0}) == 3)
+    return _of_module
+
+
+@pytest.fixture
+def fresh(launch):
+    """A scene of the test alone, nothing logged or counted yet."""
     return Scene(launch())
 
 
@@ -127,32 +142,32 @@ def test_points_that_expired_while_nothing_was_processed_do_not_come_back_with_a
     assert only_left(pixels_of(scene.masks.messages[before]))
 
 
-def test_a_point_outside_is_refused_with_the_numbers(scene):
-    scene.point((200.0, 50.0))
-    scene.client.wait_log("refused", "expected 0 <= x < 160 and 0 <= y < 120, got (200, 50)")
-    scene.client.wait_count("noticed_refused_prompt", 1)
+def test_a_point_outside_is_refused_with_the_numbers(fresh):
+    fresh.point((200.0, 50.0))
+    fresh.client.wait_log("refused", "expected 0 <= x < 160 and 0 <= y < 120, got (200, 50)")
+    fresh.client.wait_count("noticed_refused_prompt", 1)
 
 
 @pytest.mark.parametrize(("box", "parts"), [
     ((170, 10, 200, 40), ("160x120", "(170, 10, 200, 40)")),
     ((50, 50, 50, 60), ("x1 < x2", "(50, 50, 50, 60)")),
 ])
-def test_a_box_outside_or_empty_is_refused_with_the_numbers(scene, box, parts):
-    scene.boxes(box)
-    scene.client.wait_log("refused", *parts)
+def test_a_box_outside_or_empty_is_refused_with_the_numbers(fresh, box, parts):
+    fresh.boxes(box)
+    fresh.client.wait_log("refused", *parts)
 
 
-def test_refused_prompts_are_counted_and_the_1st_and_the_10th_are_logged(scene):
+def test_refused_prompts_are_counted_and_the_1st_and_the_10th_are_logged(fresh):
     for x in range(200, 212):
-        scene.point((float(x), 50.0))
+        fresh.point((float(x), 50.0))
         time.sleep(0.02)  # the node keeps 10
-    scene.client.wait_count("noticed_refused_prompt", 12)
-    scene.client.wait_log("refused", "[10 so far, next note at 100]")
-    assert len(scene.client.logged("refused")) == 2
+    fresh.client.wait_count("noticed_refused_prompt", 12)
+    fresh.client.wait_log("refused", "[10 so far, next note at 100]")
+    assert len(fresh.client.logged("refused")) == 2
     # no frame comes meanwhile, and none was lost: nothing to call an error
-    wait_for(lambda: "12 refused_prompt" in scene.client.status().message, "the refusals in the message")
-    assert scene.client.status().level == DiagnosticStatus.WARN
-    wait_for(lambda: "got (211, 50)" in scene.client.values()["last_fault"], "the newest refusal in diagnostics")
+    wait_for(lambda: "12 refused_prompt" in fresh.client.status().message, "the refusals in the message")
+    assert fresh.client.status().level == DiagnosticStatus.WARN
+    wait_for(lambda: "got (211, 50)" in fresh.client.values()["last_fault"], "the newest refusal in diagnostics")
 
 
 def stamped(scene, age_s):
