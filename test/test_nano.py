@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -13,10 +15,11 @@ import pytest
 
 from glesam_ros import load_pipeline
 from glesam_ros.cli.bench import load_frame
+from glesam_ros.cli.main import main
 from glesam_ros.degradation import degrade
 from glesam_ros.models import onnx_session
 from glesam_ros.models.base import Budget, Candidates, OutOfMemory
-from glesam_ros.models.nano import IN_8_BITS, UNCLEAR, WEIGHTS, Nano, model_size, second_share, second_size
+from glesam_ros.models.nano import IN_8_BITS, PARTS, UNCLEAR, WEIGHTS, Nano, model_size, second_share, second_size
 from glesam_ros.models.onnx_session import DeviceUnusable, choose_device, engine_cache
 from glesam_ros.models.rass_nano import RassNano
 
@@ -285,6 +288,28 @@ def test_the_second_look_comes_and_goes_with_the_level_by_degrees(bad) -> None:
     np.testing.assert_allclose(at(0.15001).logits, one.logits, atol=0.01)
 
 
+@pytest.mark.parametrize("second_look", [True, False])
+def test_many_prompts_go_in_pieces_that_give_what_one_piece_gives(bad, second_look: bool) -> None:
+    model = Nano("cpu", "fp32", threads=1)
+    rng = np.random.default_rng(3)
+    corners = rng.uniform(10, 300, (7, 1, 2))
+    # boxes, of two objects with a point besides; and lone points
+    points = np.concatenate([corners, corners + rng.uniform(20, 80, (7, 1, 2)), corners + 10], 1).astype(np.float32)
+    labels = np.float32([[2, 3, -1]] * 3 + [[2, 3, 1]] * 2 + [[1, -1, -1]] * 2)
+    embedding = model.enhance(model.encode(bad, Budget()))
+    assert second_share(embedding.degradation) > 0
+    model._prompt = counted = Counted(model._prompt)
+    looks = 2 if second_look else 1
+    found = {}
+    for size, pieces in ((64, 1), (7, 1), (3, 3), (1, 7)):
+        counted.runs = 0
+        found[size] = model.prompt(embedding, points, labels, Budget(points_per_batch=size, second_look=second_look))
+        assert counted.runs == pieces * looks
+    for size in (7, 3, 1):
+        np.testing.assert_allclose(found[size].logits, found[64].logits, atol=1e-3)
+        np.testing.assert_allclose(found[size].scores, found[64].scores, atol=1e-5)
+
+
 def test_warm_up_goes_through_the_second_look(scene) -> None:
     for enhancement, looks in (("off", 1), ("auto", 2)):
         pipe = load_pipeline("nano", device="cpu", enhancement=enhancement)
@@ -335,7 +360,12 @@ def test_auto_takes_the_fastest_device_at_hand(available: list[str], expected: s
 
 
 class Opened:
-    """Stands for a session."""
+    """Stands for the session of a part."""
+
+    def __init__(self, part: str) -> None:
+        inputs, outputs = PARTS[part]
+        self.get_inputs, self.get_outputs = (lambda ends=ends: [SimpleNamespace(name=name) for name in ends]
+                                             for ends in (inputs, outputs))
 
     def get_providers(self) -> list[str]:
         return ["CPUExecutionProvider"]
@@ -355,8 +385,13 @@ def test_8_bits_are_for_the_cpu(monkeypatch, tmp_path, device, precision, files,
     for part in IN_8_BITS if files else ():
         (tmp_path / f"nano_{part}_int8.onnx").touch()
     opened = []
+
+    def open_session(path: Path, *_: Any) -> Opened:
+        opened.append(path.stem)
+        return Opened(path.stem.split("_")[1])
+
     monkeypatch.setattr(onnx_session, "choose_device", lambda name: name)
-    monkeypatch.setattr("glesam_ros.models.nano.open_session", lambda path, *_: opened.append(path.stem) or Opened())
+    monkeypatch.setattr("glesam_ros.models.nano.open_session", open_session)
     model = Nano(device, precision, tmp_path)
     assert opened == [f"nano_{name}" for name in expected]
     assert model.device.startswith(f"{device} ({'int8' if 'int8' in expected[0] else 'fp32'}, ")
@@ -382,6 +417,66 @@ def test_a_gpu_that_cannot_be_used_is_an_error_and_auto_takes_the_next(load, bro
     model = load("auto")
     assert model.device.startswith("cpu (int8" if load is Nano else "cpu (fp32")
     assert "fell back to CPUExecutionProvider" in caplog.text and "the next device is tried" in caplog.text
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, error: Exception, refuses: str) -> None:
+    """An onnxruntime with CUDA whose sessions fail with `error` where they may take the provider `refuses`."""
+    offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnx_session.ort, "get_available_providers", lambda: offered)
+    real = onnx_session.ort.InferenceSession
+
+    def fail(path: str, options: Any, providers: list[Any]) -> Any:
+        if refuses in dict(providers):
+            raise error
+        return real(path, options, providers=providers)
+
+    monkeypatch.setattr(onnx_session.ort, "InferenceSession", fail)
+
+
+@pytest.mark.parametrize("load", [Nano, RassNano])
+def test_a_gpu_that_opens_no_graph_is_an_error_of_the_device_and_auto_takes_the_next(load, monkeypatch, caplog) -> None:
+    refusing(monkeypatch, Exception("CUDA failure 999: unknown error\nat line 7"), "CUDAExecutionProvider")
+    with pytest.raises(DeviceUnusable, match="device cuda: .*nano.*: CUDA failure 999: unknown error; set device to c"):
+        load("cuda")
+    assert load("auto").device.startswith("cpu") and "the next device is tried" in caplog.text
+
+
+@pytest.mark.parametrize("load", [Nano, RassNano])
+def test_a_lack_of_memory_while_loading_is_said_as_such(load, monkeypatch) -> None:
+    for error in (MemoryError(), RuntimeError("Failed to allocate memory for requested buffer")):
+        with monkeypatch.context() as context:
+            refusing(context, error, "CPUExecutionProvider")
+            with pytest.raises(OutOfMemory, match="out of memory|Failed to allocate"):
+                load("cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("nano_stem.onnx", b"", "expected an ONNX graph, onnxruntime cannot open it: .*export them again"),
+        ("nano_prompt.onnx", b"no graph at all", "expected an ONNX graph, onnxruntime cannot open it"),
+        ("nano_decoder.onnx", -500, "expected an ONNX graph, onnxruntime cannot open it"),
+        ("nano_weights.bin", 1000, "expected an ONNX graph, onnxruntime cannot open it"),
+        ("nano_stem.onnx", "nano_decoder.onnx", "expected a graph image -> s4, s8, level, got latent -> features, "),
+        ("nano_enhancer.onnx", "nano_trunk.onnx", "expected a graph latent, level -> restored, got s4, s8 -> latent"),
+    ],
+)
+def test_damaged_weights_are_named(tmp_path, capsys, file: str, content: bytes | int | str, words: str) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(WEIGHTS, folder, ignore=shutil.ignore_patterns("*_int8*", "rass*"))
+    damaged = folder / file
+    if isinstance(content, str):
+        shutil.copy(folder / content, damaged)
+    else:
+        damaged.write_bytes(damaged.read_bytes()[:content] if isinstance(content, int) else content)
+    graph = "nano_stem.onnx" if file == "nano_weights.bin" else file
+    with pytest.raises(ValueError, match=f"^{folder / graph}: {words}"):
+        load_pipeline(str(folder), device="cpu")
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((32, 32, 3), np.uint8))
+    command = ["segment", str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--model", str(folder)]
+    assert main([*command, "--device", "cpu"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"glesam segment: error: {folder / graph}: ")
 
 
 def test_new_weights_meet_no_old_engines(tmp_path, monkeypatch) -> None:

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from glesam_ros.models.base import Budget, Candidates, Embedding
-from glesam_ros.models.onnx_session import engine_cache, on_device, open_session, run_session
+from glesam_ros.models.onnx_session import AGAIN, engine_cache, on_device, open_session, run_session
 from glesam_ros.models.proposals import choose
 from glesam_ros.validation import FloatArray, UInt8Array
 
@@ -28,6 +28,15 @@ LEAST_SIZE = 256
 """Smaller long sides inside the model are taken as this."""
 MULTIPLE = 32
 """Height and width inside the model are multiples of this, the encoder's coarsest stride."""
+PARTS = {
+    "stem": (("image",), ("s4", "s8", "level")),
+    "trunk": (("s4", "s8"), ("latent",)),
+    "adapted": (("s4", "s8"), ("latent",)),
+    "enhancer": (("latent", "level"), ("restored",)),
+    "decoder": (("latent",), ("features", "trunk", "grid", "weights", "scores")),
+    "prompt": (("features", "trunk", "grid", "xy", "labels"), ("prompt_weights", "prompt_scores")),
+}
+"""Names of inputs and outputs of each part, in their order."""
 IN_8_BITS = ("stem", "trunk", "adapted", "enhancer", "decoder")
 """Parts that have an 8-bit file; the prompt part is small."""
 DISTINCT = 0.375
@@ -58,7 +67,7 @@ class Nano:
     Raises:
         FileNotFoundError: a model file is missing.
         RuntimeError: the device is not available.
-        ValueError: a precision that the device does not have.
+        ValueError: a precision that the device does not have; or a file is damaged or of another part, names it.
     """
 
     name = "nano"
@@ -87,10 +96,15 @@ class Nano:
 
         def open_part(part: str) -> Any:
             kind = "_int8" if precision == "int8" and part in IN_8_BITS else ""
-            return open_session(folder / f"nano_{part}{kind}.onnx", device, precision == "fp16", cache, threads)
+            file = folder / f"nano_{part}{kind}.onnx"
+            session = open_session(file, device, precision == "fp16", cache, threads)
+            names = tuple(tuple(end.name for end in ends) for ends in (session.get_inputs(), session.get_outputs()))
+            if names != PARTS[part]:
+                expected, got = (f"{', '.join(x)} -> {', '.join(y)}" for x, y in (PARTS[part], names))
+                raise ValueError(f"{file}: expected a graph {expected}, got {got}; {AGAIN}")
+            return session
 
-        self._stem, self._trunk, self._adapted = open_part("stem"), open_part("trunk"), open_part("adapted")
-        self._enhancer, self._decoder, self._prompt = open_part("enhancer"), open_part("decoder"), open_part("prompt")
+        self._stem, self._trunk, self._adapted, self._enhancer, self._decoder, self._prompt = map(open_part, PARTS)
         return f"{device} ({precision}, onnxruntime, {self._stem.get_providers()[0]})"
 
     def encode(self, image: UInt8Array, budget: Budget) -> Embedding:
@@ -126,6 +140,7 @@ class Nano:
         """As `SegmentationModel.prompt`: logits (B, h / 4, w / 4) float32. Raises OutOfMemory.
 
         Of an enhanced frame that is bad the logits are the mean of two looks (`budget.second_look`, `second_share`).
+        They come in pieces of `budget.points_per_batch` objects: only the answer takes memory for all.
         """
         height, width = embedding.size
         # a point names a pixel, so its centre is meant; box corners lie between pixels
@@ -135,6 +150,22 @@ class Nano:
         looks = [(1.0 - share, self._shared(embedding), xy)]
         if share > 0:
             looks.append((share, self._shared(self._second(embedding)), _mirrored(xy, labels)))
+        features = looks[0][1][0]
+        logits, scores = np.empty((len(xy), *features.shape[2:]), np.float32), np.empty(len(xy), np.float32)
+        for start in range(0, len(xy), budget.points_per_batch):
+            piece = slice(start, start + budget.points_per_batch)
+            part = [(share, shared, where[piece]) for share, shared, where in looks]
+            logits[piece], scores[piece] = self._looked(part, labels[piece])
+        return Candidates(logits, scores)
+
+    def _looked(
+        self, looks: list[tuple[float, tuple[Any, ...], FloatArray]], labels: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Logits (B, h, w) and scores (B,) of prompts with labels (B, N), the mean of all looks.
+
+        Args:
+            looks: of each its weight, what `_shared` gives of it, and the points (B, N, 2) in -1..1 there.
+        """
         found = [self._kernels(shared, where, labels) for _, shared, where in looks]
         scores: FloatArray = np.sum([part * own for (part, _, _), (_, own) in zip(looks, found, strict=True)], axis=0)
         # a lone point may mean several things, the most convincing wins; anything more has one answer
@@ -147,7 +178,7 @@ class Nano:
         )
         for logits in others:
             first = first + _enlarged(logits[..., ::-1], first.shape[1:])
-        return Candidates(first, scores[rows, choice])
+        return first, scores[rows, choice]
 
     def free(self) -> None:
         """onnxruntime keeps its arena; there is nothing to give back."""

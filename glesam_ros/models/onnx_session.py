@@ -29,6 +29,9 @@ LACKS = (
     "Failed to allocate", "bad allocation", "bad_alloc", "out of memory", "cudaErrorMemoryAllocation", "ALLOC_FAILED",
 )
 """Parts of onnxruntime's messages that mean: not enough memory."""
+OF_THE_FILE = ("InvalidProtobuf", "InvalidGraph")
+"""Names of onnxruntime's exceptions that blame the file on any device; others may come of the device."""
+AGAIN = "reinstall the package (weights of your own: export them again)"
 
 
 _Model = TypeVar("_Model")
@@ -102,7 +105,9 @@ def open_session(
 
     Raises:
         FileNotFoundError: the model file is missing.
-        DeviceUnusable: onnxruntime fell back to another device.
+        ValueError: it is damaged; names it.
+        DeviceUnusable: onnxruntime fell back to another device, or cannot open the file on this one.
+        OutOfMemory: the device lacks memory.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -132,7 +137,16 @@ def open_session(
         elif name == "cuda" and _version() >= (1, 18):
             settings = {"use_tf32": 0}  # fp32 as it is written: TF32 has 10 bits, the level is measured with more
         chain.append((PROVIDERS[name], settings))
-    session = ort.InferenceSession(str(path), options, providers=chain)
+    try:
+        session = ort.InferenceSession(str(path), options, providers=chain)
+    except Exception as error:  # onnxruntime's exceptions share no base of their own
+        if _is_lack(error):
+            raise OutOfMemory(_first_line(error)) from None
+        if device != "cpu" and type(error).__name__ not in OF_THE_FILE:
+            text = f"device {device}: expected onnxruntime to open {path} there: {_first_line(error)}"
+            raise DeviceUnusable(f"{text}; set device to cpu, which tells whether the file is damaged") from error
+        text = f"{path}: expected an ONNX graph, onnxruntime cannot open it: {_first_line(error)}"
+        raise ValueError(f"{text}; {AGAIN}") from error
     if (got := session.get_providers()[0]) != PROVIDERS[device]:
         raise DeviceUnusable(
             f"device {device}: expected onnxruntime to use {PROVIDERS[device]}, it fell back to {got}; check driver, "
@@ -157,6 +171,15 @@ def run_session(session: ort.InferenceSession, feed: dict[str, Any], outputs: Se
     try:
         return list(session.run(outputs, feed))
     except Exception as error:  # onnxruntime's exceptions share no base of their own
-        if isinstance(error, MemoryError) or any(lack in str(error) for lack in LACKS):
-            raise OutOfMemory((str(error).splitlines() or ["out of memory"])[0]) from None
+        if _is_lack(error):
+            raise OutOfMemory(_first_line(error)) from None
         raise
+
+
+def _is_lack(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(lack in str(error) for lack in LACKS)
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, in one line; Python's own MemoryError says nothing."""
+    return (str(error).splitlines() or ["out of memory"])[0]

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from glesam_ros.models.nano import MULTIPLE, WEIGHTS, model_size, resized
-from glesam_ros.models.onnx_session import DeviceUnusable, engine_cache, on_device, open_session, run_session
+from glesam_ros.models.onnx_session import AGAIN, engine_cache, on_device, open_session, run_session
 from glesam_ros.validation import FloatArray, UInt8Array, check_classes
 
 _LOG = logging.getLogger(__name__)
 GRAPH_FILE, CARD_FILE = "rass_nano.onnx", "rass_nano.json"
-AGAIN = "reinstall the package (weights of your own: export them again)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,12 +147,7 @@ def _open_on(path: Path, count: int, precision: str, threads: int, device: str) 
 
 def _open(path: Path, count: int, device: str, fp16: bool, threads: int) -> Any:
     cache = engine_cache([path]) if device == "tensorrt" and path.is_file() else None
-    try:
-        session = open_session(path, device, fp16, cache, threads)
-    except (FileNotFoundError, DeviceUnusable):
-        raise
-    except Exception as error:  # onnxruntime's exceptions share no base of their own
-        raise ValueError(f"{path}: expected an ONNX graph, onnxruntime cannot open it: {error}; {AGAIN}") from error
+    session = open_session(path, device, fp16, cache, threads)
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
     if list(inputs) != ["image"] or inputs["image"].type != "tensor(uint8)" or len(inputs["image"].shape) != 4:
