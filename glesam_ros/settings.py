@@ -7,6 +7,7 @@ the parameter table of the README are all made from its fields. Nothing here kno
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,7 +139,8 @@ class Settings:
         low=1, high=64,
     )
     points_per_batch: int = _param(
-        64, "Prompts that SAM models decode at once: more is faster and takes more memory.", low=1, high=1024,
+        64, "Prompts that are decoded at once: more takes more memory, and with SAM models less time.",
+        low=1, high=1024,
     )
     crop_layers: int = _param(
         0, "Everything mode of SAM models also looks into 2x2 (1) and 4x4 (2) crops of the image; slow.",
@@ -162,7 +164,10 @@ class Settings:
         if isinstance(self.cameras, list):
             object.__setattr__(self, "cameras", tuple(self.cameras))
         for f in dataclasses.fields(self):
-            check_value(f.name, getattr(self, f.name))
+            value, kind = getattr(self, f.name), _kind(f.name)
+            check_value(f.name, value)
+            if kind in ("int", "float"):  # numpy's are welcome, JSON and ROS want Python's
+                object.__setattr__(self, f.name, int(value) if kind == "int" else float(value))
         if self.enhance_below > self.enhance_above:
             raise ValueError(
                 f"enhance_below must not exceed enhance_above: expected enhance_below <= {self.enhance_above}, "
@@ -210,7 +215,7 @@ def check_value(name: str, value: Any) -> None:
                 f"part of topic names), got {list(value)}"
             )
         return
-    expected: tuple[type, ...] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}[kind]
+    expected: type = {"bool": bool, "int": numbers.Integral, "float": numbers.Real, "str": str}[kind]
     if not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool"):
         article = "an" if kind == "int" else "a"
         raise ValueError(f"{name}: expected {article} {kind}, got {value!r} ({type(value).__name__})")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from glesam_ros import Settings
@@ -71,6 +73,16 @@ def test_refusals(name: str) -> None:
 
 def test_integers_are_welcome_where_floats_are_expected() -> None:
     assert Settings(overlay_alpha=1, enhance_below=0, enhance_above=0).overlay_alpha == 1
+
+
+def test_numbers_of_numpy_become_those_of_python() -> None:
+    s = Settings(max_instances=np.int64(4), score_threshold=np.float32(0.5), nms_iou=np.float64(0.5))
+    assert [type(value) for value in (s.max_instances, s.score_threshold, s.nms_iou)] == [int, float, float]
+    assert json.loads(json.dumps(dataclasses.asdict(s)))["max_instances"] == 4
+    with pytest.raises(ValueError, match="max_instances: expected an int"):
+        Settings(max_instances=np.float32(4))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_instances: expected an int"):
+        Settings(max_instances=np.bool_(True))  # type: ignore[arg-type]
 
 
 def test_cameras_from_a_list() -> None:
