@@ -196,6 +196,7 @@ class Pipeline:
         self.settings = settings or Settings()
         self._encoding = threading.RLock()
         self._decoding = threading.RLock() if model.overlaps else self._encoding
+        self._is_closed = False
 
     @property
     def settings(self) -> Settings:
@@ -218,6 +219,7 @@ class Pipeline:
         Raises:
             TypeError, ValueError: `image` is not such an array.
             OutOfMemory: the device lacked memory; memory kept for later was freed, and the next call takes less.
+            RuntimeError: the pipeline was closed.
         """
         return self._encode(check_image(image), gate, self.settings)
 
@@ -236,7 +238,7 @@ class Pipeline:
 
         Raises:
             ValueError: prompts of wrong shape, range or count.
-            OutOfMemory: as for `encode`.
+            OutOfMemory, RuntimeError: as for `encode`.
         """
         s = self.settings
         if points is None and labels is not None:
@@ -287,9 +289,15 @@ class Pipeline:
                     raise
 
     def close(self) -> None:
-        """Free the model's memory."""
+        """Free the model's memory; the pipeline cannot be used afterwards. Once more is harmless."""
         with self._encoding, self._decoding:
-            self.model.close()
+            if not self._is_closed:
+                self._is_closed = True
+                self.model.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError(f"expected an open pipeline, that of {self.model.name} was closed; load it again")
 
     def _encode(self, image: UInt8Array, gate: EnhancementGate | None, s: Settings) -> Embedding:
         allowed = self.memory.fit(budget(s))
@@ -306,6 +314,7 @@ class Pipeline:
 
     def _embed(self, image: UInt8Array, gate: EnhancementGate | None, s: Settings, allowed: Budget) -> Embedding:
         with self._encoding:
+            self._check_open()
             embedding = self.model.encode(image, allowed)
             mode = s.enhancement
             if mode == "auto":
@@ -320,6 +329,7 @@ class Pipeline:
         allowed = self.memory.fit(budget(s))
         try:
             with self._decoding:
+                self._check_open()
                 if prompts is None:
                     return self.model.propose(embedding, s.score_threshold, 4 * s.max_instances, allowed)
                 return self.model.prompt(embedding, *prompts, allowed)
@@ -387,7 +397,7 @@ def load_pipeline(
         **settings: any other field of `Settings`.
 
     Raises:
-        ValueError: unknown model, unknown setting or a value out of range.
+        ValueError: unknown model, unknown setting or a value out of range; or damaged weights, names the file.
         RuntimeError: the device asked for is not available.
         FileNotFoundError: weights are missing; names the file and the command that gets it.
         ModuleNotFoundError: a package of the extra `glesam` is missing.

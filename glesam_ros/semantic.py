@@ -101,6 +101,7 @@ class _Loaded(Generic[_Model]):
     def __init__(self, model: _Model) -> None:
         self.model: _Model = model
         self._turn = threading.RLock()
+        self._is_closed = False
 
     @property
     def name(self) -> str:
@@ -113,23 +114,31 @@ class _Loaded(Generic[_Model]):
         return self.model.device
 
     def free(self) -> None:
-        """Give memory back that is kept for later calls only."""
+        """Give memory back that is kept for later calls only. Raises RuntimeError when the model was closed."""
         with self._turn:
+            self._check_open()
             self.model.free()
 
     def close(self) -> None:
-        """Free the model's memory; it cannot be used afterwards. `with` does it at its end."""
+        """Free the model's memory; it cannot be used afterwards. `with` does it at its end; once more is harmless."""
         with self._turn:
-            self.model.close()
+            if not self._is_closed:
+                self._is_closed = True
+                self.model.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError(f"expected an open model, {self.name} was closed; load it again")
+
     def _run(self, call: Callable[[], _Result]) -> _Result:
         """`call`, once more with kept memory freed where memory lacks."""
         with self._turn:
+            self._check_open()
             try:
                 return call()
             except OutOfMemory:
@@ -183,6 +192,7 @@ class SemanticSegmenter(_Loaded[SemanticModel]):
             TypeError, ValueError: `image` is not such an array; or what the model says does not fit its classes or is
                 not finite.
             OutOfMemory: the device lacked memory, also after kept memory was freed.
+            RuntimeError: the model was closed.
         """
         image = check_image(image)
         logits = self._run(lambda: self.model.logits(image))
@@ -210,6 +220,7 @@ class Restorer(_Loaded[RestorerModel]):
             TypeError, ValueError: `image` is not such an array, or `classes` is one string; or the model gave a
                 picture of another size.
             OutOfMemory: the device lacked memory, also after kept memory was freed.
+            RuntimeError: the model was closed.
         """
         image = check_image(image)
         if isinstance(classes, str):

@@ -16,7 +16,7 @@ from pycocotools import mask as coco
 
 from glesam_ros import __version__, settings
 from glesam_ros.cli.main import main, make_parser
-from glesam_ros.models import OutOfMemory, register_model
+from glesam_ros.models import OutOfMemory, register_model, registry
 from glesam_ros.picture_files import is_cut_short
 
 
@@ -251,6 +251,19 @@ def test_memory_that_lacks_elsewhere_is_one_line(monkeypatch, tmp_path, capsys):
     picture = write(tmp_path / "a.png", bright_model.scene())
     assert segment(picture, "--out", tmp_path / "out") == 1
     assert capsys.readouterr().err == "glesam segment: error: out of memory\n"
+
+
+@pytest.mark.parametrize("command", ["segment", "semantic", "restore"])
+def test_a_missing_package_is_one_line_that_says_once_how_to_install_it(command, tmp_path, capsys, monkeypatch):
+    def without(device, precision):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    for table in ("_REGISTRY", "_SEMANTIC", "_RESTORERS"):
+        monkeypatch.setitem(getattr(registry, table), "without", without)
+    picture = write(tmp_path / "a.png", bright_model.scene())
+    assert main([command, str(picture), "--out", str(tmp_path / "out"), "--model", "without"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"glesam {command}: error: ") and line.count("install") == 2 == line.count("pip install") + 1
 
 
 def jpegs() -> dict[str, bytes]:

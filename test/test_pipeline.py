@@ -476,6 +476,7 @@ class TestLoading:
         ("arguments", "words"),
         [
             ({"model": "nanoo"}, "model: expected one of .*nano.*; got 'nanoo'"),
+            ({"model": ""}, "model: expected one of .*nano.*; got ''"),
             ({"enhancement": "on"}, "expected one of off, always, auto"),
             ({"colour": 1}, "load_pipeline: .*colour.* see glesam_ros.Settings"),
             ({"nms_iou": 2}, "nms_iou: expected 0 .. 1, got 2"),
@@ -484,6 +485,19 @@ class TestLoading:
     def test_refused(self, arguments: dict[str, Any], words: str) -> None:
         with pytest.raises(ValueError, match=words):
             load_pipeline(**arguments)
+
+    def test_closed(self) -> None:
+        pipe = pipeline(model := Known(rectangles((1, 1, 30, 30)), [0.9]))
+        embedding = pipe.encode(picture())
+        pipe.close()
+        model.close = lambda: pytest.fail("closed again")  # type: ignore[method-assign]
+        pipe.close()
+        for call in (pipe.encode, pipe.segment, pipe.warm_up):
+            with pytest.raises(RuntimeError, match="expected an open pipeline, that of .* was closed; load it again"):
+                call(picture())
+        for prompts in ({}, {"points": [[3, 3]]}):
+            with pytest.raises(RuntimeError, match="was closed; load it again"):
+                pipe.decode(embedding, **prompts)
 
     @pytest.mark.parametrize(
         ("missing", "helps"),

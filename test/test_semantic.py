@@ -243,6 +243,19 @@ def test_a_restorer_restores() -> None:
     assert model.calls == ["restore road sky", "free", "restore road sky", "close"]
 
 
+@pytest.mark.parametrize("load", [SemanticSegmenter, Restorer])
+def test_what_was_closed_says_so_and_may_be_closed_again(load: Any) -> None:
+    model = Given()
+    with load(model) as loaded:
+        loaded.close()
+    assert model.calls == ["close"]
+    call = loaded.segment if load is SemanticSegmenter else loaded.restore
+    for refused in (loaded.free, lambda: call(picture())):
+        with pytest.raises(RuntimeError, match="given was closed; load it again"):
+            refused()
+    assert model.calls == ["close"]
+
+
 def test_a_restored_picture_of_another_size_is_refused() -> None:
     model = Given()
     model.restore = lambda image, classes: image[:-1]  # type: ignore[method-assign]
@@ -297,6 +310,8 @@ def test_models_of_ones_own_by_name() -> None:
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(ValueError, match="semantic: expected one of .*rass-nano, rass-sd21.*; got 'rass'"):
         load_semantic("rass")
+    with pytest.raises(ValueError, match="semantic: expected one of .*; got ''"):
+        load_semantic("")
     with pytest.raises(ValueError, match="restorer: expected one of scr-sd21.*; got 'rass-nano'"):
         load_restorer("rass-nano")
 

@@ -95,12 +95,12 @@ def load_model(name: str, device: str = "auto", precision: str = "auto") -> Segm
         device, precision: as in `glesam_ros.settings`.
 
     Raises:
-        ValueError: unknown name; lists the known ones.
+        ValueError: unknown name; lists the known ones. Or weights that are damaged or do not fit; names the file.
         RuntimeError: the device asked for is not available.
         FileNotFoundError: weights are missing; names the file and how to get it.
         ModuleNotFoundError: a package that this model needs is missing; says how to install it.
     """
-    if name not in _REGISTRY and name not in catalogue.HUB and Path(name).is_dir():
+    if name not in _REGISTRY and name not in catalogue.HUB and _is_folder(name):
         from glesam_ros.models.nano import Nano
 
         return Nano(device, precision, Path(name))
@@ -125,7 +125,7 @@ def load_semantic_model(name: str, device: str = "auto", precision: str = "auto"
     Raises:
         As `load_model`.
     """
-    if name not in _SEMANTIC and Path(name).is_dir():
+    if name not in _SEMANTIC and _is_folder(name):
         from glesam_ros.models.rass_nano import RassNano
 
         return RassNano(device, precision, Path(name))
@@ -135,6 +135,10 @@ def load_semantic_model(name: str, device: str = "auto", precision: str = "auto"
 def load_restorer_model(name: str, device: str = "auto", precision: str = "auto") -> RestorerModel:
     """Load a registered model that restores pictures. Raises as `load_model`."""
     return _load("restorer", _RESTORERS, name, device, precision)
+
+
+def _is_folder(name: str) -> bool:
+    return name != "" and Path(name).is_dir()  # a path without a name would be the current folder
 
 
 def _register(
