@@ -563,6 +563,11 @@ PNG = base64.b64encode(cv2.imencode(".png", np.ones((2, 2), np.uint8))[1].tobyte
         ({"label": "road", "points": [[1, 2], [3]]}, r"shape 2 \(road\)"),
         ({"label": "road"}, r"shape 2 \(road\)"),
         ("road", "shape 2: expected one of the classes"),
+        ({"label": ["road"], "points": [[0, 0], [5, 5], [9, 9]]}, r"shape 2: expected one of the .*; got \['road'\]"),
+        (polygon("road", (0, 0), (5, 5), (5e7, 9)), "expected points near the 30x20 picture, got .*50000000.0, 9"),
+        (polygon("road", (0, 0), (5, 5), (9, -1e308)), "expected points near the 30x20 picture"),
+        (polygon("road", (0, 0), (1e308, 5), kind="rectangle"), "expected points near the 30x20 picture"),
+        (polygon("road", (0, 0), (5, 5), (10**400, 9)), r"shape 2 \(road\): int too large"),
         (polygon("road", (0, 0), (5, 5), kind="mask", mask="!!"), "expected a PNG in base64"),
         (polygon("road", (0, 0), (5, 5), kind="mask"), "expected a PNG in base64"),
         (polygon("road", (0, 0), (5, 5), kind="mask", mask=PNG), "expected 6x6 pixels of its box, got \\(2, 2\\)"),
@@ -575,10 +580,12 @@ def test_faults_of_shapes(shape, expected):
 
 
 def test_faults_are_named_with_their_file_and_the_rest_goes_on(tmp_path):
-    out, names = picked(tmp_path, 6)
+    out, names = picked(tmp_path, 8)
     label(out, names[0], box("road", 0, 0, 48, 32))
     wrong_class = label(out, names[1], box("lava", 0, 0, 48, 32))
     wrong_size = label(out, names[2], box("road", 0, 0, 9, 9), imageWidth=640)
+    no_text = label(out, names[6], {**box("road", 0, 0, 48, 32), "label": ["road"]})
+    far = label(out, names[7], polygon("road", (0, 0), (5, 5), (1e308, 9)))
     empty = out / f"images/validation/{names[3]}.json"
     (out / f"images/validation/{names[4]}.json").unlink()
     broken = out / f"images/validation/{names[5]}.json"
@@ -589,6 +596,8 @@ def test_faults_are_named_with_their_file_and_the_rest_goes_on(tmp_path):
     assert summary.written == names[:1]
     found = {fault.file: fault.message for fault in summary.faults}
     assert "got 'lava'" in found.pop(wrong_class)
+    assert "got ['road']" in found.pop(no_text)
+    assert "expected points near the 48x32 picture" in found.pop(far)
     assert "expected labels of its 48x32 picture, got 640x32" in found.pop(wrong_size)
     assert "not labelled yet" in found.pop(empty)
     assert "expected one file of labels" in found.pop(out / f"images/validation/{names[4]}.png")

@@ -164,11 +164,11 @@ def draw_shapes(shapes: Any, classes: tuple[str, ...], size: tuple[int, int]) ->
     out = np.zeros(size, np.uint16)
     for number, shape in enumerate(shapes, 1):
         label = shape.get("label") if isinstance(shape, dict) else None
-        if label not in values:
+        if not isinstance(label, str) or label not in values:
             raise ValueError(f"shape {number}: expected one of the classes {_some(classes)}; got {label!r}")
         try:
             out[_inside(shape, size)] = values[label]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ValueError(f"shape {number} ({label}): {error}") from error
     return out
 
@@ -178,6 +178,10 @@ def _inside(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray[Any, np.
     points = np.asarray(shape["points"], np.float64)
     if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
         raise ValueError(f"expected points [[x, y], ...], got {shape['points']!r:.80}")
+    side = max(size)
+    # pycocotools walks along every edge pixel by pixel, however long it is
+    if not ((points >= -side) & (points <= 2 * side)).all():
+        raise ValueError(f"expected points near the {size[1]}x{size[0]} picture, got {shape['points']!r:.80}")
     if kind not in POINTS:
         raise ValueError(f"expected a shape with an area ({', '.join(POINTS)}), got a {kind}")
     if len(points) < POINTS[kind] or (kind != "polygon" and len(points) > POINTS[kind]):
