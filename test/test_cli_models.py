@@ -532,7 +532,7 @@ def test_an_answer_that_is_not_the_file_is_neither_kept_nor_remembered(small_sam
         small_sam.files[path] = content
         assert main(["models", "get", "scr-sd21"]) == 1
         error = capsys.readouterr().err
-        said = f"{path}: expected {Path(path).name}, got {len(content)} bytes that begin with {content[:40]!r} and are none"
+        said = f"{path}: expected {Path(path).name}, got {len(content)} bytes that begin with {content[:40]!r}"
         assert f"127.0.0.1:{small_sam.server_port}{said}" in error and "name it with --from" in error
         assert not list((home / path[1:]).parent.glob(f"{Path(path).name}*"))
         small_sam.files["/sd21-base/vae/config.json"] = config

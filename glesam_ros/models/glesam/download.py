@@ -129,7 +129,7 @@ def _check_kind(source: Source, partial: Path) -> None:
         size = partial.stat().st_size
         partial.unlink()
         raise DownloadError(
-            f"{source.url}: expected {Path(source.path).name}, got {size} bytes that begin with {start!r} and are none; "
+            f"{source.url}: expected {partial.stem}, got {size} bytes that begin with {start!r} and are none; "
             "get it by hand and name it with --from"
         ) from error
 
