@@ -492,7 +492,7 @@ def test_files_that_do_not_fit(tmp_path):
     for odd, text in (
         ([1], "something else"), ({"a": 1}, "something else"), ({**content, "palette": [[1, 2, 3]]}, "3 colours"),
         ({**content, "state": {"a": 1}}, "dict of tensors"), ({**content, "config": {"rank": 4}}, "classes"),
-        ({**content, "config": {"new": 1}}, "new"),
+        ({**content, "config": {"new": 1}}, "new"), ({**content, "prompt": [1]}, "prompt: expected a tensor, got list"),
     ):
         torch.save(odd, file)
         with pytest.raises(ValueError, match=text) as error:
@@ -537,6 +537,17 @@ def test_loads_from_its_files(home, small_windows):
     write_tiny_scr(home / "rass" / "scr.pkl", seed=9)
     with pytest.raises(ValueError, match="trained with"):
         load_rass("cpu", "auto")
+
+
+def test_weights_are_views_of_their_file_and_the_model_keeps_none(home, small_windows):
+    """The released file has gigabytes that are not read here; a training may write a new file over that of a model."""
+    file = home / "rass" / "rass.pth"
+    model, weights = load_rass("cpu", "auto"), read_rass(file)
+    found, prompt = model.logits(photo(64, 64)), weights.prompt.clone()
+    with file.open("r+b") as over:
+        over.write(bytes(file.stat().st_size))
+    assert not any(x.any() for x in weights.state.values())
+    assert torch.equal(weights.prompt, prompt) and (model.logits(photo(64, 64)) == found).all()
 
 
 def test_lack_of_memory_at_load_says_what_to_do(home, monkeypatch):

@@ -502,7 +502,8 @@ class RassWeights:
     Attributes:
         config: of the network.
         palette: (K, 3) uint8 RGB, colours of the classes.
-        state: tensors by the names of `RassNetwork`.
+        state: tensors by the names of `RassNetwork`, or in the released file by those of detectron2; from a file they
+            are views of it, which has to stay as it is while they live.
         prompt: (1, 77, C) float32, the prompt of the training; None in the released file, whose prompts were tags.
         scr: SHA-256 of the scr.pkl that was merged in for the training; empty where it is not known.
     """
@@ -552,11 +553,13 @@ def write_rass(network: RassNetwork, path: Path, palette: UInt8Array, scr: str =
 def read_rass(path: Path) -> RassWeights:
     """Read rass.pth: one of `write_rass`, or the released one (see `checkpoint`), whose classes are ADE20K's.
 
+    Weights take memory where they are read only, so those that the released file has for nothing here take none.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no such file, or a released one of other classes than ADE20K's 150.
     """
-    content = read_checkpoint(path)
+    content = read_checkpoint(path, mapped=True)
     state = content.get("model", content) if isinstance(content, dict) else None
     try:
         if isinstance(state, dict) and is_released(state):
@@ -575,7 +578,9 @@ def read_rass(path: Path) -> RassWeights:
         palette = np.array(content["palette"], np.uint8)
         if palette.shape != (len(config.classes), 3):
             raise ValueError(f"palette: expected {len(config.classes)} colours, got an array {palette.shape}")
-        return RassWeights(config, palette, content["state"], content["prompt"], content["scr"])
+        if not isinstance(prompt := content["prompt"], Tensor):
+            raise ValueError(f"prompt: expected a tensor, got {type(prompt).__name__}")
+        return RassWeights(config, palette, content["state"], prompt.clone(), content["scr"])
     except (TypeError, ValueError) as error:  # a field that is missing or unknown is a TypeError
         raise ValueError(f"{path}: {error}") from error
 
