@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import bright_model
 import cv2
@@ -15,6 +17,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from glesam_ros.cli.main import main, make_parser
+from glesam_ros.evaluation import pool, protocol
 
 SIZE = (160, 200)
 
@@ -127,6 +130,25 @@ def test_results_do_not_depend_on_the_number_of_processes(data, tmp_path) -> Non
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
+@pytest.mark.parametrize("model, device, expected", [
+    ("nano", "cpu (int8, onnxruntime, CPUExecutionProvider)", 4), ("nano", "cuda (fp32, onnxruntime)", 1),
+    ("sam_vit_b+glesam", "cuda (bf16)", 1), ("sam_vit_b+glesam", "cpu (fp32)", 1),
+])
+def test_processes_are_as_many_as_help_unless_told(model, device, expected, data, tmp_path, monkeypatch) -> None:
+    def share(open_state, work, tasks, workers):
+        asked.append(workers)
+        raise ValueError("enough")
+
+    asked: list[int] = []
+    opened = SimpleNamespace(pipe=SimpleNamespace(model=SimpleNamespace(device=device)))
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr(protocol, "open_evaluator", lambda *_: opened)
+    monkeypatch.setattr(pool, "share", share)
+    command = ["evaluate", "--data", str(data), "--out", str(tmp_path / "out"), "--model", model]
+    assert main(command) == main([*command, "--workers", "2"]) == 1
+    assert asked == [expected, 2]  # there are four photographs
+
+
 def test_figures_of_a_photograph_do_not_depend_on_the_others(data, tmp_path) -> None:
     common = ("--data", data, "--kinds", "lq", "--levels", 3, "--no-sheet")
     found = []
@@ -137,16 +159,39 @@ def test_figures_of_a_photograph_do_not_depend_on_the_others(data, tmp_path) -> 
     assert found[0] == found[1] and len(found[0]) > 10
 
 
-def test_data_set_of_glesam_lqseg(data, tmp_path) -> None:
+def test_data_set_of_glesam_lqseg(data, tmp_path, capsys) -> None:
     built, out = tmp_path / "built", tmp_path / "out"
     assert main(["lqseg", "build", "--from", "coco", "--images", str(data / "coco_small" / "images"),
                  "--annotations", str(data / "coco_small" / "test.json"), "--out", str(built), "--levels", "3",
                  "--kinds", "low_light"]) == 0
+    capsys.readouterr()
     assert evaluate("--lqseg", built, "--out", out, "--limit", 2) == 0
+    captured = capsys.readouterr()
+    assert f"{built} was built as the split 'train'" in captured.err
+    assert "lqseg: 2 photographs, 4 regions (split train, seed 0" in captured.out
     found = means(out)
     assert {condition for _, condition, _, _ in found} == {"clear", "low_light-3"}
     assert found["lqseg", "clear", "off", "points_iou"] == 1.0
-    assert json.loads((out / "results.json").read_text())["counts"]["lqseg"] == {"photographs": 2, "regions": 4}
+    results = json.loads((out / "results.json").read_text())
+    assert results["counts"]["lqseg"] == {"photographs": 2, "regions": 4}
+    settings = json.loads((built / "dataset.json").read_text())["settings"]
+    manifest = hashlib.sha256((built / "manifest.jsonl").read_bytes()).hexdigest()
+    assert results["settings"]["lqseg"] == {**settings, "manifest_sha256": manifest}
+    assert str(tmp_path) not in (out / "results.json").read_text()  # it may be published
+
+
+def test_splits_of_both_sources_are_said(data, tmp_path, capsys) -> None:
+    built = tmp_path / "built"
+    main(["lqseg", "build", "--from", "coco", "--images", str(data / "coco_small" / "images"), "--annotations",
+          str(data / "coco_small" / "test.json"), "--out", str(built), "--levels", "3", "--split", "val"])
+    capsys.readouterr()
+    common = ("--prompts", "points", "--limit", 1, "--levels", 3, "--no-sheet")
+    assert evaluate("--data", data, "--sets", "bsds", "--lqseg", built, "--out", tmp_path / "out", *common) == 0
+    captured = capsys.readouterr()
+    assert "(split test, of lqseg val, seed 0" in captured.out and "was built as" not in captured.err
+    assert evaluate("--data", data, "--sets", "bsds", "--out", tmp_path / "data", *common) == 0
+    assert "(split test, seed 0" in capsys.readouterr().out
+    assert json.loads((tmp_path / "data" / "results.json").read_text())["settings"]["lqseg"] is None
 
 
 def test_lqseg_data_set_without_the_kind_is_refused(data, tmp_path, capsys) -> None:
@@ -164,8 +209,10 @@ def test_agreement_on_photographs_without_masks(tmp_path, capsys) -> None:
     for number in range(3):
         cv2.imwrite(str(photographs / f"{number}.png"), picture(3 * number)[0])
     cv2.imwrite(str(photographs / "black.png"), np.zeros((60, 80, 3), np.uint8))
-    assert evaluate("--agreement", photographs, "--out", out, "--kinds", "low_light", "--levels", 1) == 0
+    modes = ("--modes", "off", "always", "auto", "always")  # one of them twice
+    assert evaluate("--agreement", photographs, "--out", out, "--kinds", "low_light", "--levels", 1, *modes) == 0
     found = json.loads((out / "agreement.json").read_text())["agreement"]
+    assert found["modes"] == ["off", "always", "auto"]
     assert found["photographs"] == 3 and found["left_out"] == ["black"]
     assert {(r["condition"], r["metric"]) for r in found["rows"]} == {("low_light-1", "own"), ("low_light-1", "plain")}
     assert cv2.imread(str(out / "agreement_low_light-1.jpg")) is not None

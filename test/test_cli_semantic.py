@@ -21,7 +21,8 @@ import test_rass_nano as tiny_rass_nano  # noqa: E402
 
 from glesam_ros.cli.main import main, make_parser  # noqa: E402
 from glesam_ros.cli.segment import read_picture  # noqa: E402
-from glesam_ros.models import registry  # noqa: E402
+from glesam_ros.evaluation import semantic  # noqa: E402
+from glesam_ros.models import onnx_session, registry  # noqa: E402
 
 CLASSES = list(tiny_rass_nano.COLOURS)
 SIZE = (64, 96)
@@ -185,6 +186,24 @@ def test_figures_do_not_depend_on_the_number_of_processes(data: Path, weights: P
         assert evaluate(*common, "--out", tmp_path / str(workers), "--workers", workers) == 0
     for name in ("results.json", "pictures.csv"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+@pytest.mark.parametrize("device, gpu, several", [
+    ("auto", False, True), ("auto", True, False), ("cpu", True, True), ("cuda", True, False),
+])
+def test_processes_share_no_gpu_unless_told(device, gpu, several, data: Path, tmp_path: Path, monkeypatch) -> None:
+    def opened(options: semantic.SemanticOptions) -> None:
+        asked.append(options.threads)
+        raise ValueError("enough")
+
+    asked: list[int] = []
+    providers = [*(["CUDAExecutionProvider"] if gpu else []), "CPUExecutionProvider"]
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr(onnx_session.ort, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(semantic, "open_semantic_evaluator", opened)
+    command = ["evaluate-semantic", "--data", str(data), "--out", str(tmp_path / "out"), "--device", device]
+    assert main(command) == main([*command, "--workers", "2"]) == 1
+    assert asked == [1 if several else 0, 1]  # of several processes each has one thread
 
 
 def test_figures_of_a_picture_do_not_depend_on_the_others(data: Path, weights: Path, tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--weights", type=Path, metavar="DIR", help="other weights of nano, to compare trainings")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of points and degradations; default: 0")
     parser.add_argument(
-        "--workers", type=positive(int), default=os.cpu_count() or 1, metavar="N",
-        help="processes, each with the model on one thread; default: one a core",
+        "--workers", type=positive(int), metavar="N",
+        help="processes, each with a model of its own; default: one a core for nano on a CPU, else 1",
     )
     parser.add_argument(
         "--sheet", action=argparse.BooleanOptionalAction, default=True, help="write contact sheets; default: yes"
@@ -146,7 +146,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     args.out.mkdir(parents=True, exist_ok=True)
     sources, total = _sources(args)
-    measurements = _measure(sources, total, open_one, evaluator, args.workers)
+    workers = args.workers or _default_workers(settings, evaluator)
+    measurements = _measure(sources, total, open_one, evaluator, workers)
     if sources and not measurements:
         raise CommandError("expected at least one photograph with a region of 1,000 pixels, got none")
     results: dict[str, Any] = {
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     }
     pictures: list[Path] = []
     if args.agreement is not None:
-        results["agreement"], drawn = _agreement(args, open_one, evaluator)
+        results["agreement"], drawn = _agreement(args, open_one, evaluator, workers)
         pictures += drawn
         _write_json(args.out / "agreement.json", {k: results[k] for k in ("settings", "versions", "agreement")})
     _write_json(args.out / "results.json", results)
@@ -199,6 +200,12 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(**chosen, enhance_below=below)
 
 
+def _default_workers(settings: Settings, evaluator: Evaluator) -> int:
+    """One a core for nano on a CPU, which has one thread then; others fill memory, all cores or a GPU by themselves."""
+    small = settings.model == "nano" and evaluator.pipe.model.device.startswith("cpu")
+    return os.cpu_count() or 1 if small else 1
+
+
 def _conditions(args: argparse.Namespace) -> list[Condition]:
     from glesam_ros.evaluation.protocol import conditions
 
@@ -215,13 +222,15 @@ def _sources(args: argparse.Namespace) -> tuple[dict[str, Cases], int]:
         sources[name] = partial(_synthetic, name, photographs, _conditions(args))
         total += len(photographs)
     if args.lqseg is not None:
-        from glesam_ros.datasets import read_lqseg_info
         from glesam_ros.evaluation.protocol import lqseg_cases
 
-        try:
-            info = read_lqseg_info(args.lqseg)
-        except ValueError as error:
-            raise CommandError(str(error)) from error
+        info = _lqseg_info(args.lqseg)
+        split = info["settings"]["split"]
+        if split.startswith("train"):
+            print(
+                f"glesam evaluate: {args.lqseg} was built as the split {split!r}; masks of pictures that a model was "
+                "trained on say little about others", file=sys.stderr,
+            )
         for what in ("kinds", "levels"):
             wanted, there = getattr(args, what), info["settings"][what]
             missing = sorted(set(wanted or ()) - {*there, "none"})
@@ -233,6 +242,15 @@ def _sources(args: argparse.Namespace) -> tuple[dict[str, Cases], int]:
         sources["lqseg"] = partial(lqseg_cases, args.lqseg, args.kinds, args.levels, args.limit)
         total += min(info["counts"]["images"], args.limit or info["counts"]["images"])
     return sources, total
+
+
+def _lqseg_info(folder: Path) -> dict[str, Any]:
+    from glesam_ros.datasets import read_lqseg_info
+
+    try:
+        return read_lqseg_info(folder)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _set_names(args: argparse.Namespace) -> list[str]:
@@ -293,7 +311,7 @@ def _shared(
 
 
 def _agreement(
-    args: argparse.Namespace, open_one: Callable[[], Evaluator], evaluator: Evaluator
+    args: argparse.Namespace, open_one: Callable[[], Evaluator], evaluator: Evaluator, workers: int
 ) -> tuple[dict[str, Any], list[Path]]:
     """The figures of --agreement, and its sheets."""
     from glesam_ros.cli.segment import find_pictures
@@ -307,10 +325,10 @@ def _agreement(
         raise CommandError("--agreement: expected at least one kind of degradation, got --kinds none")
 
     tasks = (_unlabelled(name, path, conditions) for name, path in paths.items())
-    found: list[Agreement] = list(_shared(open_one, evaluator, agree, tasks, len(paths), args.workers))
+    found: list[Agreement] = list(_shared(open_one, evaluator, agree, tasks, len(paths), workers))
     if all(one.values is None for one in found):
         raise CommandError(f"{args.agreement}: expected photographs in which the model finds something, found none")
-    summary = summarise_agreement(found, args.modes, args.seed)
+    summary = summarise_agreement(found, evaluator.options.modes, args.seed)
     drawn: list[Path] = []
     if args.sheet and {"off", "always"} <= set(args.modes):
         for condition in conditions:
@@ -411,16 +429,17 @@ def _recorded(args: argparse.Namespace, settings: Settings, options: Options) ->
     """What the figures depend on, for results.json; without paths, so that it can be published."""
     import dataclasses
 
+    from glesam_ros.datasets import LQSEG_MANIFEST
     from glesam_ros.evaluation.metrics import BOUNDARY_SHARE, COCO_THRESHOLDS
     from glesam_ros.evaluation.protocol import MIN_AREA, POINTS
 
-    kinds = args.kinds
-    if args.lqseg is not None and kinds is None:
-        from glesam_ros.datasets import read_lqseg_info
-
-        kinds = read_lqseg_info(args.lqseg)["settings"]["kinds"]
+    kinds, lqseg = args.kinds, None
+    if args.lqseg is not None:
+        built = _lqseg_info(args.lqseg)["settings"]
+        kinds = built["kinds"] if kinds is None else kinds
+        lqseg = {**built, "manifest_sha256": sha256(args.lqseg / LQSEG_MANIFEST)}
     return {
-        "split": args.split if args.data is not None else None,
+        "split": args.split if args.data is not None else None, "lqseg": lqseg,
         "kinds": [kind for kind in kinds or ["lq"] if kind != "none"], "levels": args.levels, "limit": args.limit,
         **dataclasses.asdict(options), "min_region_area": MIN_AREA, "points": POINTS,
         "boundary_share": BOUNDARY_SHARE, "recall_thresholds": COCO_THRESHOLDS,

@@ -86,8 +86,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of degradations and intervals; default: 0")
     parser.add_argument(
         "--workers", type=positive(int), metavar="N",
-        help=f"processes, each with models of its own; default: one a core where all models are {RASS_NANO} and no "
-        "baseline needs a network, else 1",
+        help=f"processes, each with models of its own; default: one a core where all models are {RASS_NANO} on a CPU "
+        "and no baseline needs a network, else 1",
     )
     parser.add_argument(
         "--sheet", action=argparse.BooleanOptionalAction, default=True, help="write a contact sheet; default: yes"
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     from glesam_ros.evaluation.semantic_report import semantic_tables
 
     options = _options(args)
-    workers = args.workers or (os.cpu_count() or 1 if _is_small(options) else 1)
+    workers = args.workers or (os.cpu_count() or 1 if _is_small(options) and _is_on_cpu(options) else 1)
     options = replace(options, threads=1 if workers > 1 else 0)
     try:
         evaluator = open_semantic_evaluator(options)  # what is wrong is said before the work begins
@@ -163,7 +163,14 @@ def _is_small(options: SemanticOptions) -> bool:
     from glesam_ros.models import semantic_names
 
     full_size = [name for name in options.models if name in semantic_names() and name != RASS_NANO]
-    return not full_size and set(options.restorers) <= {"classical"} and options.device in ("auto", "cpu")
+    return not full_size and set(options.restorers) <= {"classical"}
+
+
+def _is_on_cpu(options: SemanticOptions) -> bool:
+    """Whether the small models will run there; auto may be a GPU, which processes would have to share."""
+    from glesam_ros.models.onnx_session import choose_device
+
+    return options.device == "cpu" or (options.device == "auto" and choose_device("auto") == "cpu")
 
 
 def _measure(options: SemanticOptions, evaluator: SemanticEvaluator, workers: int) -> tuple[Tally, float]:

@@ -61,8 +61,11 @@ def _about(results: dict[str, Any]) -> str:
         for name, c in results["counts"].items()
     )
     s = results["settings"]
+    splits = [s["split"]] if s["split"] else []
+    if s.get("lqseg"):
+        splits.append(f"{'of lqseg ' if splits else ''}{s['lqseg']['split']}")
     return (
-        f"{counts} (split {s['split']}, seed {s['seed']}, model {s['pipeline']['model']}). Regions of at least "
+        f"{counts} (split {', '.join(splits)}, seed {s['seed']}, model {s['pipeline']['model']}). Regions of at least "
         f"{s['min_region_area']} pixels. In per cent, means over regions; gains in points with a 95 % bootstrap "
         "interval over photographs, in brackets relative."
     )
