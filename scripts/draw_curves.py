@@ -18,7 +18,7 @@ STAGES = {"base": ("prompt", "dense", "iou"), "level": ("loss",), "restore": ("r
           "enhancer": ("prompt", "dense"), "turned": ("prompt", "dense"), "enhancer_again": ("prompt", "dense"),
           "lq3": ("prompt", "dense"), "adapted": ("prompt", "dense"), "enhancer_alone": ("prompt", "dense"),
           "refit": ("prompt", "dense")}
-"""CSV file stem to the columns that are drawn, where there is such a file."""
+"""CSV file stem to the columns that are drawn, where there is such a file; "loss" where it has none of them."""
 COLUMNS = 4
 """Stages beside each other."""
 
@@ -40,7 +40,7 @@ def main() -> None:
         axis.set_axis_off()
     for axis, (stage, columns) in zip(axes.flat, found.items()):
         rows = list(csv.DictReader((args.folder / f"{stage}.csv").open()))
-        for column in columns:
+        for column in [name for name in columns if rows and name in rows[0]] or ["loss"]:
             axis.plot([int(r["step"]) for r in rows], [float(r[column]) for r in rows], label=column)
         axis.set(title=stage, xlabel="step")
         axis.grid(alpha=0.3)

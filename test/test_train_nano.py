@@ -167,6 +167,8 @@ def test_a_run_of_automatic_precision_goes_on_in_the_one_that_it_was_begun_in(
         (("--set", "precision=fp16"), "precision: expected no or bf16 on a CPU, got fp16"),
         (("--set", "sources=[{kind: bsds, path: none}]"), "sources.0.path: expected a folder"),
         (("--set", "start=none.pt"), "expected weights at none.pt, found no file"),
+        (("--set", "start=a/nano.pt", "--set", "enhancer.gamma=0.5"), "start: expected enhancer.gamma=1 with a/nano.pt"),
+        (("--set", "start=a/nano.pt"), "expected weights at a/nano.pt, found no file"),
         (("--device", "cuda"), "device: expected a GPU"),
     ],
 )
@@ -484,6 +486,18 @@ def test_8_bit_graphs_are_calibrated_by_what_the_run_trained_on(data: Path, tmp_
     assert len(pictures) == 4 and all(not np.array_equal(*pair) for pair in zip(pictures[:2], pictures[2:]))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         export.calibration_pictures(data, pairs=2, sources=[SourceConfig("coco", "nowhere")])
+
+
+def test_weights_of_a_gpu_are_exported_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {name: value for name, value in NanoNet().state_dict().items()}
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    checkpoint.write(tmp_path / "nano.pt", weights)
+    monkeypatch.undo()
+    found: list[State] = []
+    monkeypatch.setattr(export, "export", lambda net, out, pictures: found.append(net.state_dict()) or {})
+    monkeypatch.setattr(sys, "argv", ["export", "--checkpoint", str(tmp_path / "nano.pt"), "--out", str(tmp_path)])
+    export.main()
+    assert not changed(found[0], weights)
 
 
 def test_an_ablation_begins_with_the_package_and_an_enhancer_that_changes_nothing(data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import runpy
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -210,3 +213,14 @@ def test_scenes_are_drawn_by_weight(scenes: Scenes) -> None:
     first = Scenes(scenes.photographs, np.array([0.0, 3.0, 4.0]))
     drawn = [first.draw(rng).name for _ in range(1000)]
     assert drawn.count("0") == 0 and drawn.count("1") == pytest.approx(750, rel=0.1)
+
+
+def test_curves_of_a_run_at_full_size_are_drawn_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'glesam_ros[evaluate]'")
+    (tmp_path / "restore.csv").write_text("step,seconds,loss\n10,1.0,0.5\n20,2.0,0.4\n")
+    (tmp_path / "decode.csv").write_text("step,seconds,loss,prompt,dense,iou\n10,1.0,0.5,0.3,0.1,0.1\n")
+    (tmp_path / "level.csv").write_text("")
+    script = Path(__file__).parents[1] / "scripts" / "draw_curves.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path), str(tmp_path / "out.png")])
+    runpy.run_path(str(script), run_name="__main__")
+    assert cv2.imread(str(tmp_path / "out.png")) is not None

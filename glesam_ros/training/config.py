@@ -316,8 +316,8 @@ class Config:
         seed: of the first weights and of every batch.
         precision: auto (bf16 where the device computes in it, else no), no (fp32), bf16, or fp16 (on a GPU).
         workers: processes that draw batches ahead, 0 for none; the batches are the same.
-        start: weights to begin with: a `<stage>.pt` of another run, "shipped" for those of the package, or none for the
-            pretrained backbone alone.
+        start: weights to begin with: a `<stage>.pt` of another run, its `nano.pt` where `enhancer.gamma` is 1,
+            "shipped" for those of the package, or none for the pretrained backbone alone.
         objects: prompted objects of a crop.
         cells: grid points of an object, for everything mode.
     """

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, with_positions
+from glesam_ros.training import checkpoint
 from glesam_ros.training.batches import draw_pairs
 from glesam_ros.training.config import Config, SourceConfig, load_config
 from glesam_ros.training.graphs import shorten_names, simplify
@@ -269,7 +270,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     net = NanoNet()
-    net.load_state_dict(torch.load(args.checkpoint, weights_only=True))
+    net.load_state_dict(checkpoint.read(args.checkpoint))
     pictures = calibration_pictures(args.calibration, sources=sources_of(args.checkpoint)) if args.calibration else []
     report: dict[str, Any] = {**export(net, args.out, pictures)}
     report["bytes"] = {p.name: p.stat().st_size for p in sorted(args.out.glob("nano_*"))}

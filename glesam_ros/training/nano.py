@@ -54,6 +54,8 @@ ADAPTED = r"_blocks\.\d+\.(_expand_conv|_project_conv)|from\d+|context\.0|fuse\.
 """What gets adapters, of `Trunk`: all convolutions but the depthwise ones and the overview."""
 PAIRS = 8
 """Frames that are seen at once for the level head."""
+RESULT = "nano.pt"
+"""What a whole run leaves, `folded`."""
 SHIPPED = "shipped"
 """Value of `start` for the weights of the package."""
 LOOKS = 8
@@ -439,10 +441,15 @@ def train_nano(
     Raises:
         Stopped: SIGINT or SIGTERM came; the same call goes on.
         ValueError: the device or precision is not there, `out` was begun with another configuration, weights that do
-            not fit.
+            not fit, or to begin with that have `enhancer.gamma` in them already.
         FileNotFoundError: data or weights are missing.
         FloatingPointError: the loss is infinite or not a number.
     """
+    if config.start is not None and Path(config.start).name == RESULT and config.enhancer.gamma != 1:
+        raise ValueError(
+            f"start: expected enhancer.gamma=1 with {config.start}, whose weights have the scale of its run in them, "
+            f"got {config.enhancer.gamma:g}; begin with the last <stage>.pt beside it, or set enhancer.gamma=1"
+        )
     config = settled(config, device)
     # a batch of the decode stage may have no crop for a part
     accelerator = make_accelerator(device, config.precision, unused=True)
@@ -471,9 +478,9 @@ def train_nano(
     if until != STAGES[-1]:
         return []
     if accelerator.is_main_process:
-        checkpoint.write(out / "nano.pt", folded(net, config).state_dict())
+        checkpoint.write(out / RESULT, folded(net, config).state_dict())
     accelerator.wait_for_everyone()
-    return [out / "nano.pt"]
+    return [out / RESULT]
 
 
 def shipped_net(scenes: Scenes, config: Config) -> NanoNet:
