@@ -167,7 +167,7 @@ def test_a_run_of_automatic_precision_goes_on_in_the_one_that_it_was_begun_in(
         (("--set", "precision=fp16"), "precision: expected no or bf16 on a CPU, got fp16"),
         (("--set", "sources=[{kind: bsds, path: none}]"), "sources.0.path: expected a folder"),
         (("--set", "start=none.pt"), "expected weights at none.pt, found no file"),
-        (("--set", "start=a/nano.pt", "--set", "enhancer.gamma=0.5"), "start: expected enhancer.gamma=1 with a/nano.pt"),
+        (("--set", "start=a/nano.pt", "--set", "enhancer.gamma=0.5"), "expected enhancer.gamma=1 with a/nano.pt"),
         (("--set", "start=a/nano.pt"), "expected weights at a/nano.pt, found no file"),
         (("--device", "cuda"), "device: expected a GPU"),
     ],
