@@ -44,7 +44,7 @@ examples:
   glesam bench                                  how fast the model is on this machine
 
 `glesam COMMAND --help` explains a command with its own examples.
-exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage."""
+exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage, 130 stopped by Ctrl-C."""
 
 
 def make_parser() -> argparse.ArgumentParser:

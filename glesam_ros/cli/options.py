@@ -27,7 +27,7 @@ BESIDE_TEXTS = {
     "device": "Where the model runs; tensorrt: rass-nano alone.",
     "precision": "Arithmetic; no such model has int8; rass-nano: fp32, on TensorRT also fp16.",
 }
-"""Help for commands whose model is a semantic one or a restorer."""
+"""Help for commands whose model is a semantic one."""
 
 
 class CommandError(Exception):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glesam_ros.cli.options import BESIDE_TEXTS, CommandError, add_settings
+from glesam_ros.cli.options import CommandError, add_settings
 from glesam_ros.cli.segment import FAILURES, add_pictures, find_pictures, keep_pictures, read_picture, say_skipped
 from glesam_ros.picture_files import SUFFIXES
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from glesam_ros.validation import UInt8Array
 
 SETTINGS = ("device", "precision")
+TEXTS = {
+    "device": "Where the model runs; scr-sd21: auto, cuda or cpu.",
+    "precision": "Arithmetic; scr-sd21: auto, fp32, fp16 or bf16.",
+}
 COLOUR_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".pgm")
 """Endings of files that colours can be written to; results of other pictures are PNG."""
 JPEG_QUALITY = 95
@@ -47,7 +51,7 @@ def add_parser(commands: Any) -> None:
         "--classes", nargs="+", type=_class_name, default=[], metavar="NAME",
         help="what the pictures show, in words, the most important first; default: nothing is said",
     )
-    add_settings(parser, SETTINGS, texts=BESIDE_TEXTS)
+    add_settings(parser, SETTINGS, texts=TEXTS)
     parser.set_defaults(func=run)
 
 

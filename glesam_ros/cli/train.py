@@ -15,7 +15,7 @@ from glesam_ros.training.recipes import RECIPES, recipe_of
 EPILOG = """\
 examples:
   glesam train tiny --data DATA --out runs/tiny                    the whole recipe in seconds, to try it out
-  glesam train nano --data DATA --out runs/nano                    the recipe of the shipped weights
+  glesam train nano --data DATA --out runs/nano                    the recipe in hours, on a CPU or GPU
   glesam train nano --data DATA --out runs/nano                    again: goes on where it was stopped or killed
   glesam train nano_tune --data DATA --out runs/tuned              from the shipped weights
   glesam train nano --data DATA --out runs/big --set base.steps=20000 --set crop.width=512
@@ -30,8 +30,9 @@ examples:
   accelerate launch -m glesam_ros.cli.main train nano --data DATA --out runs/nano      on several GPUs
 
 stages: base (encoder and decoder on clear crops), level (degradation-level head), restore (stage 1, latent
-reconstruction), decode (stage 2); at full size: level (GleSAM++ only), restore, decode, distill (a small enhancer
-learns from the large one); of RASS: scr (a restorer that knows the classes), rass (the segmenter on its features).
+reconstruction), decode (stage 2), refit (the encoder's trunk once more, on clear crops); at full size: level (GleSAM++
+only), restore, decode, distill (a small enhancer learns from the large one); of RASS: scr (a restorer that knows the
+classes), rass (the segmenter on its features).
 DATA is the folder that the paths of the sources are relative to. The full size reads the weights of SAM and Stable
 Diffusion that `glesam models get` brings.
 --out holds the losses (CSV, tensorboard/), checkpoint.pt of the stage under way, STAGE.pt of each finished one, and at
