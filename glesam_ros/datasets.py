@@ -405,6 +405,7 @@ def rle_counts(text: str | bytes) -> list[int]:
         raise ValueError("cut short")
     return counts
 
+
 def region_masks(photograph: Photograph, layer: int | None = None) -> np.ndarray[Any, Any]:
     """All regions as (R, H, W) bool; of one `layer` where the layers are alternatives."""
     layers = [photograph.layers[layer or 0]] if photograph.alternatives else photograph.layers
