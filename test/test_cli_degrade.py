@@ -47,6 +47,24 @@ def test_writes_what_the_library_makes_with_its_parameters(tmp_path):
     }]
 
 
+def test_a_second_run_into_a_folder_keeps_the_parameters_of_the_first(tmp_path, capsys):
+    picture(tmp_path, "photo.png")
+    out = tmp_path / "out"
+
+    def written(kind, seed):
+        assert run(tmp_path / "photo.png", "--kind", kind, "--level", 1, "--seed", seed, "--out", out) == 0
+        return [(e["file"], e["seed"]) for e in json.loads((out / "degraded.json").read_text())]
+
+    written("fog", 1)
+    assert written("rain", 2) == [("photo_fog-1.png", 1), ("photo_rain-1.png", 2)]
+    assert written("fog", 3) == [("photo_rain-1.png", 2), ("photo_fog-1.png", 3)]
+    (out / "photo_rain-1.png").unlink()
+    assert written("jpeg", 4) == [("photo_fog-1.png", 3), ("photo_jpeg-1.png", 4)]
+    (out / "degraded.json").write_text('{"mine": 1}')
+    assert run(tmp_path / "photo.png", "--kind", "fog", "--level", 1, "--out", out) == 1
+    assert "degraded.json: expected the list of an earlier run" in capsys.readouterr().err
+
+
 def test_a_folder_and_several_kinds_and_levels(tmp_path):
     images = {f"{n}.png": picture(tmp_path / "in", f"{n}.png", seed=n) for n in range(2)}
     images["deep/c.png"] = picture(tmp_path / "in" / "deep", "c.png", 40, 30)
