@@ -568,6 +568,13 @@ def test_a_stopped_run_goes_on_and_ends_bit_equal(
         assert same_tensors(whole / f"{name}.pt", tmp_path / "out" / f"{name}.pt"), name
 
 
+def test_a_command_that_failed_at_its_start_may_be_corrected(data: Path, unets: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(data, unets, out, "sources=[{kind: coco, path: coco_smal}]")) == 1
+    assert main([*arguments(data, unets, out, "level.steps=1"), "--until", "level"]) == 0
+    assert (out / "level.pt").is_file() and load_any(out / "config.yaml").level.steps == 1
+
+
 def test_a_run_begins_with_the_folder_of_another(whole: Path, data: Path, unets: Path) -> None:
     folder = whole / "sam2_random+glesam++"
     networks = networks_of(tiny(unets, f"start={folder}"))

@@ -149,6 +149,13 @@ def test_finished_stages_are_not_run_again(data: Path, whole: Path, capsys: pyte
     assert {path.name: path.stat().st_mtime_ns for path in whole.glob("*.pt") if path.name != "nano.pt"} == before
 
 
+def test_a_command_that_failed_at_its_start_may_be_corrected(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(data, out, "--set", "sources=[{kind: coco, path: coco_smal}]")) == 1
+    assert main(arguments(data, out, "--until", "base", "--set", "base.steps=1")) == 0
+    assert (out / "base.pt").is_file() and load_config(out / "config.yaml").base.steps == 1
+
+
 @pytest.mark.parametrize("capability, code", [("AVX2", 0), ("AVX512", 1)])
 def test_a_run_of_automatic_precision_goes_on_in_the_one_that_it_was_begun_in(
     capability: str, code: int, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch,

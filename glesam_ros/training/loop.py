@@ -288,10 +288,11 @@ def claim(out: Path, config: Any, accelerator: Accelerator) -> None:
     """Make the folder of a run this configuration's.
 
     Raises:
-        ValueError: the folder was begun with another configuration.
+        ValueError: the folder holds checkpoints of another configuration.
     """
     path = out / "config.yaml"
-    if path.is_file():
+    # a run that left no checkpoint, as one whose data was not found, has nothing that other values would spoil
+    if path.is_file() and any(out.glob("*.pt")):
         try:
             before = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
