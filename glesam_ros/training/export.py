@@ -95,7 +95,9 @@ class PromptGraph(nn.Module):
         return SHARPNESS * kernel_weights(out[..., :-1]), out[..., -1].sigmoid()
 
 
-def export(net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] = ()) -> dict[str, dict[str, float]]:
+def export(
+    net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] = (), check: bool = True
+) -> dict[str, dict[str, float]]:
     """Write the files: fp32 graphs, with `pictures` also 8-bit graphs of all but the prompt, and all their weights.
 
     Args:
@@ -103,10 +105,12 @@ def export(net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] 
         folder: gets `nano_<part>.onnx`, `nano_<part>_int8.onnx` and `nano_weights.bin`; older ones there are replaced.
         pictures: (H, W, 3) uint8 RGB each, sides multiples of 32, the first half clear, the others degraded; the ranges
             of the 8-bit graphs come from them.
+        check: run the files for the report.
 
     Returns:
         "torch": largest difference of each fp32 file to torch, relative to the largest output; with pictures "int8":
         root mean square of the difference of each 8-bit file to fp32, relative to that of the output, on `pictures`.
+        Nothing without `check`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("nano_*.onnx"), folder / WEIGHTS):
@@ -160,6 +164,8 @@ def export(net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] 
         store_half(graph)
         shorten_names(graph)
     save(files, folder, WEIGHTS)
+    if not check:
+        return {}
     report = {"torch": {
         name: compare(folder / f"nano_{name}.onnx", module, inputs, list(axes))
         for name, (module, inputs, axes, _) in parts.items()
