@@ -19,6 +19,7 @@ import cv2  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+from training_runs import stopped_after  # noqa: E402
 
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.labelled import IGNORE, open_labelled  # noqa: E402
@@ -40,7 +41,6 @@ CHANGES = (
     *(f"{s}.checkpoint_every=3" for s in RASS_NANO_STAGES), *(f"{s}.log_every=2" for s in RASS_NANO_STAGES),
     "base.warm_up=0", "scr.warm_up=0", "rass.warm_up=0",
 )
-from training_runs import killed_at_first_checkpoint  # noqa: E402
 
 State = dict[str, Tensor]
 
@@ -174,13 +174,15 @@ def test_base_learns_the_toys(whole: Path, data: Path) -> None:
     assert right / total > 0.93
 
 
-def test_a_killed_run_goes_on_and_ends_bit_equal(data: Path, whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "killed"
-    command = [sys.executable, "-m", "glesam_ros.cli.main", *arguments(data, out, "--set", f"start={whole}/base.pt")]
-    command += ["--set", "base.steps=0"]
-    saved = killed_at_first_checkpoint(command, out)
-    assert saved["stage"] == "scr" and 0 < saved["step"] < 6 and not (out / "scr.pt").exists()
-    assert main(command[3:]) == 0
+def test_a_stopped_run_goes_on_and_ends_bit_equal(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "stopped"
+    command = arguments(data, out, "--set", f"start={whole}/base.pt", "--set", "base.steps=0")
+    stopped_after(Scr, 2, command, monkeypatch, capsys)
+    saved = checkpoint.read(out / "checkpoint.pt")
+    assert saved["stage"] == "scr" and saved["step"] == 2 and not (out / "scr.pt").exists()
+    assert main(command) == 0
     for name in ("scr", "rass"):
         assert not changed(checkpoint.read(whole / f"{name}.pt"), checkpoint.read(out / f"{name}.pt")), name
 

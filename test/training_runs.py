@@ -27,7 +27,7 @@ def killed_at_first_checkpoint(command: list[str], out: Path) -> dict[str, Any]:
         until = time.monotonic() + 600
         while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         said = process.communicate()[1]
     finally:
         process.kill()
