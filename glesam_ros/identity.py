@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
+import cv2
 import numpy as np
 
 from glesam_ros.instances import MAX_ID, Instances
 from glesam_ros.models.proposals import Bits, Counts, Indices, packed, set_bits
 from glesam_ros.pipeline import may_overlap
-from glesam_ros.validation import BoolArray, FloatArray
+from glesam_ros.validation import BoolArray, FloatArray, UInt8Array
 
 SAME = 0.4
 """Masks of one object overlap by more than this (IoU)."""
 GRID = 120
-"""Masks are compared on a grid with at least this many points along the short side of an image that has so many."""
-THIN = 2
-"""Masks thinner than this many points of the grid, on average, count wherever they touch it."""
+"""Masks are compared on a grid of at least this many cells along the short side of an image that has so many."""
+FINE = 4
+"""Cells of up to so many pixels a side: models have no thinner parts of masks, so that one pixel tells."""
+THIN = 4
+"""Masks of fewer cells than so many times the longer side of their box may have parts that are thinner than a cell."""
 LOST = 15
 """Frames for which an object that is not seen is remembered."""
 MOST = 512
@@ -98,20 +101,29 @@ class IdKeeper:
 
 
 def _coarse(instances: Instances, extents: Indices, step: int) -> BoolArray:
-    """Every `step`-th pixel of every `step`-th row of each mask, within its `extents` (K, 4): (K, P).
+    """Cells of `step` x `step` pixels whose first pixel is in each mask, within its `extents` (K, 4): (K, P).
 
-    Of a thin mask, which such pixels may miss, all cells of `step` x `step` pixels that it touches.
+    Where cells are large, those whose upper edge it touches; of thin masks, whose horizontal parts may lie between
+    these edges, also those whose left edge it touches.
     """
     height, width = (-(-side // step) for side in instances.size)
     coarse = np.zeros((len(instances), height, width), np.bool_)
+    across, down = np.ones((1, step), np.uint8), np.ones((step, 1), np.uint8)
     # most of a mask is empty
     for mask, whole, (x1, y1, x2, y2) in zip(coarse, instances.masks, extents.tolist()):
-        cells, pixels = mask[y1:y2, x1:x2], whole[y1 * step : y2 * step, x1 * step : x2 * step]
-        cells[:] = pixels[::step, ::step]
-        if pixels.size and np.count_nonzero(cells) < THIN * max(cells.shape):
-            rows, columns = (np.arange(0, side, step) for side in pixels.shape)
-            cells[:] = np.logical_or.reduceat(np.logical_or.reduceat(pixels, rows, 0), columns, 1)
+        pixels = whole[y1 * step : y2 * step, x1 * step : x2 * step].view(np.uint8)
+        if pixels.size:
+            rows = pixels[::step]
+            cells = (_largest(rows, across) if step > FINE else rows)[:, ::step]
+            if step > FINE and np.count_nonzero(cells) < THIN * max(cells.shape):
+                cells = cells | _largest(pixels[:, ::step], down)[::step]
+            mask[y1:y2, x1:x2] = cells
     return coarse.reshape(len(coarse), height * width)
+
+
+def _largest(pixels: UInt8Array, window: UInt8Array) -> UInt8Array:
+    """(H, W) -> the largest pixel of each window, which begins at its pixel, (H, W)."""
+    return np.asarray(cv2.dilate(np.ascontiguousarray(pixels), window, anchor=(0, 0)))
 
 
 def _cells(boxes: FloatArray, step: int) -> Indices:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -55,10 +56,33 @@ def test_a_thin_object_of_a_large_image_keeps_its_id_wherever_it_stands(wide: in
         assert [ids(keeper, pole, size=(1080, 1920)) for _ in range(3)] == [[1]] * 3
 
 
-def test_a_thin_object_keeps_its_id_while_it_moves_to_where_it_is_sampled_and_on() -> None:
+def a_pole(x: int) -> list[Box]:
+    return [(x, 300, x + 6, 800)]
+
+
+def three_poles(x: int) -> list[Box]:
+    return [(x + 43 * k, 300, x + 43 * k + 6, 800) for k in range(3)]
+
+
+def a_frame(x: int) -> list[Box]:
+    y, width, height, thick = 200, 607, 600, 5
+    return [
+        (x, y, x + width, y + thick), (x, y + height - thick, x + width, y + height),
+        (x, y, x + thick, y + height), (x + width - thick, y, x + width, y + height),
+    ]
+
+
+@pytest.mark.parametrize("parts", [a_pole, three_poles, a_frame])
+def test_a_thin_object_of_a_large_image_keeps_its_id_while_it_moves(parts: Callable[[int], list[Box]]) -> None:
     keeper = IdKeeper()
-    for x in range(899, 912):
-        assert ids(keeper, (x, 300, x + 6, 800), size=(1080, 1920)) == [1]
+    for x in range(899, 920):
+        whole = seen(*parts(x), size=(1080, 1920))
+        edges = [whole.boxes[:, :2].min(0), whole.boxes[:, 2:].max(0)]
+        one = dataclasses.replace(
+            seen((0, 0, 1, 1), size=(1080, 1920)), masks=whole.masks.any(0, keepdims=True),
+            boxes=np.concatenate(edges)[None],
+        )
+        assert keeper.update(one).ids.tolist() == [1]
 
 
 def test_nothing_but_ids_changes() -> None:
