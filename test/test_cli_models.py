@@ -551,6 +551,21 @@ def test_a_page_is_no_weights(small_sam, home):
     assert download.fetch(weights, home, lambda *_: lambda _: None).is_file()
 
 
+def test_files_are_checked_without_torch(small_sam, home, tmp_path, monkeypatch):
+    """It is needed by who runs the models, not by who downloads."""
+    files = {"a/model.safetensors": safetensors.save({"a": torch.ones(2)})}
+    for name, zipped in (("new", True), ("old", False)):
+        torch.save({"a": torch.ones(2)}, tmp_path / name, _use_new_zipfile_serialization=zipped)
+        files[f"{name}/{catalogue.SCR_FILE}"] = (tmp_path / name).read_bytes()
+    for module in ("torch", "safetensors", "diffusers"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for path, data in files.items():
+        small_sam.files[f"/{catalogue.SCR_FILE}" if "scr" in path else f"/{path}"] = data
+        wanted = source(small_sam, catalogue.SCR_FILE if "scr" in path else path)
+        got = download.fetch(wanted, home / path.partition("/")[0], lambda *_: lambda _: None)
+        assert got.read_bytes() == data
+
+
 def test_the_segmenter_is_fetched_by_hand(small_sam, home, tmp_path, capsys):
     pytest.importorskip("diffusers")
     folder = tmp_path / "run"

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import struct
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPMessage
@@ -112,18 +114,19 @@ def fetch(source: Source, folder: Path, started: Callable[[str, int | None, int]
 
 def _check_kind(source: Source, partial: Path) -> None:
     """Refuse what cannot be the file, before its checksum becomes the one that later copies are held against."""
+    # by its format alone: who downloads may have no torch
     try:
-        if source.path == SCR_FILE:
-            from glesam_ros.models.rass.scr import read_scr
-
-            read_scr(partial)
-        elif source.path.endswith(".safetensors"):
-            from glesam_ros.models.glesam.weights import read_tensors
-
-            read_tensors(partial)
+        if source.path.endswith(".safetensors"):
+            with partial.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                if length > partial.stat().st_size:
+                    raise ValueError(f"a header of {length} bytes")
+                json.loads(file.read(length))
         elif source.path.endswith(".json"):
             json.loads(partial.read_text(encoding="utf-8"))
-    except ValueError as error:
+        elif source.path == SCR_FILE and not _is_checkpoint(partial):
+            raise ValueError("no checkpoint of torch")
+    except (ValueError, struct.error) as error:
         with partial.open("rb") as file:
             start = file.read(BYTES_SHOWN)
         size = partial.stat().st_size
@@ -132,6 +135,12 @@ def _check_kind(source: Source, partial: Path) -> None:
             f"{source.url}: expected {partial.stem}, got {size} bytes that begin with {start!r} and are none; "
             "get it by hand and name it with --from"
         ) from error
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether torch wrote it, as a ZIP file, or as pickles before 1.6."""
+    with path.open("rb") as file:
+        return zipfile.is_zipfile(path) or file.read(2) == b"\x80\x02"
 
 
 def _receive(source: Source, partial: Path, started: Callable[[str, int | None, int], Progress]) -> str | None:
