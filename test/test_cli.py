@@ -257,6 +257,13 @@ def test_what_was_done_is_in_the_json_of_a_run_that_was_stopped(failing):
         failing(96, 130)
 
 
+def test_a_run_that_is_stopped_at_once_leaves_the_json_of_the_one_before(failing, tmp_path):
+    file = tmp_path / "out" / "results.json"
+    assert failing(96)[0] == 0
+    before = file.read_text()
+    assert failing(120, 96)[0] == 130 and file.read_text() == before
+
+
 def test_memory_that_lacks_elsewhere_is_one_line(monkeypatch, tmp_path, capsys):
     def lack(*_):
         raise MemoryError

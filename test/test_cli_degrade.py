@@ -152,6 +152,11 @@ def test_a_picture_that_memory_lacks_for_is_named_and_a_stopped_run_has_its_json
     entries = json.loads((tmp_path / "out" / "degraded.json").read_text())
     assert [e["file"] for e in entries] == ["a_jpeg-1.png", "c_jpeg-1.png"]
     assert "b.png: out of memory" in capsys.readouterr().err
+    (tmp_path / "in" / "c.png").replace(tmp_path / "in" / "e.png")  # after the picture that stops the run
+    assert run(*command) == 130
+    entries = json.loads((tmp_path / "out" / "degraded.json").read_text())
+    assert [e["file"] for e in entries] == ["c_jpeg-1.png", "a_jpeg-1.png"]
+    capsys.readouterr()
     (tmp_path / "in" / "d.png").unlink()
     assert run(*command) == 1
     assert "skipped /proc/self/mem: " in (said := capsys.readouterr().err) and "2 of 4 pictures failed" in said

@@ -327,6 +327,10 @@ def test_a_changed_picture_of_coco_is_built_again(tmp_path: Path) -> None:
     built = (tmp_path / "out" / "images" / "4.png").read_bytes()
     assert built == (tmp_path / "images" / "4.png").read_bytes()
     assert [entry["id"] for entry in entries(tmp_path / "out")] == ["1", "2", "3", "4"]
+    cut = tmp_path / "images" / "3.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    assert "image_unreadable" in [f.kind for f in build(options, tmp_path / "out").faults]
+    assert verify(tmp_path / "out") == []  # nothing is left of 3 and 5
 
 
 INTERRUPT = """

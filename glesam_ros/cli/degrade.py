@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     files = [_file(stem, kind, level) for _, stem in pictures for kind in kinds for level in levels]
     keep_pictures(pictures, [args.out / file for file in files] if args.out is not None else [])
     keep_pictures(pictures, [args.sheet] if args.sheet is not None else [])
-    earlier = _earlier(args.out / PARAMETERS, files) if args.out is not None else []
+    earlier = _earlier(args.out / PARAMETERS) if args.out is not None else []
     failures: list[Path] = []
     blocks: list[UInt8Array] = []
     entries: list[dict[str, Any]] = []
@@ -97,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
                 say_skipped("degrade", path, error)
     finally:  # also of a run that was stopped
         if entries:
-            (args.out / PARAMETERS).write_text(json.dumps(earlier + entries, indent=1) + "\n")
+            written = {entry["file"] for entry in entries}
+            others = [entry for entry in earlier if entry["file"] not in written]
+            (args.out / PARAMETERS).write_text(json.dumps(others + entries, indent=1) + "\n")
     done = len(pictures) - len(failures)
     if done and args.out is not None:
         print(f"{done} of {len(pictures)} pictures, {len(entries)} degraded; {PARAMETERS} and results in {args.out}")
@@ -187,12 +189,11 @@ def _write_degraded(
     return entries
 
 
-def _earlier(path: Path, files: Iterable[Path]) -> list[dict[str, Any]]:
-    """Entries of earlier runs, of pictures that are there and are none of `files`, which will be written."""
-    new = {file.as_posix() for file in files}
+def _earlier(path: Path) -> list[dict[str, Any]]:
+    """Entries of earlier runs, of pictures that are there."""
     try:
         old = json.loads(path.read_text()) if path.exists() else []
-        return [entry for entry in old if entry["file"] not in new and (path.parent / entry["file"]).exists()]
+        return [entry for entry in old if (path.parent / entry["file"]).exists()]
     except (ValueError, TypeError, KeyError) as error:
         raise CommandError(f"{path}: expected the list of an earlier run; remove it, or take another --out") from error
 

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = prompts_of(args.points, args.box)
     pipeline = open_pipeline(args, SETTINGS, enhance_below=min(default("enhance_below"), args.enhance_above))
     results: list[dict[str, Any]] = []
-    failed, seconds = 0, 0.0
+    done, failed, seconds = 0, 0, 0.0
     try:
         for image_id, (path, stem) in enumerate(tqdm(pictures, unit="picture", disable=None), start=1):
             try:
@@ -92,10 +92,12 @@ def run(args: argparse.Namespace) -> int:
                 continue
             _write_pictures(args.out / stem, image, instances, args.overlay_alpha)
             results += coco_results(instances, image_id, str(path))
-    finally:  # also of a run that was stopped
-        (args.out / "results.json").write_text(json.dumps(results, indent=1))
+            done += 1
+    finally:
+        # also of a run that was stopped, unless it would take the place of one that was not
+        if done or failed == len(pictures):
+            (args.out / "results.json").write_text(json.dumps(results, indent=1))
     pipeline.close()
-    done = len(pictures) - failed
     speed = f", {1000 * seconds / done:.0f} ms a picture" if done else ""
     print(f"{done} of {len(pictures)} pictures, {len(results)} instances{speed}; results in {args.out}")
     if failed:

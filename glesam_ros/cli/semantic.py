@@ -81,12 +81,14 @@ def run(args: argparse.Namespace) -> int:
                 continue
             _write_pictures(args.out / stem, image, found, args.overlay_alpha, args.confidence)
             entries.append({"file_name": str(path), **summary(found)})
-    finally:  # also of a run that was stopped
-        document = {
-            "model": segmenter.name, "classes": list(segmenter.classes), "palette": segmenter.palette.tolist(),
-            "pictures": entries,
-        }
-        (args.out / "semantic.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    finally:
+        # also of a run that was stopped, unless it would take the place of one that was not
+        if entries or failed == len(pictures):
+            document = {
+                "model": segmenter.name, "classes": list(segmenter.classes), "palette": segmenter.palette.tolist(),
+                "pictures": entries,
+            }
+            (args.out / "semantic.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     segmenter.close()
     speed = f", {1000 * seconds / len(entries):.0f} ms a picture" if entries else ""
     print(f"{len(entries)} of {len(pictures)} pictures{speed}; results in {args.out}")

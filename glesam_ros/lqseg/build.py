@@ -104,8 +104,8 @@ def build(options: BuildOptions, out: Path, workers: int = 1, track: Track = lam
         if line and _is_intact(out, entry) and _is_of(source, entry):
             return line
         built = _build_one(options, index, source, out)
-        if isinstance(built, str):
-            _remove(out, entry["files"].keys() - json.loads(built)["files"].keys())
+        kept = json.loads(built)["files"].keys() if isinstance(built, str) else set()
+        _remove(out, entry["files"].keys() - kept)
         return built
 
     faults = list(index.faults)
