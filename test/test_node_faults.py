@@ -13,6 +13,8 @@ from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import SetBool
 
+from glesam_ros.ros.diagnostics import CameraLedger
+
 SQUARE = (20, 20, 60, 60)
 OK, WARN, ERROR, STALE = b"\x00", b"\x01", b"\x02", b"\x03"
 
@@ -229,6 +231,17 @@ def test_a_failing_model_is_an_error_in_diagnostics_and_not_the_end(launch):
     )
     client.call(SetBool, "enable", SetBool.Request(data=True))
     client.stream(lambda: good(client), lambda: masks.messages, "masks of a good frame")
+
+
+def test_what_is_only_noticed_is_no_error_while_no_frame_is_lost():
+    ledger = CameraLedger("/image")
+    ledger.arrived(0.0)
+    ledger.noticed("refused_prompt", "outside")
+    status = ledger.status("camera", "", 1.0, {})
+    assert (status.level, status.message) == (WARN, "faults: 1 refused_prompt")
+    ledger.dropped("stale", "too old")
+    status = ledger.status("camera", "", 1.5, {})
+    assert (status.level, status.message) == (ERROR, "no frame could be processed: 1 refused_prompt, 1 stale")
 
 
 def test_every_received_frame_is_accounted_for(seen):

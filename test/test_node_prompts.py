@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
-from diagnostic_msgs.msg import DiagnosticStatus
 from geometry_msgs.msg import Point, PointStamped
 from ros_graph import image_message, picture, pixels_of, wait_for
 from sensor_msgs.msg import Image
-from std_srvs.srv import SetBool, Trigger
+from std_srvs.srv import Trigger
 from vision_msgs.msg import Detection2D, Detection2DArray
 
 LEFT, RIGHT = (20, 20, 40, 60), (100, 20, 40, 60)
@@ -128,18 +127,19 @@ def test_a_prompt_expires(launch):
     scene.see("everything again", lambda m: len({m[50, 40], m[50, 120], 0}) == 3)
 
 
-def test_points_that_expired_while_nothing_was_processed_do_not_come_back_with_a_new_one(launch):
-    scene = Scene(launch(prompt_timeout_s=1.0))
-    scene.point(IN_RIGHT)
-    scene.see("the right square alone", lambda m: m[50, 120] == 1 and not m[50, 40])
-    scene.client.call(SetBool, "enable", SetBool.Request(data=False))
-    time.sleep(1.2)
-    scene.point(IN_LEFT)
-    wait_for(lambda: scene.client.counts()["prompt_points"] == 1, "the new point alone")
-    scene.client.call(SetBool, "enable", SetBool.Request(data=True))
-    before = len(scene.masks)
-    scene.see("masks again", lambda m: len(scene.masks) > before)
-    assert only_left(pixels_of(scene.masks.messages[before]))
+def test_points_that_expired_while_nothing_was_processed_do_not_come_back_with_a_new_one(fresh):
+    """No frame comes meanwhile. The time changes, so that the new point cannot expire on a busy machine."""
+    for _ in range(2):
+        fresh.point(IN_RIGHT)
+    fresh.client.wait_count("prompt_points", 2)
+    fresh.client.set_parameters(prompt_timeout_s=0.5)
+    time.sleep(0.6)
+    fresh.point(IN_LEFT)
+    wait_for(lambda: fresh.client.counts()["prompt_points"] == 1, "the new point alone")
+    fresh.client.set_parameters(prompt_timeout_s=0.0)
+    before = len(fresh.masks)
+    fresh.see("masks again", lambda m: len(fresh.masks) > before)
+    assert only_left(pixels_of(fresh.masks.messages[before]))
 
 
 def test_a_point_outside_is_refused_with_the_numbers(fresh):
@@ -164,9 +164,6 @@ def test_refused_prompts_are_counted_and_the_1st_and_the_10th_are_logged(fresh):
     fresh.client.wait_count("noticed_refused_prompt", 12)
     fresh.client.wait_log("refused", "[10 so far, next note at 100]")
     assert len(fresh.client.logged("refused")) == 2
-    # no frame comes meanwhile, and none was lost: nothing to call an error
-    wait_for(lambda: "12 refused_prompt" in fresh.client.status().message, "the refusals in the message")
-    assert fresh.client.status().level == DiagnosticStatus.WARN
     wait_for(lambda: "got (211, 50)" in fresh.client.values()["last_fault"], "the newest refusal in diagnostics")
 
 

@@ -153,7 +153,7 @@ def test_pictures_without_a_region_that_is_large_enough_end_the_drawing() -> Non
     labels = np.zeros((48, 64), np.int16)
     labels[20:26, 20:26] = 1
     photograph = Photograph("x", np.zeros((48, 64, 3), np.uint8), [labels], False)
-    with pytest.raises(ValueError, match=r"regions of at least 192 pixels in crops of 64x48, found 1000 .* crop\.zoom"):
+    with pytest.raises(ValueError, match=r"at least 192 pixels in crops of 64x48, found 10000 .* crop\.zoom"):
         draw_crop(lambda _: photograph, np.random.default_rng(0), 48, 64, (1.0, 1.0))
     draw_crop(lambda _: photograph, np.random.default_rng(0), 96, 128, (1.0, 2.0))
 

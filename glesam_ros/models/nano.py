@@ -173,7 +173,7 @@ class Nano:
         choice = np.where(lone, 1 + scores[:, 1:].argmax(1), 0)
         rows = np.arange(len(choice))
         first, *others = (
-            part * _masks(weights[rows, choice], shared[0])
+            _masks(part * weights[rows, choice], shared[0])
             for (part, shared, _), (weights, _) in zip(looks, found, strict=True)
         )
         for logits in others:

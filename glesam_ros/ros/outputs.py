@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from sensor_msgs.msg import CompressedImage, Image
@@ -97,7 +99,8 @@ class Outputs:
             if message.threshold != score_threshold:
                 message.threshold = float(score_threshold)
                 message.header.stamp = self._node.get_clock().now().to_msg()
-                publisher.publish(message)
+                with contextlib.suppress(InvalidHandle):  # a transition may remove the topic at any time
+                    publisher.publish(message)
 
     def wanted(self) -> frozenset[str]:
         """Names of the outputs that have a subscriber now, raw or compressed."""

@@ -169,7 +169,8 @@ class Worker:
         prompts, gone = camera.prompts.current(ledger.size, settings.prompt_timeout_s)
         for text in gone:
             ledger.noticed("dropped_prompt", text)
-            self._warn(f"{camera.label}: prompt {text}")
+        if gone:
+            self._warn(f"{camera.label}: {'; '.join(gone)}")
         self._check_age(camera, stamp_ns, frame, settings.max_frame_age_ms)
         before = after = time.perf_counter()
         embedding = None

@@ -14,7 +14,7 @@ STRIDE = 4
 """Masks are made at this stride of the crop: the decoder's own resolution."""
 MIN_AREA = 192
 """Smaller regions of a crop (in pixels; 12 cells of STRIDE) are not trained on."""
-TRIES = 1000
+TRIES = 10_000
 """Crops without such a region that are drawn in a row."""
 
 
@@ -41,7 +41,7 @@ def draw_crop(
         stride) bool, R >= 1.
 
     Raises:
-        ValueError: 1000 crops in a row have no region of `MIN_AREA` pixels.
+        ValueError: `TRIES` crops in a row have no region of `MIN_AREA` pixels.
     """
     shape = (height, width, zoom, stride, detail, turn, stretch)
     for _ in range(TRIES):
