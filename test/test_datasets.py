@@ -147,4 +147,6 @@ def test_pictures_are_turned_as_their_camera_was_held_and_labels_are_not(tmp_pat
     for name in ("a.jpg", "a.png"):
         Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / name, exif=exif)
         for flags, shape in ((cv2.IMREAD_COLOR, (30, 20, 3)), (cv2.IMREAD_UNCHANGED, (20, 30, 3))):
-            assert read_pixels(tmp_path / name, flags).shape == shape == cv2.imread(str(tmp_path / name), flags).shape
+            found = read_pixels(tmp_path / name, flags).shape
+            assert found == cv2.imread(str(tmp_path / name), flags).shape
+            assert found == shape or name == "a.png"  # OpenCV 4.5 does not read it of PNG
