@@ -37,7 +37,7 @@ PARTS = {
     "prompt": (("features", "trunk", "grid", "xy", "labels"), ("prompt_weights", "prompt_scores")),
 }
 """Names of inputs and outputs of each part, in their order."""
-IN_8_BITS = ("stem", "trunk", "adapted", "enhancer", "decoder")
+IN_8_BITS = tuple(part for part in PARTS if part != "prompt")
 """Parts that have an 8-bit file; the prompt part is small."""
 DISTINCT = 0.375
 """Share of the candidates asked for in everything mode that become masks: they differ already, so few are dropped."""

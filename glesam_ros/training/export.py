@@ -19,6 +19,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
+from glesam_ros.models.nano import PARTS
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, with_positions
 from glesam_ros.training import checkpoint
 from glesam_ros.training.batches import draw_pairs
@@ -126,27 +127,27 @@ def export(
     xy, labels = torch.rand(1, 3, 4, 2) * 2 - 1, torch.tensor([[[1, 0, 1, -1], [1, -1, -1, -1], [2, 3, 4, -1.0]]])
     latent_axes = {2: "h", 3: "w"}
     stem_axes = {"s4": {2: "h4", 3: "w4"}, "s8": {2: "h8", 3: "w8"}}
-    parts: dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any], list[str]]] = {
-        "stem": (stem, (image,), {"image": {1: "H", 2: "W"}}, ["s4", "s8", "level"]),
-        "trunk": (net.trunk, (s4, s8), stem_axes, ["latent"]),
-        "adapted": (net.enhancer.trunk, (s4, s8), stem_axes, ["latent"]),
-        "enhancer": (StepGraph(net), (latent, level), {"latent": latent_axes, "level": {}}, ["restored"]),
-        "decoder": (decoder, (latent,), {"latent": latent_axes}, ["features", "trunk", "grid", "weights", "scores"]),
+    parts: dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]] = {
+        "stem": (stem, (image,), {"image": {1: "H", 2: "W"}}),
+        "trunk": (net.trunk, (s4, s8), stem_axes),
+        "adapted": (net.enhancer.trunk, (s4, s8), stem_axes),
+        "enhancer": (StepGraph(net), (latent, level), {"latent": latent_axes}),
+        "decoder": (decoder, (latent,), {"latent": latent_axes}),
         "prompt": (
             PromptGraph(net), (features, trunk, grid, xy, labels),
             {
                 "features": {2: "h4", 3: "w4"}, "trunk": latent_axes, "grid": {2: "gh", 3: "gw"},
                 "xy": {1: "objects", 2: "points"}, "labels": {1: "objects", 2: "points"},
             },
-            ["prompt_weights", "prompt_scores"],
         ),
     }
     graphs = {}
-    for name, (module, inputs, axes, outputs) in parts.items():
+    for name, (module, inputs, axes) in parts.items():
         path = folder / f"nano_{name}.onnx"
+        taken, made = map(list, PARTS[name])
         torch.onnx.export(
-            module.eval(), inputs, str(path), input_names=list(axes), output_names=outputs,
-            dynamic_axes=axes, opset_version=OPSET, dynamo=False,
+            module.eval(), inputs, str(path), input_names=taken, output_names=made, dynamic_axes=axes,
+            opset_version=OPSET, dynamo=False,
         )
         graphs[name] = simplify(onnx.load(path))
     feeds = calibration(graphs, pictures) if len(pictures) else {}
@@ -167,8 +168,8 @@ def export(
     if not check:
         return {}
     report = {"torch": {
-        name: compare(folder / f"nano_{name}.onnx", module, inputs, list(axes))
-        for name, (module, inputs, axes, _) in parts.items()
+        name: compare(folder / f"nano_{name}.onnx", module, inputs, list(PARTS[name][0]))
+        for name, (module, inputs, _) in parts.items()
     }}
     if feeds:
         report["int8"] = {name: drift(folder, name, feed, grids) for name, feed in feeds.items()}

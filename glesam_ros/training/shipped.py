@@ -21,13 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from glesam_ros.models.nano import IN_8_BITS
+from glesam_ros.models.nano import PARTS
 from glesam_ros.models.nano_net import NanoNet
 from glesam_ros.training.export import export
 from glesam_ros.training.graphs import constants, fold_constants
 
 Array = NDArray[Any]
-PARTS = (*IN_8_BITS, "prompt")
 NEAR = 1e-3
 """Share of the largest number by which what two bytes store may differ."""
 
