@@ -78,10 +78,12 @@ def run(args: argparse.Namespace) -> int:
     pictures = find_pictures(args.paths, args.recursive, args.out)
     if args.sheet is not None and len(pictures) > SHEET_PICTURES:
         raise CommandError(f"--sheet: expected at most {SHEET_PICTURES} pictures, got {len(pictures)}; name fewer")
-    files = [_file(stem, kind, level) for _, stem in pictures for kind in kinds for level in levels]
-    keep_pictures(pictures, [args.out / file for file in files] if args.out is not None else [])
-    keep_pictures(pictures, [args.sheet] if args.sheet is not None else [])
-    earlier = _earlier(args.out / PARAMETERS) if args.out is not None else []
+    files: list[Path] = [args.sheet] if args.sheet is not None else []
+    earlier: list[dict[str, Any]] = []
+    if args.out is not None:
+        files += [args.out / _file(stem, kind, level) for _, stem in pictures for kind in kinds for level in levels]
+        earlier = _earlier(args.out / PARAMETERS)
+    keep_pictures(pictures, files)
     failures: list[Path] = []
     blocks: list[UInt8Array] = []
     entries: list[dict[str, Any]] = []
