@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,21 @@ def files(trained: NanoNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_was_exported_comes_back(trained: NanoNet, files: Path) -> None:
     assert_the_same(parts_of(trained, picture(0)), parts_of(read_shipped(files), picture(0)))
+
+
+def test_another_process_writes_the_same_bytes(files: Path, tmp_path: Path) -> None:
+    # strings have other hashes there, so that a set would be gone through in another order
+    for seed in ("1", "2"):
+        code = (
+            "import sys, pathlib, torch; from glesam_ros.models.nano_net import NanoNet\n"
+            "from glesam_ros.training.export import export; torch.manual_seed(0)\n"
+            "export(NanoNet(), pathlib.Path(sys.argv[1]), check=False)"
+        )
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], check=True, env=environment)
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / seed).iterdir()} for seed in ("1", "2"))
+    assert set(first) == {p.name for p in files.iterdir()}
+    assert first == second
 
 
 def test_the_files_of_the_package_come_back() -> None:

@@ -35,7 +35,10 @@ def split_convolutions(model: ModelProto, small: ModelProto | None = None) -> No
         small: its 8-bit version, whose bytes become the first ones; else they are rounded here.
     """
     values, given = constants(model), constants(small) if small is not None else {}
-    for name in {node.input[1] for node in model.graph.node if node.op_type == "Conv"} & values.keys():
+    # in the order of the nodes, each once: a set's order, and with it the files, would differ from run to run
+    for name in dict.fromkeys(node.input[1] for node in model.graph.node if node.op_type == "Conv"):
+        if name not in values:
+            continue
         scale = channel_scales(values[name])[:, None, None, None]
         first = given.get(f"{name}_quantized", np.rint(values[name] / scale))
         # half a step may have been rounded either way
