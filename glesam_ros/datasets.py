@@ -27,7 +27,7 @@ LQSEG_FORMAT = 1
 LQSEG_INFO = "dataset.json"
 LQSEG_MANIFEST = "manifest.jsonl"
 MAX_NAME = 240
-"""Bytes of a picture's name in a COCO file; file systems allow 255, and `glesam lqseg build` adds to it."""
+"""Bytes of a picture's name in a COCO file or a folder; file systems allow 255, and `glesam lqseg build` adds to it."""
 _SKIPPED = "`glesam lqseg build` names what is malformed and leaves it out"
 
 

@@ -508,6 +508,16 @@ def test_a_bad_mask_is_named_and_the_rest_goes_on(tmp_path: Path, kind: str, mas
     assert [e["id"] for e in entries(tmp_path / "out")] == ["good"]
 
 
+def test_a_name_too_long_for_what_is_made_of_it_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    mask = np.ones((HEIGHT, WIDTH), np.uint8)
+    for name in ("good", "é" * 125, "x" * 240):
+        picture(tmp_path / "i" / f"{name}.png")
+        label_map(tmp_path / "m" / f"{name}.png", mask)
+    summary = build(BuildOptions("folder", tmp_path / "i", tmp_path / "m", (1,)), tmp_path / "out")
+    assert [(fault.kind, fault.file) for fault in summary.faults] == [("name_long", f"{'é' * 125}.png")]
+    assert [e["id"] for e in entries(tmp_path / "out")] == ["good", "x" * 240]
+
+
 def test_names_without_partner_are_named(tmp_path: Path) -> None:
     options = bsds_source(tmp_path)
     label_map(tmp_path / "regions" / "odd.png", np.ones((HEIGHT, WIDTH), np.uint8))

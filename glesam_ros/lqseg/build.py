@@ -29,7 +29,7 @@ import numpy as np
 
 from glesam_ros import __version__
 from glesam_ros.checksum import sha256
-from glesam_ros.datasets import LQSEG_FORMAT, LQSEG_INFO, LQSEG_MANIFEST
+from glesam_ros.datasets import LQSEG_FORMAT, LQSEG_INFO, LQSEG_MANIFEST, MAX_NAME
 from glesam_ros.degradation import degrade, names
 from glesam_ros.lqseg.sources import Fault, Index, Malformed, Source, read_index, read_picture, read_truth
 
@@ -268,6 +268,8 @@ def _remove(out: Path, names: Iterable[str]) -> None:
 def _build_one(options: BuildOptions, index: Index, source: Source, out: Path) -> str | Fault:
     """Write the files of one picture; its line of the manifest, or why there is none."""
     try:
+        if len(source.id.encode()) > MAX_NAME:
+            raise Malformed("name_long", f"expected a name of at most {MAX_NAME} bytes; rename picture and masks")
         data, image = read_picture(source)
     except Malformed as error:
         return Fault(error.kind, source.image.name, source.source_id, str(error))
