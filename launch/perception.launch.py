@@ -27,7 +27,8 @@ CONFIG = Path(get_package_share_directory("glesam_ros")) / "config"
 
 MIRRORED = ("model", "device", "precision", "semantic", "restorer", "cameras", "compressed", "autostart")
 """Arguments that set a parameter of the node, when they are given; else params_file decides."""
-WIRED = ("cameras", "compressed")
+CLOCK = "use_sim_time"
+WIRED = ("cameras", "compressed", CLOCK)
 """Parameters of the node that topics, demo camera and views depend on, wherever they are set."""
 YES_NO = ("true", "false")
 OR_NOT = f"{' or '.join(YES_NO)}, in any case."
@@ -45,7 +46,7 @@ def generate_launch_description() -> LaunchDescription:
         _argument("image_topics", "", "Topics of several cameras, comma separated, in the order of cameras."),
         *(_argument(name, "", _mirrored_text(name)) for name in MIRRORED),
         _argument(
-            "use_sim_time", "", f"Take the time from /clock. {OR_NOT} Empty: as in params_file or a parent launch."
+            CLOCK, "", f"Take the time from /clock. {OR_NOT} Empty: as in params_file or a parent launch."
         ),
         _argument("respawn", "false", f"Start the node again {RESPAWN_DELAY_S:g} s after it ended. {OR_NOT}"),
         _argument("log_level", "info", "Log level of the node.", ("debug", "info", "warn", "error", "fatal")),
@@ -73,12 +74,13 @@ def _start(context: LaunchContext) -> list[Action]:
     given = {name: LaunchConfiguration(name).perform(context).strip() for name in _ARGUMENTS}
     changes = {name: _value(name, given[name]) for name in MIRRORED if given[name]}
     # where it is not given nothing is passed on, not even false: that would win over a parent launch
-    clock = {"use_sim_time": _flag("use_sim_time", given["use_sim_time"])} if given["use_sim_time"] else {}
+    clock = {CLOCK: _flag(CLOCK, given[CLOCK])} if given[CLOCK] else {}
     asked = {name: _flag(name, given[name]) for name in ("respawn", "demo_camera", "rqt", "rviz")}
     base = make_namespace_absolute(
         prefix_namespace(context.launch_configurations.get("ros_namespace"), given["namespace"])
     )
-    wired = {**_of_file(given["params_file"], f"{base.rstrip('/')}/{NODE_NAME}"), **changes}
+    wired = {**_of_file(given["params_file"], f"{base.rstrip('/')}/{NODE_NAME}"), **changes, **clock}
+    clock_of_all = {CLOCK: wired[CLOCK]} if CLOCK in wired else {}
     cameras = wired.get("cameras", list(settings.default("cameras")))
     topics = _topics(given["image_topic"], given["image_topics"], cameras)
     respawn = {"respawn": True, "respawn_delay": RESPAWN_DELAY_S} if asked["respawn"] else {}
@@ -104,7 +106,7 @@ def _start(context: LaunchContext) -> list[Action]:
                 executable="demo_camera",
                 name="_".join(part for part in ("demo_camera", *camera.split("/")) if part),
                 namespace=base,
-                parameters=[{"compressed": wired.get("compressed", settings.default("compressed")), **clock}],
+                parameters=[{"compressed": wired.get("compressed", settings.default("compressed")), **clock_of_all}],
                 remappings=_remappings("", topics.get(camera) or (f"{camera}/image" if camera else "image")),
                 output="screen",
                 emulate_tty=True,
@@ -120,13 +122,13 @@ def _start(context: LaunchContext) -> list[Action]:
     if asked["rviz"]:
         _require("rviz", "rviz2", "rviz2")
         view = _view("perception.rviz", base, shown)
-        nodes.append(Node(package="rviz2", executable="rviz2", arguments=["-d", view], parameters=_some(clock)))
+        nodes.append(Node(package="rviz2", executable="rviz2", arguments=["-d", view], parameters=_some(clock_of_all)))
     return nodes
 
 
 _ARGUMENTS = (
     "namespace", "params_file", "image_topic", "image_topics", *MIRRORED,
-    "use_sim_time", "respawn", "log_level", "demo_camera", "rqt", "rviz",
+    CLOCK, "respawn", "log_level", "demo_camera", "rqt", "rviz",
 )
 
 
@@ -167,7 +169,10 @@ def _of_file(path: str, node: str) -> dict[str, Any]:
 
     search(content, [])
     for name, value in found.items():
-        settings.check_value(name, value)
+        if name != CLOCK:
+            settings.check_value(name, value)
+        elif not isinstance(value, bool):
+            raise ValueError(f"{CLOCK} in {path}: expected true or false, got {value!r}")
     return found
 
 

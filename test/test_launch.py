@@ -197,11 +197,22 @@ def test_use_sim_time_of_a_parent_launch_counts_unless_it_is_given(launched):
     assert sim.bool_value is False
 
 
-def test_use_sim_time_of_the_params_file_counts(launched, tmp_path):
+@pytest.mark.parametrize(("given", "expected"), [({}, True), ({"use_sim_time": "false"}, False)])
+def test_use_sim_time_of_the_params_file_counts_for_node_and_demo_camera(launched, tmp_path, given, expected):
     file = tmp_path / "mine.yaml"
-    file.write_text("/**:\n  ros__parameters:\n    use_sim_time: true\n    autostart: false\n")
-    [sim] = parameters(launched("launch_time", params_file=str(file)), "use_sim_time")
-    assert sim.bool_value is True
+    file.write_text("/launch_time/perception:\n  ros__parameters:\n    use_sim_time: true\n    autostart: false\n")
+    client = launched("launch_time", params_file=str(file), demo_camera="true", **given)
+    for node in ("perception", "demo_camera"):
+        [sim] = parameters(client, "use_sim_time", node=node)
+        assert sim.bool_value is expected, node
+
+
+def test_use_sim_time_of_the_params_file_that_is_no_yes_or_no_is_refused(prefix, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("/**:\n  ros__parameters:\n    use_sim_time: 1\n")
+    process = LaunchProcess(prefix, {"params_file": str(file)})
+    assert process.wait() != 0
+    assert f"use_sim_time in {file}: expected true or false, got 1" in process.output
 
 
 @pytest.mark.parametrize(("namespace", "below"), [
