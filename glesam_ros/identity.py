@@ -8,8 +8,7 @@ import cv2
 import numpy as np
 
 from glesam_ros.instances import MAX_ID, Instances
-from glesam_ros.models.proposals import Bits, Counts, Indices, packed, set_bits
-from glesam_ros.pipeline import may_overlap
+from glesam_ros.masks import Bits, Counts, Indices, may_overlap, packed, set_bits
 from glesam_ros.validation import BoolArray, FloatArray, UInt8Array
 
 SAME = 0.4

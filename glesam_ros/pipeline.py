@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import logging
-import math
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 
 from glesam_ros.instances import Instances
+from glesam_ros.masks import Indices, areas, extents_of, mask_nms, upsample_into
+from glesam_ros.memory import MemoryLadder
 from glesam_ros.models import Budget, Candidates, Embedding, OutOfMemory, SegmentationModel, load_model
 from glesam_ros.models.base import STABILITY_OFFSET
-from glesam_ros.models.proposals import Counts, Indices, packed, row_sums, set_bits
-from glesam_ros.pace import Pace, smaller
+from glesam_ros.pace import Pace
 from glesam_ros.settings import Settings
-from glesam_ros.validation import BoolArray, FloatArray, UInt8Array, check_boxes, check_image, check_points
-
-_LOG = logging.getLogger(__name__)
-Extent = tuple[int, int, int, int]
-SIZE_STEP = 128
-"""Pixels of processing size between two rungs: large steps, because each costs a frame."""
-LEAST_BATCH = 8
-"""Prompts a batch below which little memory is won."""
-GOOD_FRAMES = 30
-"""Frames in a row that must succeed before a rung is tried again."""
-MOST_GOOD_FRAMES = 64 * GOOD_FRAMES
-"""The same after trials that failed, each of which doubles it."""
+from glesam_ros.validation import FloatArray, UInt8Array, check_boxes, check_image, check_points
 
 
 class EnhancementGate:
@@ -60,118 +46,6 @@ def in_mode(model: SegmentationModel, seen: Embedding, mode: str) -> Embedding:
     if mode == "always":
         return model.enhance(seen)
     return seen.adapted() if mode == "auto" else seen.finished()
-
-
-@dataclass(frozen=True)
-class Rung:
-    """What a frame may take: processing size in pixels, prompts a batch."""
-
-    size: int
-    batch: int
-
-
-class MemoryLadder:
-    """How much of the asked size and batch fits: each lack of memory costs a rung, good frames win it back.
-
-    A lack in `decode` halves the batch, down to `LEAST_BATCH`; one in `encode`, or with the least batch, takes the
-    processing size to the next multiple of `SIZE_STEP` below, down to half of the model's own. After `GOOD_FRAMES` good
-    frames the last step is taken back. If memory lacks again before as many frames went well, the wait doubles, up to
-    `MOST_GOOD_FRAMES`; it starts anew once the top has held. Thread-safe.
-
-    Args:
-        own_size: the model's own processing size, which 0 stands for.
-
-    Attributes:
-        failures: how often memory was lacking.
-        is_exhausted: whether it was lacking on the lowest rung, the last time.
-    """
-
-    def __init__(self, own_size: int) -> None:
-        self._own_size = own_size
-        self._asked = (0, 0)
-        self._rungs = [Rung(own_size, 0)]
-        self._lock = threading.Lock()
-        self._good = 0
-        self._wait = GOOD_FRAMES
-        self._is_trial = False
-        self.is_exhausted = False
-        self.failures = 0
-
-    def __str__(self) -> str:
-        full, now = self.full, self.now
-        return f"processing size {now.size} of {full.size}, {now.batch} of {full.batch} prompts a batch"
-
-    @property
-    def full(self) -> Rung:
-        """What is asked for."""
-        return self._rungs[0]
-
-    @property
-    def now(self) -> Rung:
-        """What fits, as far as is known."""
-        return self._rungs[-1]
-
-    def ask(self, processing_size: int, points_per_batch: int) -> None:
-        """What a frame may take where memory is plenty; others than before begin anew."""
-        with self._lock:
-            if (processing_size, points_per_batch) != self._asked:
-                self._asked = processing_size, points_per_batch
-                self._rungs = [Rung(processing_size or self._own_size, points_per_batch)]
-                self._begin()
-
-    def fit(self, allowed: Budget) -> Budget:
-        """`allowed`, lowered to the rung of now."""
-        with self._lock:
-            # a budget of older settings is not what the rungs are of
-            if len(self._rungs) == 1 or (allowed.processing_size, allowed.points_per_batch) != self._asked:
-                return allowed
-            return dataclasses.replace(allowed, processing_size=self.now.size, points_per_batch=self.now.batch)
-
-    def lacked(self, stage: Literal["encode", "decode"], allowed: Budget) -> None:
-        """Memory was lacking in a call that had the budget `allowed`: one rung down."""
-        with self._lock:
-            self.failures += 1
-            self._good = 0
-            now = self.now
-            can_shrink, can_split = now.size > self._own_size // 2, now.batch > LEAST_BATCH
-            self.is_exhausted = not (can_shrink or can_split)
-            if self.is_exhausted:
-                return
-            split = can_split and (stage == "decode" or not can_shrink)
-            had = Rung(allowed.processing_size or self._own_size, allowed.points_per_batch)
-            # a call that began before the last step says nothing of the rung of now
-            if (had.batch != now.batch) if split else (had.size != now.size):
-                return
-            if self._is_trial:
-                self._wait = min(2 * self._wait, MOST_GOOD_FRAMES)
-                self._is_trial = False
-            if split:
-                lower = dataclasses.replace(now, batch=max(LEAST_BATCH, now.batch // 2))
-            else:
-                lower = dataclasses.replace(now, size=smaller(now.size, self._own_size, SIZE_STEP))
-            self._rungs.append(lower)
-            text = str(self)
-        _LOG.warning("out of memory in %s: %s from now on", stage, text)
-
-    def went_well(self) -> None:
-        """A frame was encoded; after enough of them one rung up."""
-        with self._lock:
-            if len(self._rungs) == 1 and not self._is_trial:
-                return
-            self._good += 1
-            if self._good < self._wait:
-                return
-            self._good = 0
-            if len(self._rungs) == 1:
-                self._begin()
-                return
-            self._rungs.pop()
-            self._is_trial = True
-            wait, text = self._wait, str(self)
-        _LOG.info("memory was enough for %d frames: %s is tried again", wait, text)
-
-    def _begin(self) -> None:
-        self._good, self._wait, self._is_trial, self.is_exhausted = 0, GOOD_FRAMES, False, False
 
 
 class Pipeline:
@@ -247,7 +121,7 @@ class Pipeline:
             return self._everything(embedding, self._candidates(embedding, None, s), s)
         prompts = _merge_prompts(points, labels, boxes, embedding.size)
         found = self._candidates(embedding, prompts, s)
-        every, extents = np.arange(len(found.scores)), _extents(found.logits > 0)
+        every, extents = np.arange(len(found.scores)), extents_of(found.logits > 0)
         return _to_instances(embedding, found, every, extents, _stability(found.logits), limit=len(every), min_area=0)
 
     def segment(
@@ -358,7 +232,7 @@ class Pipeline:
         stability = _stability(found.logits)
         binary = found.logits > 0
         height, width = embedding.size
-        pixels = _areas(binary) * (height * width / max(1, binary.shape[1] * binary.shape[2]))
+        pixels = areas(binary) * (height * width / max(1, binary.shape[1] * binary.shape[2]))
         order = np.flatnonzero(
             (found.scores >= s.score_threshold)
             & (stability >= s.stability_threshold)
@@ -369,7 +243,7 @@ class Pipeline:
         rank = found.scores if found.rank is None else found.rank
         order = order[np.argsort(-rank[order], kind="stable")]
         best = binary[order]
-        extents = _extents(best)
+        extents = extents_of(best)
         kept = mask_nms(best, s.nms_iou, len(order), extents)
         return _to_instances(
             embedding, found, order[kept], extents[kept], stability, s.max_instances, max(1, s.min_area)
@@ -409,57 +283,8 @@ def load_pipeline(
     return Pipeline(load_model(model, device, precision), chosen)
 
 
-def mask_nms(masks: BoolArray, iou_threshold: float, limit: int, extents: Indices | None = None) -> Indices:
-    """Greedy non-maximum suppression by mask IoU.
-
-    Args:
-        masks: (K, h, w) bool, best first.
-        iou_threshold: a mask that overlaps a better one by more than this is dropped.
-        limit: stop after so many.
-        extents: (K, 4) of the masks, as `_extents` gives them; None where they are not at hand.
-
-    Returns:
-        Indices of the kept masks, best first.
-    """
-    if not len(masks):
-        return np.zeros(0, np.intp)
-    bits = packed(masks.reshape(len(masks), -1))
-    area = set_bits(bits)
-    extents = _extents(masks) if extents is None else extents
-    near = np.triu(may_overlap(extents, area, extents, area, iou_threshold), 1)
-    alive = np.ones(len(masks), np.bool_)
-    kept: list[int] = []
-    for k in range(len(masks)):
-        if not alive[k]:
-            continue
-        if len(kept) == limit:
-            break
-        kept.append(k)
-        rest = np.flatnonzero(alive & near[k])
-        if rest.size:
-            both = set_bits(bits[rest] & bits[k])
-            alive[rest[both / np.maximum(area[k] + area[rest] - both, 1) > iou_threshold]] = False
-    return np.array(kept, np.intp)
-
-
-def may_overlap(
-    first: Indices, first_areas: Counts, second: Indices, second_areas: Counts, iou_threshold: float
-) -> BoolArray:
-    """(N, M): whether masks can overlap by more than the threshold, from extents (N, 4), (M, 4) and areas alone."""
-    ax1, ay1, ax2, ay2 = first.astype(np.float32).T
-    bx1, by1, bx2, by2 = second.astype(np.float32).T
-    across = np.minimum.outer(ax2, bx2) - np.maximum.outer(ax1, bx1)
-    down = np.minimum.outer(ay2, by2) - np.maximum.outer(ay1, by1)
-    both = np.minimum(np.maximum(across, 0) * np.maximum(down, 0), np.minimum.outer(first_areas, second_areas))
-    return both > iou_threshold * (np.add.outer(first_areas, second_areas) - both)
-
-
-def _areas(masks: BoolArray) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return row_sums(masks.reshape(len(masks), math.prod(masks.shape[1:]))).astype(np.int64)
-
-
 def _stability(logits: FloatArray) -> FloatArray:
-    inner, outer = _areas(logits > STABILITY_OFFSET), _areas(logits > -STABILITY_OFFSET)
+    inner, outer = areas(logits > STABILITY_OFFSET), areas(logits > -STABILITY_OFFSET)
     return (inner / np.maximum(outer, 1)).astype(np.float32)
 
 
@@ -525,62 +350,3 @@ def _to_instances(
     )
 
 
-def upsample_into(mask: BoolArray, logits: FloatArray, extent: Extent | None = None) -> tuple[Extent, int]:
-    """Threshold logits at the size of the image, at the cost of the object's window only.
-
-    Equal to ``cv2.resize(logits, (W, H), interpolation=cv2.INTER_LINEAR) > 0``.
-
-    Args:
-        mask: (H, W) bool, all False; written in place.
-        logits: (h, w) float32 that cover the whole image.
-        extent: of the positive logits, as `_extents` gives it; None where it is not at hand.
-
-    Returns:
-        The extent of the mask, xyxy with x2 and y2 exclusive, zeros where it is empty; and its pixels.
-    """
-    left, top, right, bottom = _measure(logits > 0)[0] if extent is None else extent
-    if left == right:
-        return (0, 0, 0, 0), 0
-    left, x, right, scale_x = _window(left, right, logits.shape[1], mask.shape[1])
-    top, y, bottom, scale_y = _window(top, bottom, logits.shape[0], mask.shape[0])
-    cells = logits[top:bottom, left:right]
-    fine = cv2.resize(cells, None, fx=scale_x, fy=scale_y, interpolation=cv2.INTER_LINEAR)
-    window = mask[y : y + fine.shape[0], x : x + fine.shape[1]]
-    np.greater(fine, 0, out=window)
-    (x1, y1, x2, y2), area = _measure(window)
-    return (x + x1, y + y1, x + x2, y + y2) if area else (0, 0, 0, 0), area
-
-
-def _measure(mask: BoolArray) -> tuple[Extent, int]:
-    """The extent, xyxy with x2 and y2 exclusive, zeros where nothing is set; and how much is set."""
-    # not cv2.boundingRect: that of OpenCV 4.5 is wrong for narrow arrays
-    sums = row_sums(mask)
-    rows = np.flatnonzero(sums)
-    if not rows.size:
-        return (0, 0, 0, 0), 0
-    y1, y2 = int(rows[0]), int(rows[-1]) + 1
-    cols = np.logical_or.reduce(mask[y1:y2], 0)
-    return (int(cols.argmax()), y1, len(cols) - int(cols[::-1].argmax()), y2), int(sums.sum())
-
-
-def _extents(masks: BoolArray) -> Indices:
-    """The extent of each mask (K, h, w), see `_measure`: (K, 4)."""
-    rows, cols = np.logical_or.reduce(masks, 2), np.logical_or.reduce(masks, 1)
-    x1, y1 = cols.argmax(1), rows.argmax(1)
-    x2, y2 = cols.shape[1] - cols[:, ::-1].argmax(1), rows.shape[1] - rows[:, ::-1].argmax(1)
-    return np.stack([x1, y1, x2, y2], 1) * rows.any(1, keepdims=True)
-
-
-def _window(first: int, last: int, cells: int, pixels: int) -> tuple[int, int, int, float]:
-    """Window around the positive cells first..last (exclusive) along one axis of `cells` scaled to `pixels`.
-
-    It begins where a cell and a pixel begin together, so that it is sampled where the whole image would be.
-
-    Returns:
-        First cell, first pixel, last cell (exclusive), pixels a cell.
-    """
-    # interpolation reaches one cell; the rest makes up for the rounding of the window to whole pixels
-    margin = math.ceil(cells / pixels + 0.5)
-    unit = cells // math.gcd(cells, pixels)
-    start = max(0, first - margin) // unit * unit
-    return start, start * pixels // cells, min(cells, last + margin), pixels / cells

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from glesam_ros.masks import upsample_into  # noqa: E402
 from glesam_ros.models import Budget  # noqa: E402
 from glesam_ros.models.glesam import everything, sam  # noqa: E402
 from glesam_ros.models.glesam.base import Features  # noqa: E402
@@ -18,7 +19,6 @@ from glesam_ros.models.glesam.everything import Crop, box_nms, crops, point_grid
 from glesam_ros.models.glesam.model import GlesamModel  # noqa: E402
 from glesam_ros.models.glesam.runtime import TorchRuntime  # noqa: E402
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators  # noqa: E402
-from glesam_ros.pipeline import upsample_into  # noqa: E402
 
 
 class Square:

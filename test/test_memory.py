@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from glesam_ros import Pipeline, Settings
+from glesam_ros.memory import GOOD_FRAMES, MOST_GOOD_FRAMES, MemoryLadder
 from glesam_ros.models import Budget, Candidates, Embedding, OutOfMemory
-from glesam_ros.pipeline import GOOD_FRAMES, MOST_GOOD_FRAMES, MemoryLadder
 
 IMAGE = np.zeros((48, 64, 3), np.uint8)
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from glesam_ros import EnhancementGate, Pipeline, Settings, load_pipeline
+from glesam_ros.masks import mask_nms, upsample_into
 from glesam_ros.models import Candidates, Embedding, register_model
-from glesam_ros.pipeline import mask_nms, upsample_into
 
 HEIGHT, WIDTH = 48, 64
 

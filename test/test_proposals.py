@@ -8,21 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glesam_ros.models.proposals import (
-    ALIKE,
-    BLOCK,
-    MERGE,
-    POOL,
-    STABLE,
-    VOTE_IOU,
-    choose,
-    column_bits,
-    packed,
-    pooled,
-    row_sums,
-    set_bits,
-    suppress,
-)
+from glesam_ros.masks import column_bits, packed, row_sums, set_bits
+from glesam_ros.models.proposals import ALIKE, BLOCK, MERGE, POOL, STABLE, VOTE_IOU, choose, pooled, suppress
 
 SIZE = 16
 """Cells of a coarse mask a side."""

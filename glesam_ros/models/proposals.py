@@ -15,14 +15,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from glesam_ros.masks import Bits, Indices, column_bits, packed, row_sums, set_bits
 from glesam_ros.models.base import STABILITY_OFFSET
-from glesam_ros.validation import BoolArray, FloatArray
-
-Indices = NDArray[np.intp]
-Bits = NDArray[np.uint64]
-Counts = NDArray[np.int32]
+from glesam_ros.validation import FloatArray
 
 POOL = 4
 """Side of the cells of the features that are one cell of a coarse mask."""
@@ -36,8 +32,6 @@ ALIKE = 0.5
 """Share of its rank that a mask loses to each better one, times the square of their IoU."""
 BLOCK = 256
 """Candidates whose coarse masks are made at once: they fit into the processor's cache."""
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
-"""Bits that are set in a byte."""
 
 
 def choose(
@@ -92,38 +86,6 @@ def pooled(features: FloatArray) -> FloatArray:
     # one tall picture: as h is a multiple of the cells' side, no cell reaches over two features
     cells = cv2.resize(features.reshape(c * h, w), (w // POOL, c * h // POOL), interpolation=cv2.INTER_AREA)
     return np.asarray(cells, np.float32).reshape(c, -1)
-
-
-def packed(masks: BoolArray) -> Bits:
-    """Masks (N, P) as bits, padded to whole words: (N, ceil(P / 64)) uint64."""
-    count, cells = masks.shape
-    words = np.zeros((count, -(-cells // 64)), np.uint64)
-    words.view(np.uint8)[:, : -(-cells // 8)] = np.packbits(masks, axis=1)
-    return words
-
-
-def set_bits(words: Bits) -> Counts:
-    """How many bits are set in each row of (N, W) uint64: (N,) int32."""
-    # numpy 1 has no such function
-    if hasattr(np, "bitwise_count"):
-        return row_sums(np.bitwise_count(words))
-    octets = words.view(np.uint8)
-    return row_sums(cv2.LUT(octets, _BITS) if len(octets) else octets)
-
-
-def column_bits(words: Bits) -> Counts:
-    """How many bits are set in each column of (W, N) uint64: (N,) int32."""
-    if hasattr(np, "bitwise_count"):
-        counts: Counts = np.add.reduce(np.bitwise_count(words), 0, dtype=np.int32)
-        return counts
-    return set_bits(np.ascontiguousarray(words.T))
-
-
-def row_sums(array: np.ndarray[Any, Any]) -> Counts:
-    """Sums of the rows of (N, P) uint8 or bool: (N,) int32; numpy takes ten times as long."""
-    if not array.size:
-        return np.zeros(len(array), np.int32)
-    return np.asarray(cv2.reduce(array.view(np.uint8), 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S), np.int32)[:, 0]
 
 
 def suppress(masks: Bits, iou: float, vote_iou: float, limit: int) -> tuple[Indices, Indices, FloatArray]:
