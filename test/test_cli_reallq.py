@@ -117,12 +117,15 @@ def test_a_folder_of_pictures(tmp_path, capsys):
     for name, picture in (("a", clear()), ("b.x", bad("gaussian_noise", 1)), ("c", bad("lq")), ("d", clear())):
         cv2.imwrite(str(folder / f"{name}.png"), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     (folder / "e.jpg").write_bytes(b"no picture")
+    (folder / "f.jpg").symlink_to("/proc/self/mem")  # a file that gives an I/O error
     assert reallq("pick", folder, "--out", out, "--count", 2, "--gap", 1.5, *CLASSES) == 0
     entries = manifest(out)["pictures"]
     assert (entries[0]["source"], entries[0]["stamp"], entries[0]["recorded"]) == ("c.png", None, 2 * 10**9)
     assert entries[1]["source"] == "a.png"  # b is a second away, d too
     said = capsys.readouterr()
     assert "bad frame e.jpg at 4.000 s: unreadable" in said.err
+    assert "bad frame f.jpg at 5.000 s: not_read: [Errno 5]" in said.err
+    assert "bad frames: not_read 1, unreadable 1; set in" in said.out
     out = tmp_path / "faster"
     assert reallq("pick", folder, "--out", out, "--count", 2, "--gap", 0.5, "--rate", 2, *CLASSES) == 0
     assert [entry["name"] for entry in manifest(out)["pictures"]] == ["c", "b_x"]

@@ -351,6 +351,39 @@ def test_frames_that_show_nothing_or_cannot_be_read_are_left_out(tmp_path):
     assert summary.messages == ["/cam at 102.000 s: unreadable: expected a picture, got noise"]
 
 
+def test_a_frame_that_the_disk_or_memory_fails_for_is_named_and_read_again_by_the_next_run(tmp_path):
+    class Failing(Film):
+        errors = {1: OSError(5, "Input/output error"), 3: MemoryError()}
+
+        def read(self, number: int) -> np.ndarray:
+            if number in self.errors:
+                raise self.errors[number]
+            return super().read(number)
+
+    film = Failing([50, 10, 60, 20])
+    summary = pick(film, tmp_path / "set", options(count=1, gap=0.0), dark)
+    assert [entry["number"] for entry in summary.pictures] == [0]
+    assert (summary.measured, dict(summary.bad)) == (2, {"not_read": 2})
+    assert summary.messages == [
+        "/cam at 101.000 s: not_read: [Errno 5] Input/output error", "/cam at 103.000 s: not_read: out of memory"
+    ]
+    film.errors = {}
+    summary = pick(film, tmp_path / "set", options(count=1, gap=0.0), dark)
+    assert [entry["number"] for entry in summary.pictures] == [1] and not summary.bad
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("expected a picture, got noise")])
+def test_a_frame_that_cannot_be_read_again_to_be_written_is_named(error, tmp_path):
+    class Once(Film):
+        def read(self, number: int) -> np.ndarray:
+            if number in self.reads:
+                raise error
+            return super().read(number)
+
+    with pytest.raises(ValueError, match=r"^/cam: expected to read it as before, got: .*; pick again"):
+        pick(Once([50, 60]), tmp_path / "set", options(count=1), dark)
+
+
 def test_rate_bounds_how_many_frames_are_measured(tmp_path):
     film = Film([100] * 40, seconds=0.1, bad=(10,))
     summary = pick(film, tmp_path / "set", options(count=1, rate=2.0), dark)
@@ -580,16 +613,19 @@ def test_faults_of_shapes(shape, expected):
 
 
 def test_faults_are_named_with_their_file_and_the_rest_goes_on(tmp_path):
-    out, names = picked(tmp_path, 8)
+    out, names = picked(tmp_path, 9)
     label(out, names[0], box("road", 0, 0, 48, 32))
     wrong_class = label(out, names[1], box("lava", 0, 0, 48, 32))
     wrong_size = label(out, names[2], box("road", 0, 0, 9, 9), imageWidth=640)
     no_text = label(out, names[6], {**box("road", 0, 0, 48, 32), "label": ["road"]})
     far = label(out, names[7], polygon("road", (0, 0), (5, 5), (1e308, 9)))
     empty = out / f"images/validation/{names[3]}.json"
+    (out / f"images/validation/{names[8]}.json").unlink()
     (out / f"images/validation/{names[4]}.json").unlink()
     broken = out / f"images/validation/{names[5]}.json"
     broken.write_text("{")
+    folder = out / f"images/validation/{names[4]}.json"
+    folder.mkdir()
     stray = out / "images/validation/someone.json"
     stray.write_text("{}")
     summary = read_labels(out)
@@ -600,7 +636,8 @@ def test_faults_are_named_with_their_file_and_the_rest_goes_on(tmp_path):
     assert "expected points near the 48x32 picture" in found.pop(far)
     assert "expected labels of its 48x32 picture, got 640x32" in found.pop(wrong_size)
     assert "not labelled yet" in found.pop(empty)
-    assert "expected one file of labels" in found.pop(out / f"images/validation/{names[4]}.png")
+    assert "expected one file of labels" in found.pop(out / f"images/validation/{names[8]}.png")
+    assert "Is a directory" in found.pop(folder)
     assert "expected a file of LabelMe" in found.pop(broken)
     assert "no picture of this name" in found.pop(stray)
     assert not found

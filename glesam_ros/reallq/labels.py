@@ -113,7 +113,7 @@ def read_labels(
             size = _size_of(picture)
             decode: Decode = decode_png if file.suffix == ".png" else _from_labelme(classes)
             map_ = decode(file, size).astype(dtype)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             faults.append(LabelFault(file, str(error)))
             continue
         target = folder / ANNOTATIONS / picture.name

@@ -35,6 +35,8 @@ LEAST_CONTRAST = 2.0
 """A frame whose luma deviates by less (grey levels) shows nothing to label: a closed lens, a white sky."""
 NAMED_FRAMES = 5
 """So many bad frames are named for each reason; all are counted."""
+NOT_READ = "not_read"
+"""Reason of a bad frame that disk or memory failed for; the next run tries it again."""
 LABELME_VERSION = "5.4.1"
 """Version of LabelMe whose file format the templates have."""
 
@@ -51,7 +53,8 @@ class Shot:
         time: nanoseconds, when it was recorded.
         stamp: nanoseconds, of its header; None where there is none.
         frame_id: of its header, "" where there is none.
-        read: decodes it to (H, W, 3) uint8 RGB; raises ValueError, with an attribute `reason` where it has a slug.
+        read: decodes it to (H, W, 3) uint8 RGB. Raises ValueError where it is no picture, with an attribute `reason`
+            where it has a slug; OSError where the file cannot be read; MemoryError where it is too large.
     """
 
     number: int
@@ -325,8 +328,9 @@ def _measure_all(
                 line = json.loads(known[shot.number])
             else:
                 line = _measure_one(shot, level)
-                journal.write(json.dumps(line) + "\n")
-                journal.flush()
+                if line.get("bad") != NOT_READ:
+                    journal.write(json.dumps(line) + "\n")
+                    journal.flush()
             if "bad" not in line:  # a bad frame does not take the place of a good one
                 slots[shot.group] = slot
             yield line
@@ -340,6 +344,8 @@ def _measure_one(shot: Shot, level: Level) -> dict[str, Any]:
         quality = measure(shot.read(), level)
     except ValueError as error:
         return {**line, "bad": getattr(error, "reason", "unreadable"), "message": str(error)}
+    except (OSError, MemoryError) as error:
+        return {**line, "bad": NOT_READ, "message": str(error) or "out of memory"}
     return {**line, "score": score(quality), "worst": worst_measure(quality), "measures": asdict(quality)}
 
 
@@ -382,7 +388,10 @@ def _write_pictures(recording: Recording, out: Path, chosen: dict[int, int]) -> 
         if shot.number not in missing:
             continue
         missing.discard(shot.number)
-        image, line = shot.read(), lines[shot.number]
+        try:
+            image, line = shot.read(), lines[shot.number]
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{shot.source}: expected to read it as before, got: {error}; pick again") from error
         name = file_name(shot.name, names)
         data = encode_png(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), name)
         picture, label = out / IMAGES / f"{name}.png", out / IMAGES / f"{name}.json"
