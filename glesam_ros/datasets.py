@@ -15,11 +15,9 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from glesam_ros.labelled import read_pixels
+from glesam_ros.labelled import CAMVID_VOID, read_label_map, read_pixels
 from glesam_ros.validation import BoolArray
 
-CAMVID_VOID = 11
-"""Class of CamVid that is no thing."""
 CAMVID_MIN_AREA = 192
 """Smaller parts of a class (px; 12 cells of 4 x 4) are left out: far poles and specks of the labelling."""
 LQSEG_FORMAT = 1
@@ -163,10 +161,7 @@ def load_bsds(folder: Path, split: str) -> list[Photograph]:
             )
         layers = [read_pixels(p, cv2.IMREAD_UNCHANGED).astype(np.int16) for p in paths]
         for path, layer in zip(paths, layers):
-            if layer.shape != image.shape[:2]:
-                raise ValueError(
-                    f"{path}: expected (height, width) {image.shape[:2]} of its picture, got {layer.shape}"
-                )
+            _check_layer(path, layer, image)
         photographs.append(Photograph(name, image, layers, True))
     return photographs
 
@@ -175,12 +170,16 @@ def load_camvid(folder: Path, split: str) -> list[Photograph]:
     """Frames of `<folder>/<split>.txt`; a region is a connected part of a class, so cars that touch are one.
 
     Raises:
-        FileNotFoundError: the list, a frame or its labels are missing.
+        FileNotFoundError: the list, a frame or its labels are missing or cannot be read.
+        ValueError: labels are of another size than their frame, or coloured.
     """
     photographs = []
     for name in (folder / f"{split}.txt").read_text().split():
-        classes = read_pixels(folder / "labels" / f"{name}.png", cv2.IMREAD_UNCHANGED)
-        layer = np.zeros(classes.shape[:2], np.int16)
+        image = read_rgb(folder / "images" / f"{name}.jpg")
+        path = folder / "labels" / f"{name}.png"
+        classes = read_label_map(path)
+        _check_layer(path, classes, image)
+        layer = np.zeros(classes.shape, np.int16)
         regions = 0
         for value in np.unique(classes[classes != CAMVID_VOID]):
             count, parts, stats, _ = cv2.connectedComponentsWithStats((classes == value).astype(np.uint8))
@@ -189,8 +188,13 @@ def load_camvid(folder: Path, split: str) -> list[Photograph]:
                     regions += 1
                     layer[parts == part] = regions
         if regions:
-            photographs.append(Photograph(name, read_rgb(folder / "images" / f"{name}.jpg"), [layer], False))
+            photographs.append(Photograph(name, image, [layer], False))
     return photographs
+
+
+def _check_layer(path: Path, layer: np.ndarray[Any, Any], image: np.ndarray[Any, Any]) -> None:
+    if layer.shape != image.shape[:2]:
+        raise ValueError(f"{path}: expected (height, width) {image.shape[:2]} of its picture, got {layer.shape}")
 
 
 def load_lqseg(folder: Path, level: int | None = None, kind: str | None = None) -> Iterator[LqsegPair]:
@@ -406,8 +410,8 @@ def rle_counts(text: str | bytes) -> list[int]:
     return counts
 
 
-def region_masks(photograph: Photograph, layer: int | None = None) -> np.ndarray[Any, Any]:
+def region_masks(photograph: Photograph, layer: int | None = None) -> BoolArray:
     """All regions as (R, H, W) bool; of one `layer` where the layers are alternatives."""
     layers = [photograph.layers[layer or 0]] if photograph.alternatives else photograph.layers
     masks = [item == number for item in layers for number in np.unique(item) if number > 0]
-    return np.stack(masks) if masks else np.zeros((0, *photograph.image.shape[:2]), bool)
+    return np.stack(masks) if masks else np.zeros((0, *photograph.image.shape[:2]), np.bool_)

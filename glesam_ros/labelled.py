@@ -29,6 +29,7 @@ CAMVID_PALETTE = (
     (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
 )
 CAMVID_VOID = 11
+"""Its label of a pixel without a class."""
 CLASS_FILES = ("classes.json", "classes.txt")
 """Where a folder's own names of its classes may stand."""
 ADE_TABLE = "objectInfo150.txt"
@@ -279,7 +280,7 @@ def read_label_map(path: Path) -> Labels:
     """A label map as it is in the file: (H, W) uint8 or uint16 values or indices, or (H, W, 3) uint8 RGB.
 
     Raises:
-        FileNotFoundError: the file is missing or no picture, or is cut short.
+        FileNotFoundError: the file is missing or no picture, is damaged or cut short, or larger than PIL opens.
         ValueError: values beyond 16 bits.
     """
     from PIL import Image  # OpenCV turns an indexed picture into colours
@@ -291,7 +292,7 @@ def read_label_map(path: Path) -> Labels:
             if picture.mode == "1":
                 return np.asarray(picture).astype(np.uint8)
             found = np.asarray(picture.convert("L") if picture.mode == "LA" else picture)
-    except OSError as error:
+    except Exception as error:  # PIL raises SyntaxError, ValueError and errors of its own beside OSError
         raise FileNotFoundError(f"expected a label map at {path}, found none that can be read: {error}") from error
     if found.dtype == np.uint8:
         return found

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("pycocotools", reason="readers need pycocotools; scripts/test.sh installs it")
 
 from glesam_ros.datasets import load_bsds, load_camvid, load_coco, read_rgb, region_masks  # noqa: E402
-from glesam_ros.labelled import read_pixels  # noqa: E402
+from glesam_ros.labelled import default_palette, read_pixels, write_label_map  # noqa: E402
 
 
 def test_readers_agree_with_the_files(tmp_path: Path) -> None:
@@ -43,6 +43,7 @@ def test_readers_agree_with_the_files(tmp_path: Path) -> None:
 
 
 def test_camvid_regions_are_the_connected_parts_of_each_class(tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="label maps need pillow; scripts/test.sh installs it")
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()
     classes = np.full((60, 90), 11, np.uint8)  # void
@@ -53,13 +54,33 @@ def test_camvid_regions_are_the_connected_parts_of_each_class(tmp_path: Path) ->
     cv2.imwrite(str(tmp_path / "labels" / "a.png"), classes)
     cv2.imwrite(str(tmp_path / "images" / "a.jpg"), np.zeros((60, 90, 3), np.uint8))
     cv2.imwrite(str(tmp_path / "labels" / "void.png"), np.full((60, 90), 11, np.uint8))
+    cv2.imwrite(str(tmp_path / "images" / "void.jpg"), np.zeros((60, 90, 3), np.uint8))
     (tmp_path / "train.txt").write_text("a\nvoid\n")
     (photograph,) = load_camvid(tmp_path, "train")
     assert sorted(region_masks(photograph).sum((1, 2)).tolist()) == [400, 400, 500, 1800]
     assert photograph.name == "a" and not photograph.alternatives and photograph.layers[0].dtype == np.int16
     (tmp_path / "test.txt").write_text("b\n")
+    cv2.imwrite(str(tmp_path / "images" / "b.jpg"), np.zeros((60, 90, 3), np.uint8))
     with pytest.raises(FileNotFoundError, match="b.png"):
         load_camvid(tmp_path, "test")
+    for wrong in ((60, 91), (60, 90, 3)):
+        cv2.imwrite(str(tmp_path / "labels" / "b.png"), np.zeros(wrong, np.uint8))
+        with pytest.raises(ValueError, match=rf"b\.png: expected .* \(60, 90\) .*, got {re.escape(str(wrong))}"):
+            load_camvid(tmp_path, "test")
+
+
+def test_an_indexed_label_map_of_camvid_is_read_by_its_index(tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="label maps need pillow; scripts/test.sh installs it")
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    classes = np.full((60, 90), 11, np.uint8)
+    classes[30:50, :20] = 8
+    write_label_map(tmp_path / "labels" / "a.png", classes, default_palette(256))
+    cv2.imwrite(str(tmp_path / "images" / "a.jpg"), np.zeros((60, 90, 3), np.uint8))
+    (tmp_path / "train.txt").write_text("a\n")
+    (photograph,) = load_camvid(tmp_path, "train")
+    masks = region_masks(photograph)
+    assert masks.dtype == np.bool_ and masks.sum((1, 2)).tolist() == [400]
 
 
 SQUARE = [[5, 5, 15, 5, 15, 15, 5, 15]]

@@ -179,6 +179,21 @@ def test_faults_are_named(tmp_path: Path) -> None:
         open_labelled(tmp_path, "all")
 
 
+def test_a_label_map_that_pil_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.png"
+    cv2.imwrite(str(file), grey(0, 1, 2))
+    data = file.read_bytes()
+    expected = r"expected a label map at .*a\.png, found none that can be read: "
+    pixels = data.index(b"IDAT")
+    file.write_bytes(data[: pixels - 4] + b"\0\0\0\1" + data[pixels:])  # the next chunk begins amid the pixels
+    with pytest.raises(FileNotFoundError, match=f"{expected}broken PNG file"):
+        read_label_map(file)
+    file.write_bytes(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)  # twelve are more than twice as many
+    with pytest.raises(FileNotFoundError, match=f"{expected}Image size"):
+        read_label_map(file)
+
+
 @pytest.mark.parametrize("text, match", [
     ('{"classes": "road"}', "list of names"),
     ('{"classes": []}', "at least one"),
