@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ros_graph import image_message, picture, wait_for
 from sensor_msgs.msg import Image
+from vision_msgs.msg import Classification
 
 OK, WARN = b"\x00", b"\x01"
 
@@ -40,3 +41,12 @@ def test_the_size_gives_way_to_the_budget_and_comes_back_with_it(launch):
     wait_for(lambda: client.model_status_is(OK, "active") and size_is("512"), "the model's own size")
     assert "processing size" not in client.status("model").message
     assert client.counts()["dropped_internal_error"] == client.counts()["dropped_inference_error"] == 0
+
+
+def test_frames_of_which_only_the_quality_is_wanted_keep_to_the_budget_too(launch):
+    client = launch(model="laborious", max_frame_age_ms=10_000, frame_budget_ms=20)
+    quality = client.subscribe(Classification, "quality")
+    client.stream(
+        lambda: image_message(picture(((20, 20, 60, 60),)), client.stamp()),
+        lambda: quality.messages and client.values("model")["processing_size_now"] == "256", "a step down",
+    )

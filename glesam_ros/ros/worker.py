@@ -188,19 +188,12 @@ class Worker:
         ledger, header, outputs = camera.ledger, frame.message.header, camera.outputs
         segmenter = self._segmenter if wanted & WITH_CLASSES else None
         restorer = self._restorer if "enhanced" in wanted else None
-        instances = labels = semantic = None
+        labels = semantic = None
         began = time.perf_counter()
-        if embedding is not None and wanted & OF_INSTANCES:
-            if encoded.prompts or self._pipeline.settings.everything:
-                with _inference():
-                    instances = self._pipeline.decode(embedding, **encoded.prompts)
-                self._pipeline.pace.took(encoded.encode_s + time.perf_counter() - began)
-                # ids of prompts are their order
-                if self._pipeline.settings.stable_ids and not encoded.prompts:
-                    instances = camera.identity.update(instances)
-            else:
-                instances = Instances.empty(embedding.size, embedding.degradation, embedding.enhanced)
+        instances = self._decode(encoded) if wanted & OF_INSTANCES else None
         decode_s = in_models_s = time.perf_counter() - began
+        if embedding is not None:
+            self._pipeline.pace.took(encoded.encode_s + decode_s)
         if self._stopping.is_set():
             ledger.dropped("disabled")
             return
@@ -246,6 +239,18 @@ class Worker:
             ledger.dropped("disabled")
         else:
             ledger.dropped("no_result", "no model that was asked could make its result; the notices say why")
+
+    def _decode(self, encoded: Encoded) -> Instances | None:
+        """Masks with their ids; None where nothing was encoded, none at all where nothing is asked for."""
+        camera, embedding, settings = encoded.camera, encoded.embedding, self._pipeline.settings
+        if embedding is None:
+            return None
+        if not encoded.prompts and not settings.everything:
+            return Instances.empty(embedding.size, embedding.degradation, embedding.enhanced)
+        with _inference():
+            instances = self._pipeline.decode(embedding, **encoded.prompts)
+        # ids of prompts are their order
+        return camera.identity.update(instances) if settings.stable_ids and not encoded.prompts else instances
 
     def _attempt(
         self, camera: Camera, what: str, times_ms: Ring, model: Callable[..., Result], *arguments: Any
