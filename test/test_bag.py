@@ -477,6 +477,19 @@ def test_pictures_become_a_bag_that_can_be_segmented(compressed, tmp_path):
     assert len(read(tmp_path / "out")["/glesam/masks"]) == 4
 
 
+def test_pictures_that_cannot_be_read_are_named_and_the_others_become_a_bag(tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"no picture")
+    (folder / "b.png").symlink_to("/proc/self/mem")  # a file that gives an I/O error
+    cv2.imwrite(str(folder / "c.png"), bright_model.scene())
+    assert bag("--from-images", folder, "--out", tmp_path / "film") == 1
+    said = capsys.readouterr()
+    assert "1 of 3 pictures" in said.out
+    assert f"skipped {folder}/a.png: expected a picture" in said.err
+    assert f"skipped {folder}/b.png: [Errno 5]" in said.err
+
+
 def test_degraded_pictures_are_worse_and_repeat_by_seed(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from glesam_ros import __version__, settings
+from glesam_ros import __version__, models, settings
 from glesam_ros.cli.main import main, make_parser
 from glesam_ros.models import OutOfMemory, register_model, registry
 from glesam_ros.picture_files import is_cut_short
@@ -432,6 +433,15 @@ def test_bench_measures_every_stage(tmp_path, capsys):
     assert report["peak_rss_mb"] > 20
     for word in ("encode", "whole frame", "160x120", "MB"):
         assert word in table
+
+
+def test_bench_tells_the_size_of_the_weights_that_it_runs(tmp_path, capsys):
+    shipped = Path(models.__file__).parent / "weights"
+    own = shutil.copytree(shipped, tmp_path / "own", ignore=shutil.ignore_patterns("*_int8.onnx"))
+    for model, folder in (("nano", shipped), (str(own), own)):
+        assert main(["bench", "--model", model, "--frames", "1", "--size", "96x64", "--json", "-"]) == 0
+        expected = sum(file.stat().st_size for file in folder.glob("nano_*")) / 1e6
+        assert json.loads(capsys.readouterr().out)["weights_mb"] == pytest.approx(expected, abs=0.01)
 
 
 def test_bench_list_names_models_and_devices(capsys):

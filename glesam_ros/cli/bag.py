@@ -224,7 +224,7 @@ def _bag_of_pictures(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from glesam_ros.cli.bagfile import write_pictures
-    from glesam_ros.cli.segment import find_pictures, read_picture
+    from glesam_ros.cli.segment import FAILURES, find_pictures, read_picture, say_skipped
 
     if len(args.topic) > 1:
         args.usage_error(f"--topic: expected one topic with --from-images, got {len(args.topic)}")
@@ -238,9 +238,9 @@ def _bag_of_pictures(args: argparse.Namespace) -> int:
         for number, path in enumerate(tqdm(paths, unit="picture", disable=None)):
             try:
                 image = read_picture(path)
-            except ValueError as error:
+            except FAILURES as error:
                 failures += 1
-                tqdm.write(f"glesam bag: skipped {path}: {error}", file=sys.stderr)
+                say_skipped("bag", path, error)
                 continue
             yield _degraded(image, args, number)
 

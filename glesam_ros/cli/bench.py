@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         "stages_ms": {name: quantiles(values) for name, values in stages.items()},
         "fps": round(1000 / quantiles(stages["whole frame"])["median"], 1),
         "peak_rss_mb": round(peak_rss_mb()),
-        "weights_mb": round(weights_mb(pipeline.model.name), 2),
+        "weights_mb": round(weights_mb(pipeline.model.name, args.model), 2),
         "machine": f"{platform.machine()}, {processor()}, {usable_cores()} cores, Python {platform.python_version()}",
     }
     pipeline.close()
@@ -181,13 +181,19 @@ def peak_rss_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def weights_mb(model: str) -> float:
-    """Size of the files of `model` in MB (10^6 bytes), of all precisions; 0 for a model without files."""
+def weights_mb(model: str, asked: str) -> float:
+    """Size of the files of a model in MB (10^6 bytes), of all precisions; 0 for a model without files.
+
+    Args:
+        model: its name.
+        asked: what it was loaded by: a registered name, a repository of Hugging Face or a folder.
+    """
     from glesam_ros import models
     from glesam_ros.models.glesam import catalogue
 
     if model not in catalogue.model_names():
-        files = list((Path(models.__file__).parent / "weights").glob(f"{model}_*"))
+        shipped = Path(models.__file__).parent / "weights"
+        files = list((shipped if asked in models.model_names() else Path(asked)).glob(f"{model}_*"))
     else:
         home, (base, _) = catalogue.home(), catalogue.split_name(model)
         files = [home / catalogue.BASES[base].source.path, *(home / model).glob("*.safetensors")]
