@@ -70,7 +70,7 @@ setup(
     entry_points={
         "console_scripts": [
             "glesam = glesam_ros.cli.main:main",
-            "perception_node = glesam_ros.ros.node:main",
+            "perception_node = glesam_ros.ros.process:main",
             "demo_camera = glesam_ros.ros.demo_camera:main",
         ],
     },

@@ -2,6 +2,6 @@
 
 import sys
 
-from glesam_ros.ros.node import main
+from glesam_ros.ros.process import main
 
 sys.exit(main())

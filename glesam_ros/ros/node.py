@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import gc
-import logging
 import math
-import os
-import signal
-import socket
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import Point, PointStamped
 from lifecycle_msgs.srv import ChangeState
@@ -27,20 +20,16 @@ from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
-from rclpy.exceptions import InvalidHandle, InvalidParameterException, ParameterException
-from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rclpy.signals import SignalHandlerOptions
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import SetBool, Trigger
 
 from glesam_ros.models import OutOfMemory
 from glesam_ros.pipeline import Pipeline, load_pipeline
-from glesam_ros.ros import diagnostics, parameters, qos, shared_memory
+from glesam_ros.ros import diagnostics, parameters, qos
 from glesam_ros.ros.camera import Camera
-from glesam_ros.ros.executor import PooledExecutor
 from glesam_ros.ros.outputs import VISION_MSGS_MISSING, Outputs, vision
 from glesam_ros.ros.scheduling import Frame, NewestFrames
 from glesam_ros.ros.worker import Worker
@@ -52,10 +41,6 @@ NODE_NAME = "perception"
 DEFAULT_NAMESPACE = "glesam"
 STOP_TIMEOUT_S = 10.0
 """How long deactivate waits for a running inference."""
-CALLBACK_THREADS = 4
-"""Callbacks that run at once; a transition and a prompt may take long."""
-EXIT_TIMEOUT_S = 1.0
-"""How long the process waits for a running inference when it is told to end."""
 WARM_UP_SIZES = (480, 640), (720, 1280)
 """(height, width) of most cameras, for warm-up before a frame has come."""
 CLICK_TOPIC = "overlay_mouse_left"
@@ -525,32 +510,13 @@ class PerceptionNode(LifecycleNode):
 
     # End of the process.
 
-    def close(self) -> bool:
-        """Stop working at once; False when a model is still busy, so that threads are left behind."""
+    def close(self, timeout_s: float) -> bool:
+        """Stop working at once; False when a model is busy for longer than that, so that threads are left behind."""
         worker, self._worker = self._worker, None
-        stopped = (worker is None or worker.stop(EXIT_TIMEOUT_S)) and not self._is_stuck
+        stopped = (worker is None or worker.stop(timeout_s)) and not self._is_stuck
         if stopped and not self._is_in_transition:
             _close((self._pipeline, self._segmenter, self._restorer))
         return stopped and not self._is_in_transition
-
-
-class NodeLog(logging.Handler):
-    """What the ROS-free core logs, in the log of `node`."""
-
-    def __init__(self, node: PerceptionNode) -> None:
-        super().__init__()
-        self._logger = node.get_logger()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Pass the text on; debug records are left out."""
-        text = record.getMessage()
-        # a line of code each: rclpy refuses another severity from the same one
-        if record.levelno >= logging.ERROR:
-            self._logger.error(text)
-        elif record.levelno >= logging.WARNING:
-            self._logger.warning(text)
-        elif record.levelno >= logging.INFO:
-            self._logger.info(text)
 
 
 def _noise(size: tuple[int, int]) -> UInt8Array:
@@ -570,90 +536,3 @@ def _corners(box: Any) -> tuple[float, float, float, float]:
     half_x, half_y = (box.size_x * cos + box.size_y * sin) / 2, (box.size_x * sin + box.size_y * cos) / 2
     x, y = box.center.position.x, box.center.position.y
     return x - half_x, y - half_y, x + half_x, y + half_y
-
-
-def main(args: list[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM.
-
-    Args:
-        args: command line with `--ros-args`; None takes that of the process.
-
-    Returns:
-        Exit code: 0, or 1 when the parameters it was started with are not valid.
-    """
-    with _end_requests() as (wait_for_end, request_end):
-        shared_memory.enlarge()
-        # rclpy's own handlers raise KeyboardInterrupt in the middle of callbacks; here a signal only asks to end
-        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-        try:
-            node = PerceptionNode()
-        except (ValueError, ParameterException, InvalidParameterException) as error:
-            rclpy.logging.get_logger(NODE_NAME).fatal(f"start parameters are not valid: {error}")
-            rclpy.try_shutdown()
-            return 1
-        core, to_node = logging.getLogger("glesam_ros"), NodeLog(node)
-        core.setLevel(logging.INFO)
-        core.addHandler(to_node)
-        ended = threading.Event()
-        executor = PooledExecutor(CALLBACK_THREADS, functools.partial(_report, node, ended))
-        executor.add_node(node)
-        spin = functools.partial(_spin, executor, node, ended, request_end)
-        spinner = threading.Thread(target=spin, name="executor", daemon=True)
-        spinner.start()
-        wait_for_end()
-        ended.set()
-        node.get_logger().info("ending")
-        is_idle = node.close()
-        executor.shutdown(timeout_sec=EXIT_TIMEOUT_S)
-        spinner.join(EXIT_TIMEOUT_S)
-        core.removeHandler(to_node)
-        rclpy.try_shutdown()
-    if not is_idle:
-        # a thread is inside the model: the interpreter would wait for it, or tear the model down under it
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-    return 0
-
-
-@contextlib.contextmanager
-def _end_requests() -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Functions that wait for, and that make, a request to end the process; SIGINT and SIGTERM are such requests."""
-    reader, writer = socket.socketpair()
-    with reader, writer:
-        writer.setblocking(False)
-        # a byte comes whichever thread the system hands the signal to; a lock wakes only if it is the main thread
-        previous = signal.set_wakeup_fd(writer.fileno())
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
-        try:
-            yield lambda: reader.recv(1), lambda: writer.send(b"\0")
-        finally:
-            signal.set_wakeup_fd(previous)
-            # launch sends one more to what still runs; the interpreter, which takes the handlers away, would die of it
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _spin(
-    executor: PooledExecutor, node: PerceptionNode, ended: threading.Event, request_end: Callable[[], Any]
-) -> None:
-    """Run callbacks until the end is asked for."""
-    while not ended.is_set():
-        try:
-            executor.spin_once()
-        except ExternalShutdownException:
-            if not ended.is_set():
-                request_end()
-            return
-        except Exception as error:  # whatever rclpy raises while it waits
-            _report(node, ended, error)
-
-
-def _report(node: PerceptionNode, ended: threading.Event, error: BaseException) -> None:
-    """What a callback raised costs one log line and not the process."""
-    if isinstance(error, InvalidHandle):
-        # deactivate removed a subscription while the executor was about to wait for it; it goes on without
-        node.get_logger().debug(f"a removed subscription was still waited for: {error}")
-    elif not ended.is_set():
-        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        node.get_logger().error(f"a callback failed:\n{text.rstrip()}")

@@ -310,7 +310,7 @@ def _filed(device: str, precision: str):
 
 
 if __name__ == "__main__":
-    from glesam_ros.ros import node
+    from glesam_ros.ros import node, process
 
     node.STOP_TIMEOUT_S = float(os.environ.get("STOP_TIMEOUT_S", node.STOP_TIMEOUT_S))
     for model in (
@@ -325,6 +325,6 @@ if __name__ == "__main__":
     register_semantic("starless", Starless)
     register_semantic("horizon-filed", _horizon_filed)
     register_restorer("negative", Negative)
-    code = node.main()
+    code = process.main()
     print("modules:", *sorted(m for m in sys.modules if m.startswith("glesam_ros.") or m in NETWORK_LIBRARIES))
     sys.exit(code)
