@@ -22,7 +22,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from glesam_ros.cli.bench import demo_photograph, load_frame, processor, usable_cores
+from glesam_ros.cli.machine import demo_photograph, load_frame, processor, usable_cores
 from glesam_ros.degradation import degrade, degrade_lqseg_mixed, names
 
 MIXED = "lq mixed"

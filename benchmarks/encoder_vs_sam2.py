@@ -24,7 +24,7 @@ import torch
 from sam2.build_sam import build_sam2
 
 from glesam_ros import load_pipeline
-from glesam_ros.cli.bench import load_frame, processor, quantiles, usable_cores
+from glesam_ros.cli.machine import load_frame, processor, quantiles, usable_cores
 from glesam_ros.pipeline import budget
 
 SAM2_SIDE = 1024

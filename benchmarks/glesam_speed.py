@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from glesam_ros.cli.bench import load_frame, processor, usable_cores
+from glesam_ros.cli.machine import load_frame, processor, usable_cores
 from glesam_ros.models.glesam.base import SIDE, BaseModel, Features
 from glesam_ros.models.glesam.enhancer import UNETS, Enhancer, EnhancerConfig, SmallEnhancer
 from glesam_ros.models.glesam.runtime import TorchRuntime, choose_device, choose_precision, precision_name

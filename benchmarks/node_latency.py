@@ -33,8 +33,8 @@ from rclpy.executors import ExternalShutdownException
 from rclpy.qos import QoSProfile, QoSReliabilityPolicy
 from sensor_msgs.msg import Image
 
-from glesam_ros.cli.bench import demo_photograph, processor, usable_cores
-from glesam_ros.cli.segment import find_pictures, read_picture
+from glesam_ros.cli.machine import demo_photograph, processor, usable_cores
+from glesam_ros.cli.pictures import find_pictures, read_picture
 from glesam_ros.degradation import degrade, names
 from glesam_ros.ros import shared_memory
 

@@ -27,7 +27,7 @@ from rclpy.qos import QoSProfile
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
-from glesam_ros.cli.bench import load_frame, processor, quantiles, usable_cores
+from glesam_ros.cli.machine import load_frame, processor, quantiles, usable_cores
 from glesam_ros.instances import Instances
 from glesam_ros.overlay import draw_overlay
 from glesam_ros.ros import shared_memory

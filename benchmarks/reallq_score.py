@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from glesam_ros import load_pipeline
-from glesam_ros.cli.segment import find_pictures, read_picture
+from glesam_ros.cli.pictures import find_pictures, read_picture
 from glesam_ros.degradation import degrade, names
 from glesam_ros.reallq.quality import Quality, measure, score
 

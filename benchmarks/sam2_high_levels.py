@@ -42,7 +42,7 @@ from sam2.modeling.sam.prompt_encoder import PromptEncoder
 from sam2.modeling.sam.transformer import TwoWayTransformer
 from torch import Tensor, nn
 
-from glesam_ros.cli.bench import processor, usable_cores
+from glesam_ros.cli.machine import processor, usable_cores
 from glesam_ros.datasets import Photograph, load_coco, region_masks
 from glesam_ros.degradation import degrade_lqseg, degrade_lqseg_mixed
 from glesam_ros.evaluation.metrics import bootstrap_interval, boundary_iou, iou, sample_points

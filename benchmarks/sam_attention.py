@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from the checkout
 
 import torch
 
-from glesam_ros.cli.bench import processor, quantiles, usable_cores
+from glesam_ros.cli.machine import processor, quantiles, usable_cores
 from glesam_ros.models.glesam.base import SIDE
 from glesam_ros.models.glesam.runtime import PRECISIONS, choose_device
 from glesam_ros.models.glesam.sam import SAM_SIZES, Sam, SamConfig, build_sam

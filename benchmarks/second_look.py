@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from glesam_ros import load_pipeline
-from glesam_ros.cli.bench import load_frame, processor, quantiles, usable_cores
+from glesam_ros.cli.machine import load_frame, processor, quantiles, usable_cores
 from glesam_ros.degradation import degrade
 
 WARM_UP = 3

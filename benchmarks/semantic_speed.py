@@ -19,7 +19,7 @@ from typing import Any
 import cv2
 
 from glesam_ros import load_pipeline, load_semantic
-from glesam_ros.cli.bench import load_frame, processor, quantiles, usable_cores
+from glesam_ros.cli.machine import load_frame, processor, quantiles, usable_cores
 from glesam_ros.models.rass_nano import RassNano
 from glesam_ros.overlay import draw_classes
 from glesam_ros.semantic import SemanticSegmenter, class_of_instances, labels_of_logits

@@ -20,7 +20,7 @@ Image = pytest.importorskip("PIL.Image", reason="label maps need pillow; scripts
 import test_rass_nano as tiny_rass_nano  # noqa: E402
 
 from glesam_ros.cli.main import main, make_parser  # noqa: E402
-from glesam_ros.cli.segment import read_picture  # noqa: E402
+from glesam_ros.cli.pictures import read_picture  # noqa: E402
 from glesam_ros.evaluation import semantic  # noqa: E402
 from glesam_ros.models import onnx_session, registry  # noqa: E402
 

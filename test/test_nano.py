@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from glesam_ros import load_pipeline
-from glesam_ros.cli.bench import load_frame
+from glesam_ros.cli.machine import load_frame
 from glesam_ros.cli.main import main
 from glesam_ros.degradation import degrade
 from glesam_ros.models import onnx_session

@@ -224,7 +224,7 @@ def _bag_of_pictures(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from glesam_ros.cli.bagfile import write_pictures
-    from glesam_ros.cli.segment import FAILURES, find_pictures, read_picture, say_skipped
+    from glesam_ros.cli.pictures import FAILURES, find_pictures, read_picture, say_skipped
 
     if len(args.topic) > 1:
         args.usage_error(f"--topic: expected one topic with --from-images, got {len(args.topic)}")

@@ -11,14 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glesam_ros.cli.options import (
-    MODEL_SETTINGS,
-    SELECTION_SETTINGS,
-    CommandError,
-    add_settings,
-    open_pipeline,
-    positive,
-)
+from glesam_ros.cli.machine import load_frame, processor, quantiles, usable_cores
+from glesam_ros.cli.options import MODEL_SETTINGS, SELECTION_SETTINGS, add_settings, open_pipeline, positive
 
 if TYPE_CHECKING:
     from glesam_ros.pipeline import Pipeline
@@ -87,35 +81,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_frame(path: Path | None, size: tuple[int, int]) -> UInt8Array:
-    """The picture at `path`, or a photograph of the demo, scaled to `size` (width, height): (height, width, 3)
-    uint8 RGB.
-
-    Raises:
-        CommandError: not a picture.
-    """
-    import cv2
-    import numpy as np
-
-    from glesam_ros.cli.segment import read_picture
-
-    if path is None:
-        path = demo_photograph()
-    try:
-        image = read_picture(path)
-    except ValueError as error:
-        raise CommandError(f"{path}: {error}") from error
-    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def demo_photograph() -> Path:
-    """The first photograph that ships for the demo. Raises CommandError where none does."""
-    photographs = sorted((Path(__file__).parents[1] / "demo").glob("**/*.jpg"))
-    if not photographs:
-        raise CommandError("no photograph ships with this installation; name one with --image")
-    return photographs[0]
-
-
 def now() -> float:
     """Seconds, when all work that was given to a GPU through torch is done."""
     torch = sys.modules.get("torch")
@@ -149,14 +114,6 @@ def time_stages(pipeline: Pipeline, image: UInt8Array, frames: int) -> dict[str,
         parts = [stages[stage] for stage in STAGES if stage != left]
         stages[name] = [sum(frame) for frame in zip(*parts)]
     return stages
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    """Median and 95th percentile, rounded to 0.01."""
-    import numpy as np
-
-    median, p95 = np.percentile(values, [50, 95])
-    return {"median": round(float(median), 2), "p95": round(float(p95), 2)}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -202,20 +159,6 @@ def weights_mb(model: str, asked: str) -> float:
         if fields.get("kind") == "lora":
             files += (home / fields["unet"] / "unet").glob("*.safetensors")
     return sum(path.stat().st_size for path in files if path.is_file()) / 1e6
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def processor() -> str:
-    """Name of the CPU, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
 def _list_models() -> int:

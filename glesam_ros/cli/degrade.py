@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import CommandError, degradation, positive, seed
-from glesam_ros.cli.segment import FAILURES, find_pictures, keep_pictures, read_picture, say_skipped
+from glesam_ros.cli.pictures import FAILURES, find_pictures, keep_pictures, read_picture, say_skipped
 
 if TYPE_CHECKING:
     from glesam_ros.validation import UInt8Array

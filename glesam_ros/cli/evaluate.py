@@ -314,7 +314,7 @@ def _agreement(
     args: argparse.Namespace, open_one: Callable[[], Evaluator], evaluator: Evaluator, workers: int
 ) -> tuple[dict[str, Any], list[Path]]:
     """The figures of --agreement, and its sheets."""
-    from glesam_ros.cli.segment import find_pictures
+    from glesam_ros.cli.pictures import find_pictures
     from glesam_ros.evaluation.agreement import agree, agreement_tiles, summarise_agreement
     from glesam_ros.evaluation.protocol import CLEAR
     from glesam_ros.evaluation.sheet import ranked
@@ -349,7 +349,7 @@ def _agreement(
 
 
 def _unlabelled(name: str, path: Path, conditions: tuple[Condition, ...]) -> Unlabelled:
-    from glesam_ros.cli.segment import read_picture
+    from glesam_ros.cli.pictures import read_picture
     from glesam_ros.evaluation.agreement import Unlabelled
 
     try:

@@ -113,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _pictures(paths: list[Path] | None) -> list[UInt8Array]:
     """Pictures (H, W, 3) uint8 RGB, the demo's where none are named; the first few of a folder."""
-    from glesam_ros.cli.bench import demo_photograph
-    from glesam_ros.cli.segment import read_picture
+    from glesam_ros.cli.machine import demo_photograph
+    from glesam_ros.cli.pictures import read_picture
     from glesam_ros.picture_files import SUFFIXES
 
     named = [demo_photograph().parent] if paths is None else paths

@@ -183,7 +183,7 @@ class PictureFolder:
     """
 
     def __init__(self, folder: Path, rate: float) -> None:
-        from glesam_ros.cli.segment import find_pictures
+        from glesam_ros.cli.pictures import find_pictures
 
         self.paths = [path for path, _ in find_pictures([folder], recursive=False)]
         self.rate = rate
@@ -197,7 +197,7 @@ class PictureFolder:
 
     def shots(self) -> Iterator[Shot]:
         """All files, those that are no picture too."""
-        from glesam_ros.cli.segment import read_picture
+        from glesam_ros.cli.pictures import read_picture
         from glesam_ros.reallq import Shot
 
         for number, path in enumerate(self.paths):

@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import CommandError, add_settings
-from glesam_ros.cli.segment import FAILURES, add_pictures, find_pictures, keep_pictures, read_picture, say_skipped
+from glesam_ros.cli.pictures import (
+    FAILURES,
+    add_pictures,
+    find_pictures,
+    keep_pictures,
+    read_picture,
+    say_skipped,
+    write_picture,
+)
 from glesam_ros.picture_files import SUFFIXES
 
 if TYPE_CHECKING:
     from glesam_ros.semantic import Restorer
-    from glesam_ros.validation import UInt8Array
 
 SETTINGS = ("device", "precision")
 TEXTS = {
@@ -24,7 +31,6 @@ TEXTS = {
 }
 COLOUR_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".pgm")
 """Endings of files that colours can be written to; results of other pictures are PNG."""
-JPEG_QUALITY = 95
 
 EPILOG = """\
 examples:
@@ -92,23 +98,6 @@ def result_name(path: Path, stem: Path) -> Path:
         stem: its name below --out without an ending, as `find_pictures` gives it.
     """
     return stem.with_name(stem.name + (path.suffix if path.suffix.lower() in COLOUR_SUFFIXES else ".png"))
-
-
-def write_picture(path: Path, image: UInt8Array) -> None:
-    """Write an (H, W, 3) uint8 RGB picture in the format of the ending of `path`; folders above it are made.
-
-    Raises:
-        CommandError: OpenCV could not encode it.
-    """
-    import cv2
-
-    ending = path.suffix.lower()
-    quality = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if ending in (".jpg", ".jpeg") else []
-    done, data = cv2.imencode(ending, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), quality)
-    if not done:
-        raise CommandError(f"{path}: OpenCV could not encode the picture")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.tobytes())
 
 
 def _class_name(text: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import BESIDE_TEXTS, CommandError, add_settings
-from glesam_ros.cli.segment import FAILURES, add_pictures, find_pictures, keep_pictures, read_picture, say_skipped
+from glesam_ros.cli.pictures import FAILURES, add_pictures, find_pictures, keep_pictures, read_picture, say_skipped
 
 if TYPE_CHECKING:
     from glesam_ros.semantic import SemanticMap, SemanticSegmenter
