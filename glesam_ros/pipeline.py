@@ -264,7 +264,7 @@ def load_pipeline(
     """Load a model by name and make its pipeline.
 
     Args:
-        model: a registered name.
+        model: a registered name, one of Hugging Face that stands for it, or a folder with weights of nano.
         enhancement: "off", "always" or "auto" (by the measured degradation).
         device: "auto", "cpu", "cuda" or "tensorrt".
         precision: "auto", "fp32", "fp16", "bf16" or "int8"; a model refuses what it does not have.

@@ -36,7 +36,11 @@ OR_NOT = f"{' or '.join(YES_NO)}, in any case."
 
 def generate_launch_description() -> LaunchDescription:
     """Arguments, then the processes that they ask for."""
-    arguments = [
+    return LaunchDescription([*_arguments(), OpaqueFunction(function=_start)])
+
+
+def _arguments() -> list[DeclareLaunchArgument]:
+    return [
         _argument(
             "namespace", "glesam",
             "Namespace of node and topics; where it does not begin with / it goes below that of a parent launch.",
@@ -56,7 +60,6 @@ def generate_launch_description() -> LaunchDescription:
         _argument("rqt", "false", f"Start rqt with sliders, overlay, quality and diagnostics. {OR_NOT}"),
         _argument("rviz", "false", f"Start RViz with the result images. {OR_NOT}"),
     ]
-    return LaunchDescription([*arguments, OpaqueFunction(function=_start)])
 
 
 def _argument(name: str, default: str, text: str, choices: tuple[str, ...] | None = None) -> DeclareLaunchArgument:
@@ -71,7 +74,7 @@ def _mirrored_text(name: str) -> str:
 
 
 def _start(context: LaunchContext) -> list[Action]:
-    given = {name: LaunchConfiguration(name).perform(context).strip() for name in _ARGUMENTS}
+    given = {each.name: LaunchConfiguration(each.name).perform(context).strip() for each in _arguments()}
     changes = {name: _value(name, given[name]) for name in MIRRORED if given[name]}
     # where it is not given nothing is passed on, not even false: that would win over a parent launch
     clock = {CLOCK: _flag(CLOCK, given[CLOCK])} if given[CLOCK] else {}
@@ -124,12 +127,6 @@ def _start(context: LaunchContext) -> list[Action]:
         view = _view("perception.rviz", base, shown)
         nodes.append(Node(package="rviz2", executable="rviz2", arguments=["-d", view], parameters=_some(clock_of_all)))
     return nodes
-
-
-_ARGUMENTS = (
-    "namespace", "params_file", "image_topic", "image_topics", *MIRRORED,
-    CLOCK, "respawn", "log_level", "demo_camera", "rqt", "rviz",
-)
 
 
 def _value(name: str, text: str) -> str | bool | list[str]:

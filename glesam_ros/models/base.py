@@ -42,7 +42,9 @@ class Budget:
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """What the encoder knows of one image; immutable, so it may be decoded many times and from any thread.
+    """What the encoder knows of one image; nobody changes it but its model, which may keep in `extra` what it computes.
+
+    It may be decoded many times, by a `Pipeline` from any thread.
 
     Attributes:
         latent: (1, C, h, w), the image embedding, enhanced where `enhanced` says so; a numpy array or a torch tensor,
