@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from glesam_ros.evaluation import baselines, iou
+from glesam_ros.evaluation import baselines
+from glesam_ros.evaluation.metrics import iou
 
 
 @pytest.fixture

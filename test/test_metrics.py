@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from glesam_ros.evaluation import (
-    average_recall,
+from glesam_ros.evaluation.metrics import (
     best_iou,
     bootstrap_interval,
     boundary,
@@ -120,16 +119,17 @@ def test_best_iou_takes_the_best_mask_for_each_region() -> None:
 def test_average_recall_by_hand() -> None:
     truth = np.stack([box(0, 0, 5, 2), box(0, 5, 5, 7)])
     predicted = np.stack([box(0, 0, 5, 2), box(0, 5, 4, 7)])  # IoU 1.0 and 0.8
+    overlap = pairwise_iou(predicted, truth)
     # thresholds .5 .. .8 find both (7 of 10), the rest one
-    assert average_recall(predicted, truth, 10) == pytest.approx((7 * 1.0 + 3 * 0.5) / 10)
-    assert average_recall(predicted, truth, 1) == pytest.approx(0.5)
-    assert average_recall(np.zeros((0, 10, 10), np.bool_), truth, 10) == 0
+    assert region_recall(overlap, 10).mean() == pytest.approx((7 * 1.0 + 3 * 0.5) / 10)
+    assert region_recall(overlap, 1).mean() == pytest.approx(0.5)
+    assert region_recall(pairwise_iou(np.zeros((0, 10, 10), np.bool_), truth), 10).mean() == 0
 
 
 def test_one_mask_finds_one_region_only() -> None:
     truth = np.stack([box(0, 0, 5, 2), box(0, 0, 5, 2)])
-    assert average_recall(truth[:1], truth, 10) == pytest.approx(0.5)
-    assert average_recall(truth, truth, 10) == 1
+    assert region_recall(pairwise_iou(truth[:1], truth), 10).mean() == pytest.approx(0.5)
+    assert region_recall(pairwise_iou(truth, truth), 10).mean() == 1
 
 
 def test_recall_by_region() -> None:
@@ -140,7 +140,7 @@ def test_recall_by_region() -> None:
     np.testing.assert_allclose(region_recall(np.zeros((0, 2)), 10), [0.0, 0.0])
 
 
-def test_average_recall_equals_coco() -> None:
+def test_mean_recall_by_region_is_that_of_coco() -> None:
     coco_mask = pytest.importorskip("pycocotools.mask")
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -165,7 +165,7 @@ def test_average_recall_equals_coco() -> None:
     evaluation.accumulate()
     for column, k in enumerate((1, 10, 100)):
         expected = evaluation.eval["recall"][:, 0, 0, column].mean()
-        assert average_recall(predicted, truth, k) == pytest.approx(expected)
+        assert region_recall(pairwise_iou(predicted, truth), k).mean() == pytest.approx(expected)
 
 
 def test_points_are_distinct_inside_and_repeat_by_seed() -> None:
@@ -263,8 +263,7 @@ def test_spearman_known_answers() -> None:
         (lambda: iou(LEFT, LEFT[:5]), ValueError, r"got \(10, 10\) and \(5, 10\)"),
         (lambda: pairwise_iou(LEFT, LEFT), ValueError, r"expected \(K, H, W\)"),
         (lambda: mean_best_iou(LEFT[None], EMPTY[None][:0]), ValueError, "expected at least one value"),
-        (lambda: average_recall(LEFT[None], EMPTY[None][:0], 5), ValueError, "at least one region"),
-        (lambda: average_recall(LEFT[None], LEFT[None], 0), ValueError, "k: expected at least 1, got 0"),
+        (lambda: region_recall(np.ones((1, 1)), 0), ValueError, "k: expected at least 1, got 0"),
         (lambda: sample_points(EMPTY), ValueError, "empty mask"),
         (lambda: sample_points(LEFT, 0), ValueError, "at least 1 point, got 0"),
         (lambda: bootstrap_interval([], 0), ValueError, "at least one value"),

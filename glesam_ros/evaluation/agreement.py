@@ -67,7 +67,7 @@ def agree(evaluator: Evaluator, photograph: Unlabelled) -> Agreement:
 
 
 def summarise_agreement(found: Sequence[Agreement], modes: Sequence[str], seed: int) -> dict[str, Any]:
-    """Means over photographs with 95 % bootstrap intervals, and the gain of `always` over `off`, ready for JSON.
+    """Means over photographs with bootstrap intervals, and the gain of `always` over `off`, ready for JSON.
 
     Args:
         found: of all photographs.

@@ -14,6 +14,8 @@ COCO_THRESHOLDS = tuple(np.round(np.arange(0.5, 1.0, 0.05), 2).tolist())
 """IoU thresholds of average recall, 0.5 .. 0.95."""
 BOUNDARY_SHARE = 0.02
 """Width of the boundary band as a share of the image diagonal (Cheng et al., CVPR 2021)."""
+CONFIDENCE, RESAMPLES = 0.95, 2000
+"""Of the intervals of all results: percentile bootstrap."""
 
 _DRAWN_AT_ONCE = 1 << 20
 
@@ -80,13 +82,13 @@ def boundary(masks: Any, share: float = BOUNDARY_SHARE) -> BoolArray:
     return bands
 
 
-def boundary_iou(predicted: Any, truth: Any, share: float = BOUNDARY_SHARE) -> Doubles:
+def boundary_iou(predicted: Any, truth: Any) -> Doubles:
     """Boundary IoU of masks in pairs (Cheng et al., CVPR 2021): `iou` of their `boundary`.
 
-    Arguments, result and errors as in `iou` and `boundary`.
+    Arguments, result and errors as in `iou`.
     """
     p, t = _pair(predicted, truth)
-    return iou(boundary(p, share), boundary(t, share))
+    return iou(boundary(p), boundary(t))
 
 
 def pairwise_iou(predicted: Any, truth: Any) -> Doubles:
@@ -170,27 +172,6 @@ def region_recall(overlap: Any, k: int, thresholds: tuple[float, ...] = COCO_THR
     return np.asarray((~free).mean(0), np.float64)
 
 
-def average_recall(predicted: Any, truth: Any, k: int, thresholds: tuple[float, ...] = COCO_THRESHOLDS) -> float:
-    """COCO's average recall at K in one image; over a data set, take the mean of all `region_recall`.
-
-    Args:
-        predicted: (N, H, W) bool, best score first; the first `k` count.
-        truth: (M, H, W) bool.
-        k: at least 1.
-        thresholds: as in `region_recall`.
-
-    Returns:
-        Share of the regions found, 0..1, mean over the thresholds.
-
-    Raises:
-        ValueError: no true region, k below 1, or as in `pairwise_iou`.
-    """
-    overlap = pairwise_iou(predicted, truth)
-    if not overlap.shape[1]:
-        raise ValueError("truth: expected at least one region, got none; leave such images out")
-    return float(region_recall(overlap, k, thresholds).mean())
-
-
 def mask_boxes(masks: Any) -> FloatArray:
     """The tight box of each mask, as a box prompt.
 
@@ -240,7 +221,7 @@ def sample_points(mask: Any, n: int = 3, seed: int | np.random.Generator = 0) ->
 
 
 def bootstrap_interval(
-    values: Any, seed: int, confidence: float = 0.95, resamples: int = 2000, groups: Any = None
+    values: Any, seed: int, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, groups: Any = None
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean.
 
@@ -260,12 +241,23 @@ def bootstrap_interval(
     """
     v = _series(values, "values")
     sums, counts = _drawn_sums([v, np.ones_like(v)], groups, seed, resamples)
-    return _percentiles(sums / counts, confidence)
+    return percentiles(sums / counts, confidence)
+
+
+def percentiles(estimates: Any, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """(low, high) between which the share `confidence` of (N,) bootstrap estimates lies, as much below as above.
+
+    Raises:
+        ValueError: a confidence outside 0..1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected between 0 and 1, got {confidence}")
+    low, high = np.quantile(estimates, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def mean_gains(
-    after: Any, before: Any, after_groups: Any, before_groups: Any, seed: int,
-    confidence: float = 0.95, resamples: int = 2000,
+    after: Any, before: Any, after_groups: Any, before_groups: Any, seed: int
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """How much larger the mean of `after` is than that of `before`; the images are the same, their objects need not be.
 
@@ -273,7 +265,7 @@ def mean_gains(
         after, before: (N,) and (M,) numbers.
         after_groups, before_groups: (N,) and (M,) integers, the image of each object; images are drawn, the same for
             both.
-        seed, confidence, resamples: as in `bootstrap_interval`.
+        seed: of the resampling.
 
     Returns:
         (difference, low, high), and the same as a share of the mean of `before`; NaN, all three, where that is 0.
@@ -287,12 +279,12 @@ def mean_gains(
     no_a, no_b, one_a, one_b = np.zeros_like(a), np.zeros_like(b), np.ones_like(a), np.ones_like(b)
     columns = [np.concatenate(pair) for pair in ((a, no_b), (one_a, no_b), (no_a, b), (no_a, one_b))]
     groups = np.concatenate([after_groups, before_groups])
-    more, more_count, base, base_count = _drawn_sums(columns, groups, seed, resamples)
+    more, more_count, base, base_count = _drawn_sums(columns, groups, seed, RESAMPLES)
     more, base = more / more_count, base / base_count
-    difference = (float(a.mean() - b.mean()), *_percentiles(more - base, confidence))
+    difference = (float(a.mean() - b.mean()), *percentiles(more - base))
     if not b.sum():
         return difference, (float("nan"), float("nan"), float("nan"))
-    share = _percentiles(more[base > 0] / base[base > 0] - 1, confidence)
+    share = percentiles(more[base > 0] / base[base > 0] - 1)
     return difference, (float(a.mean() / b.mean() - 1), *share)
 
 
@@ -333,13 +325,6 @@ def _drawn_sums(series: list[Doubles], groups: Any, seed: int, resamples: int) -
         for row, one in zip(drawn, sums):
             row[first : first + step] = one[picked].sum(1)
     return drawn
-
-
-def _percentiles(estimates: Doubles, confidence: float) -> tuple[float, float]:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected between 0 and 1, got {confidence}")
-    low, high = np.quantile(estimates, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
 
 
 def _window(mask: BoolArray) -> tuple[int, int, int, int]:

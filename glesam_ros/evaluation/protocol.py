@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from glesam_ros.datasets import Photograph, load_lqseg, region_masks
 from glesam_ros.degradation import degrade
+from glesam_ros.evaluation import MAX_MASKS
 from glesam_ros.evaluation.baselines import GRABCUT, LEARNED, Restorer, applies, grabcut, load_restorers
 from glesam_ros.evaluation.metrics import (
     boundary,
@@ -32,16 +32,14 @@ from glesam_ros.evaluation.metrics import (
     region_recall,
     sample_points,
 )
-from glesam_ros.models import Embedding
-from glesam_ros.pipeline import EnhancementGate, Pipeline, budget, in_mode, load_pipeline
+from glesam_ros.models import Embedding, SegmentationModel, load_model
+from glesam_ros.pipeline import EnhancementGate, Pipeline, budget, in_mode
 from glesam_ros.settings import ENHANCEMENT_MODES, Settings
 from glesam_ros.validation import BoolArray, FloatArray, UInt8Array
 
 MIN_AREA = 1000
 """True regions with fewer pixels are left out."""
 POINTS = 3
-MAX_MASKS = 100
-"""How many masks the larger average recall takes."""
 MODES = ENHANCEMENT_MODES
 PROMPTS = ("points", "boxes", "everything")
 _MASK_METRICS = ("iou", "dice", "accuracy", "boundary")
@@ -352,17 +350,16 @@ def open_evaluator(
     if settings.model == "nano":
         from glesam_ros.models.nano import Nano
 
-        pipe = Pipeline(Nano(settings.device, settings.precision, weights, threads=1), settings)
+        model: SegmentationModel = Nano(settings.device, settings.precision, weights, threads=1)
     elif weights is not None:
         raise ValueError(f"weights: expected the model nano, which they are for, got {settings.model}")
     else:
-        chosen: dict[str, Any] = {name: getattr(settings, name) for name in ("model", "device", "precision")}
-        pipe = Pipeline(load_pipeline(**chosen).model, settings)
+        model = load_model(settings.model, settings.device, settings.precision)
     if set(LEARNED) & set(options.baselines):
         import torch
 
         torch.set_num_threads(1)
-    return Evaluator(pipe, options, load_restorers(options.baselines, restorers or Path()))
+    return Evaluator(Pipeline(model, settings), options, load_restorers(options.baselines, restorers or Path()))
 
 
 def _mask_scores(prompt: str, predicted: BoolArray, target: Target) -> dict[str, list[float]]:

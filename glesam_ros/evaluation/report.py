@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from glesam_ros.evaluation.metrics import CONFIDENCE
 from glesam_ros.evaluation.protocol import METRICS, MODES, PROMPTS
 from glesam_ros.evaluation.summary import MAIN, restored
 
@@ -66,8 +67,8 @@ def _about(results: dict[str, Any]) -> str:
         splits.append(f"{'of lqseg ' if splits else ''}{s['lqseg']['split']}")
     return (
         f"{counts} (split {', '.join(splits)}, seed {s['seed']}, model {s['pipeline']['model']}). Regions of at least "
-        f"{s['min_region_area']} pixels. In per cent, means over regions; gains in points with a 95 % bootstrap "
-        "interval over photographs, in brackets relative."
+        f"{s['min_region_area']} pixels. In per cent, means over regions; gains in points with a "
+        f"{100 * CONFIDENCE:g} % bootstrap interval over photographs, in brackets relative."
     )
 
 
@@ -82,7 +83,7 @@ def _modes_table(
         head.append(f"gain in {TITLES[metrics[0]]}, always over off")
     lines = []
     for place in places:
-        cells = [" / ".join(_percent(means.get((*place, mode, metric))) for mode in modes) for metric in metrics]
+        cells = [" / ".join(percent(means.get((*place, mode, metric))) for mode in modes) for metric in metrics]
         lines.append([*place, *cells, *([_gain(results, place, metrics[0], "always", "off")] if compared else [])])
     return markdown(head, lines)
 
@@ -99,7 +100,7 @@ def _baselines_table(
         head += ["best restore-then-segment", "gain over it"]
     lines = []
     for place in places:
-        line = [*place, *(_percent(means.get((*place, method, metric))) for method in [*modes, *shown])]
+        line = [*place, *(percent(means.get((*place, method, metric))) for method in [*modes, *shown])]
         if compared:
             others = [b for b in restored(shown) if (*place, b, metric) in means]
             # learned restorers are measured on their own kind alone, so a condition may have none
@@ -142,11 +143,10 @@ def _agreement_table(agreement: dict[str, Any]) -> str:
     gains = {(g["condition"], g["metric"]): g for g in agreement["gains"]}
     means = {(r["condition"], r["metric"], r["method"]): r["mean"] for r in agreement["rows"]}
     for condition, metric in dict.fromkeys((c, m) for c, m, _ in means):
-        gain = gains.get((condition, metric))
         lines.append([
             condition, AGREEMENT_TITLES[metric],
-            *(_percent(means.get((condition, metric, mode))) for mode in agreement["modes"]),
-            _with_interval(gain) if gain else "-",
+            *(percent(means.get((condition, metric, mode))) for mode in agreement["modes"]),
+            with_interval(gains.get((condition, metric))),
         ])
     about = (
         f"{agreement['photographs']} photographs. For each mask of the photograph the best IoU with a mask of the same "
@@ -168,19 +168,23 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(rows)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share in per cent, "-" for None."""
     return "-" if share is None else f"{100 * share:.1f}"
+
+
+def with_interval(gain: dict[str, Any] | None) -> str:
+    """A gain in points with its interval and, where it is known, relative in brackets; "-" for None."""
+    if gain is None:
+        return "-"
+    low, high = f"{100 * gain['low']:+.1f}", f"{100 * gain['high']:+.1f}"
+    relative = "" if gain["relative"] is None else f" ({100 * gain['relative']:+.0f} %)"
+    return f"{100 * gain['difference']:+.1f} [{low}, {high}]{relative}"
 
 
 def _gain(results: dict[str, Any], place: tuple[str, str], metric: str, method: str, over: str) -> str:
     wanted = (*place, metric, method, over)
     for g in results["gains"]:
         if (g["set"], g["condition"], g["metric"], g["method"], g["over"]) == wanted:
-            return _with_interval(g)
+            return with_interval(g)
     return "-"
-
-
-def _with_interval(gain: dict[str, Any]) -> str:
-    low, high = f"{100 * gain['low']:+.1f}", f"{100 * gain['high']:+.1f}"
-    relative = "" if gain["relative"] is None else f" ({100 * gain['relative']:+.0f} %)"
-    return f"{100 * gain['difference']:+.1f} [{low}, {high}]{relative}"

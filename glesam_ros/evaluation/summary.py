@@ -29,7 +29,7 @@ class Series:
 def summarise(measurements: Sequence[Measurement], seed: int) -> dict[str, Any]:
     """All figures of an evaluation, ready for JSON.
 
-    Means are over true regions; intervals are 95 % percentile bootstrap over photographs, 2000 resamples.
+    Means are over true regions; intervals are those of `bootstrap_interval`, over photographs.
 
     Args:
         measurements: in any order; figures come in the order in which sets and conditions first appear.
