@@ -39,7 +39,6 @@ EVERY = "all"
 
 _ADE_SPLITS = {"train": "training", "val": "validation", "test": "validation"}
 _NOT_A_CLASS = -1
-_SHOWN = 10
 
 Labels = NDArray[Any]
 """(H, W) uint8 or uint16."""
@@ -138,7 +137,7 @@ class LabelledFolder:
             if wrong.size:
                 raise ValueError(
                     f"{path}: expected labels of {len(self.classes)} classes or ignored ones, got "
-                    f"{_some(wrong.tolist())}; list what has no class under \"ignore\" in classes.json"
+                    f"{some_of(wrong.tolist())}; list what has no class under \"ignore\" in classes.json"
                 )
         return indices.astype(np.uint8 if self.ignore == IGNORE else np.uint16)
 
@@ -161,7 +160,7 @@ class LabelledFolder:
         if (indices == _NOT_A_CLASS).any():
             wrong = [f"#{code:06x}" for code in there[indices == _NOT_A_CLASS]]
             raise ValueError(
-                f"{path}: expected colours of the classes, got {_some(wrong)}; save label maps as PNG without "
+                f"{path}: expected colours of the classes, got {some_of(wrong)}; save label maps as PNG without "
                 "smoothing, and list colours that have no class under \"ignore\" in classes.json"
             )
         return indices[inverse.reshape(codes.shape)]
@@ -347,6 +346,12 @@ def check_palette(palette: Any, count: int) -> UInt8Array:
     return found.astype(np.uint8)
 
 
+def some_of(values: Sequence[Any], most: int = 10) -> str:
+    """The first `most` values, for a message, and how many more there are."""
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(map(str, values[:most])) + more
+
+
 def _read_json(file: Path) -> ClassList:
     document = json.loads(file.read_text(encoding="utf-8"))
     classes = document["classes"]
@@ -449,8 +454,3 @@ def _code(colour: Sequence[int]) -> int:
 
 def _ignore_of(classes: int) -> int:
     return IGNORE if classes <= IGNORE else IGNORE_16
-
-
-def _some(values: Sequence[Any]) -> str:
-    more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
-    return ", ".join(map(str, values[:_SHOWN])) + more

@@ -14,25 +14,29 @@ pytest.importorskip("PIL", reason="label maps need pillow; scripts/test.sh insta
 from glesam_ros.degradation import degrade  # noqa: E402
 from glesam_ros.evaluation.protocol import CLEAR, Condition, photograph_seed  # noqa: E402
 from glesam_ros.evaluation.semantic import (  # noqa: E402
-    METRICS,
     OTHER,
     ClassMatch,
     Method,
     SemanticEvaluator,
     SemanticMeasurement,
-    Tally,
+    SemanticOptions,
+    model_labels,
+    open_semantic_evaluator,
+    open_set,
+    read_classes_map,
+)
+from glesam_ros.evaluation.semantic_metrics import (  # noqa: E402
+    METRICS,
     class_counts,
     class_ious,
     confusion,
     figures,
-    model_labels,
-    open_set,
-    read_classes_map,
     resampled,
-    summarise_semantic,
 )
 from glesam_ros.evaluation.semantic_report import choose_pictures, legend, paint_classes, semantic_tables  # noqa: E402
+from glesam_ros.evaluation.semantic_summary import Tally, summarise_semantic  # noqa: E402
 from glesam_ros.labelled import LabelledFolder, open_labelled  # noqa: E402
+from glesam_ros.models import registry  # noqa: E402
 from glesam_ros.models.rass import ade20k  # noqa: E402
 from glesam_ros.semantic import SemanticSegmenter  # noqa: E402
 
@@ -314,6 +318,27 @@ def test_restorers_come_before_every_model_and_only_where_they_are_made_for(fold
     assert np.array_equal(models["n"].seen[1], 255 - picture()[0])
     assert clear.matrices[Method("m")].trace() == 60 * 63 > clear.matrices[Method("m", "classical")].trace()
     assert np.array_equal(rain.matrices[Method("m", "prenet")], rain.matrices[Method("m")])
+
+
+def test_models_and_restorers_are_closed(folder: LabelledFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closing(NearestColour):
+        def restore(self, image: np.ndarray, classes: tuple[str, ...] = ()) -> np.ndarray:
+            return image
+
+        def close(self) -> None:
+            closed.append(self)
+
+    closed: list[Closing] = []
+    model, restorer = Closing(), Closing()
+    monkeypatch.setattr(registry, "_SEMANTIC", {"model": lambda device, precision: model})
+    monkeypatch.setattr(registry, "_RESTORERS", {"restorer": lambda device, precision: restorer})
+    data = folder.images[0].parents[1]
+    evaluator = open_semantic_evaluator(
+        SemanticOptions(data, "all", ("model",), restorers=("restorer", "classical"))
+    )
+    assert list(evaluator.restorers) == ["restorer", "classical"]
+    evaluator.close()
+    assert closed == [model, restorer]
 
 
 def test_report_shows_the_figures_of_the_results(folder: LabelledFolder) -> None:

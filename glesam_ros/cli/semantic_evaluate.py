@@ -5,20 +5,29 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.checksum import sha256
+from glesam_ros.cli.evaluation import (
+    check_baselines,
+    check_kinds,
+    interval,
+    plotted,
+    shared,
+    sheet_condition,
+    wanted_conditions,
+    write_json,
+    write_sheet,
+)
+from glesam_ros.cli.machine import usable_cores
 from glesam_ros.cli.options import BESIDE_TEXTS, CommandError, add_settings, positive, seed, versions
 
 if TYPE_CHECKING:
-    from glesam_ros.evaluation.protocol import Condition
-    from glesam_ros.evaluation.semantic import SemanticEvaluator, SemanticOptions, Tally
+    from glesam_ros.evaluation.semantic import SemanticEvaluator, SemanticOptions
+    from glesam_ros.evaluation.semantic_summary import Tally
 
 SETTINGS = ("device", "precision")
 RASS_NANO = "rass-nano"
@@ -102,11 +111,13 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and write everything to --out."""
-    from glesam_ros.evaluation.semantic import open_semantic_evaluator, summarise_semantic
+    from glesam_ros.evaluation.plots import draw_semantic_plot
+    from glesam_ros.evaluation.semantic import open_semantic_evaluator
     from glesam_ros.evaluation.semantic_report import semantic_tables
+    from glesam_ros.evaluation.semantic_summary import summarise_semantic
 
     options = _options(args)
-    workers = args.workers or (os.cpu_count() or 1 if _is_small(options) and _is_on_cpu(options) else 1)
+    workers = args.workers or (usable_cores() if _is_small(options) and _is_on_cpu(options) else 1)
     options = replace(options, threads=1 if workers > 1 else 0)
     try:
         evaluator = open_semantic_evaluator(options)  # what is wrong is said before the work begins
@@ -120,39 +131,29 @@ def run(args: argparse.Namespace) -> int:
     packages = ["onnxruntime"] if _is_small(options) else ["onnxruntime", "torch", "transformers"]
     results: dict[str, Any] = {"settings": _recorded(options, evaluator), "versions": versions(*packages), **figures}
     args.out.mkdir(parents=True, exist_ok=True)
-    document = json.dumps(results, indent=1, allow_nan=False)
-    (args.out / "results.json").write_text(document + "\n", encoding="utf-8")
+    write_json(args.out / "results.json", results)
     text = semantic_tables(results)
     (args.out / "table.md").write_text(text, encoding="utf-8")
     _write_csv(args.out / "pictures.csv", tally)
-    written = ["table.md", "results.json", "pictures.csv"]
-    written += _plot(results, args.out)
+    plot = args.out / "by_level.png"
+    pictures = plotted("evaluate-semantic", lambda: [plot] if draw_semantic_plot(results, plot) else [])
     if args.sheet:
-        _write_sheet(args.out / "sheet.jpg", tally, evaluator, args.sheet_condition)
-        written.append("sheet.jpg")
+        pictures.append(_write_sheet(args.out / "sheet.jpg", tally, evaluator, args.sheet_condition))
     evaluator.close()
     print(text)
     print(f"{seconds:.2f} s of processor time for a picture and condition with {next(iter(evaluator.models))}")
-    print(f"results in {args.out}: {' '.join(written)}")
+    print(f"results in {args.out}: table.md results.json pictures.csv {' '.join(path.name for path in pictures)}")
     return 0
 
 
 def _options(args: argparse.Namespace) -> SemanticOptions:
-    from glesam_ros.degradation import names
-    from glesam_ros.evaluation.baselines import LEARNED
-    from glesam_ros.evaluation.protocol import conditions
     from glesam_ros.evaluation.semantic import SemanticOptions
 
-    wrong = sorted(set(args.kinds) - {*names(), "none"})
-    if wrong:
-        raise CommandError(f"--kinds: expected some of {', '.join(names())}, or none; got {', '.join(wrong)}")
-    learned = [name for name in args.baselines if name in LEARNED]
-    if learned and args.restorers is None:
-        raise CommandError(f"--baselines {' '.join(learned)}: expected the folder of their weights, give --restorers")
-    kinds = [kind for kind in dict.fromkeys(args.kinds) if kind != "none"]
+    check_kinds(args.kinds)
+    check_baselines(args.baselines, args.restorers)
     return SemanticOptions(
         data=args.data, split=args.split, models=(args.model, *args.compare),
-        conditions=tuple(conditions(kinds, sorted(set(args.levels)))), restorers=tuple(dict.fromkeys(args.baselines)),
+        conditions=tuple(wanted_conditions(args.kinds, args.levels)), restorers=tuple(dict.fromkeys(args.baselines)),
         weights=args.restorers, classes_map=args.classes_map, device=args.device, precision=args.precision,
         limit=args.limit, seed=args.seed,
     )
@@ -175,39 +176,27 @@ def _is_on_cpu(options: SemanticOptions) -> bool:
 
 def _measure(options: SemanticOptions, evaluator: SemanticEvaluator, workers: int) -> tuple[Tally, float]:
     """Everything measured, and the mean processor time of a picture and condition."""
-    from concurrent.futures.process import BrokenProcessPool
+    from glesam_ros.evaluation.semantic import SemanticEvaluator, open_semantic_evaluator
+    from glesam_ros.evaluation.semantic_summary import Tally
 
-    from tqdm import tqdm
-
-    from glesam_ros.evaluation.pool import share
-    from glesam_ros.evaluation.semantic import SemanticEvaluator, Tally, open_semantic_evaluator
-
+    open_one = partial(open_semantic_evaluator, options)
     total = len(evaluator.folder)
-    workers = min(workers, total)
-    open_one = partial(open_semantic_evaluator, options) if workers > 1 else lambda: evaluator
     tally = Tally(evaluator.classes)
     seconds: list[float] = []
-    try:
-        shared = share(open_one, SemanticEvaluator.measure, range(total), workers)
-        for found in tqdm(shared, total=total, unit="picture", disable=None):
-            for measurement in found:
-                tally.add(measurement)
-                seconds.append(measurement.seconds)
-    except BrokenProcessPool as error:
-        raise CommandError("a process ended by itself, perhaps for want of memory; try fewer --workers") from error
-    except (ValueError, RuntimeError) as error:
-        raise CommandError(str(error)) from error
+    for found in shared(open_one, evaluator, SemanticEvaluator.measure, range(total), total, workers, "picture"):
+        for measurement in found:
+            tally.add(measurement)
+            seconds.append(measurement.seconds)
     return tally, sum(seconds) / len(seconds)
 
 
-def _write_sheet(path: Path, tally: Tally, evaluator: SemanticEvaluator, wanted: str) -> None:
-    import cv2
+def _write_sheet(path: Path, tally: Tally, evaluator: SemanticEvaluator, wanted: str) -> Path:
     import numpy as np
 
     from glesam_ros.evaluation.semantic_report import choose_pictures, legend, semantic_tiles
     from glesam_ros.evaluation.sheet import sheet
 
-    condition = _sheet_condition(evaluator.conditions, wanted)
+    condition = sheet_condition(evaluator.conditions, wanted)
     chosen = choose_pictures(tally, condition)
     rows = [
         semantic_tiles(word, evaluator.pictures(index, condition), evaluator.palette) for word, index in chosen
@@ -215,28 +204,7 @@ def _write_sheet(path: Path, tally: Tally, evaluator: SemanticEvaluator, wanted:
     methods = [method.name for other, method in tally.rows if other == condition]
     by = f"gain of {methods[0]} over {methods[1]}" if len(methods) > 1 else "mean IoU"
     pixels = sheet(rows, f"{condition.name}: best, median and worst pictures by {by}")
-    pixels = np.concatenate([pixels, legend(evaluator.classes, evaluator.palette, pixels.shape[1])])
-    done, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])
-    if not done:
-        raise CommandError(f"{path}: OpenCV could not encode the contact sheet")
-    path.write_bytes(data.tobytes())
-
-
-def _plot(results: dict[str, Any], folder: Path) -> list[str]:
-    from glesam_ros.evaluation.plots import draw_semantic_plot
-
-    try:
-        return ["by_level.png"] if draw_semantic_plot(results, folder / "by_level.png") else []
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        text = "glesam evaluate-semantic: no plot: matplotlib is missing; pip install 'glesam_ros[evaluate]'"
-        print(text, file=sys.stderr)
-        return []
-
-
-def _sheet_condition(there: Sequence[Condition], wanted: str) -> Condition:
-    return next((condition for condition in there if condition.name == wanted), there[-1])
+    return write_sheet(path, np.concatenate([pixels, legend(evaluator.classes, evaluator.palette, pixels.shape[1])]))
 
 
 def _write_csv(path: Path, tally: Tally) -> None:
@@ -260,7 +228,7 @@ def _recorded(options: SemanticOptions, evaluator: SemanticEvaluator) -> dict[st
         "conditions": [condition.name for condition in options.conditions],
         "devices": {name: model.device for name, model in evaluator.models.items()},
         "classes_map": None if options.classes_map is None else json.loads(options.classes_map.read_text()),
-        "interval": "95 % percentile bootstrap over pictures, 2000 resamples", "weights": _fingerprints(options),
+        "interval": interval("pictures"), "weights": _fingerprints(options),
     }
 
 

@@ -12,36 +12,31 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from glesam_ros.degradation import degrade
 from glesam_ros.evaluation.baselines import BASELINES, GRABCUT, LEARNED, Restorer, applies, load_restorers
 from glesam_ros.evaluation.protocol import CLEAR, Condition, photograph_seed
-from glesam_ros.labelled import CLASS_FILES, LabelledFolder, open_labelled
+from glesam_ros.evaluation.semantic_metrics import Integers, confusion
+from glesam_ros.labelled import CLASS_FILES, LabelledFolder, open_labelled, some_of
 from glesam_ros.models import restorer_names, semantic_names
 from glesam_ros.models.rass import ade20k
+from glesam_ros.semantic import Restorer as LoadedRestorer
 from glesam_ros.semantic import SemanticSegmenter, load_restorer, load_semantic
 from glesam_ros.validation import UInt8Array
 
-METRICS = ("miou", "pixel_accuracy", "class_accuracy")
 RASS_NANO = "rass-nano"
 RESTORERS = tuple(name for name in BASELINES if name != GRABCUT)
 """Baselines that restore the picture; beside them every registered model that does."""
-CONFIDENCE, RESAMPLES = 0.95, 2000
 OTHER = "(no class of the data set)"
 """What a pixel was taken for where the model has classes that the data set has not."""
 _SEEDS = "semantic"
-_DRAWN_AT_ONCE = 1 << 22
 _NAMED = 20
 """At most so many classes are named in a message."""
-
-Doubles = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 
 class Method(NamedTuple):
@@ -124,95 +119,6 @@ class SemanticPictures:
     predictions: dict[Method, Integers]
 
 
-def confusion(truth: Any, predicted: Any, classes: int) -> Integers:
-    """Count pixels by true and predicted class.
-
-    Args:
-        truth: (H, W) integers, 0..K - 1 a class; K and above, or below 0: does not count.
-        predicted: (H, W) integers, 0..K - 1 a class, K another class, which is wrong whatever the truth.
-        classes: K, at least 1.
-
-    Returns:
-        (K, K + 1) int64, true class by predicted class.
-
-    Raises:
-        ValueError: shapes differ, or a predicted class outside 0..K.
-    """
-    t, p = np.asarray(truth, np.int64), np.asarray(predicted, np.int64)
-    if t.shape != p.shape:
-        raise ValueError(f"truth, predicted: expected the same shape, got {t.shape} and {p.shape}")
-    counts = (t >= 0) & (t < classes)
-    t, p = t[counts], p[counts]
-    if p.size and (p.min() < 0 or p.max() > classes):
-        raise ValueError(f"predicted: expected 0..{classes}, got {p.min()} .. {p.max()}")
-    return np.bincount(t * (classes + 1) + p, minlength=classes * (classes + 1)).reshape(classes, classes + 1)
-
-
-def class_counts(matrix: Integers) -> Integers:
-    """(3, K) int64 of a `confusion` matrix: pixels hit, true and predicted of each class."""
-    return np.stack([np.diagonal(matrix), matrix.sum(1), matrix.sum(0)[:-1]])
-
-
-def class_ious(counts: Any) -> Doubles:
-    """IoU of each class: hits / (true + predicted - hits).
-
-    Args:
-        counts: (..., 3, K) of `class_counts`, or sums of them.
-
-    Returns:
-        (..., K) float64 in 0..1; NaN where the class has pixels neither in truth nor in prediction.
-    """
-    hit, true, predicted = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
-    return _ratio(hit, true + predicted - hit)
-
-
-def figures(counts: Any) -> dict[str, Doubles]:
-    """The `METRICS` of counts: mean IoU, pixel accuracy, mean class accuracy.
-
-    Args:
-        counts: (..., 3, K) of `class_counts`, or sums of them.
-
-    Returns:
-        metric -> (...) float64 in 0..1; NaN where no pixel counts.
-    """
-    hit, true, _ = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
-    return {
-        # classes without a true pixel are left out, as in detectron2's evaluator, which RASS's tables come from
-        "miou": _mean(np.where(true > 0, class_ious(counts), np.nan)),
-        "pixel_accuracy": _ratio(hit.sum(-1), true.sum(-1)),
-        "class_accuracy": _mean(_ratio(hit, true)),
-    }
-
-
-def resampled(rows: Any, seed: int, resamples: int = RESAMPLES) -> Doubles:
-    """Sums over pictures drawn with replacement; the same seed and number of pictures draws the same ones.
-
-    Args:
-        rows: (N, ...) numbers, one row a picture.
-        seed: of the drawing.
-        resamples: how often N pictures are drawn.
-
-    Returns:
-        (resamples, ...) float64.
-
-    Raises:
-        ValueError: no rows.
-    """
-    r = np.asarray(rows, np.float64)
-    if not len(r):
-        raise ValueError("rows: expected at least one picture, got none")
-    flat = r.reshape(len(r), -1)
-    drawn = np.empty((resamples, flat.shape[1]))
-    rng = np.random.default_rng(seed)
-    step = max(1, _DRAWN_AT_ONCE // len(r))
-    for first in range(0, resamples, step):
-        some = min(step, resamples - first)
-        picked = rng.integers(0, len(r), (some, len(r))) + len(r) * np.arange(some)[:, None]
-        times = np.bincount(picked.ravel(), minlength=some * len(r)).reshape(some, len(r))
-        drawn[first : first + some] = times @ flat
-    return drawn.reshape(resamples, *r.shape[1:])
-
-
 class ClassMatch:
     """Classes of a data set and of models, matched by name.
 
@@ -229,7 +135,10 @@ class ClassMatch:
         renamed = renamed or {}
         unknown = [name for name in renamed if name not in classes]
         if unknown:
-            raise ValueError(f"classes map: expected classes of the data set ({_some(classes)}), got {_some(unknown)}")
+            raise ValueError(
+                f"classes map: expected classes of the data set ({some_of(classes, _NAMED)}), got "
+                f"{some_of(unknown, _NAMED)}"
+            )
         names = [renamed.get(name, name) for name in classes]
         self.classes = tuple(dict.fromkeys(name for name in names if name is not None))
         """Names that are evaluated."""
@@ -255,9 +164,9 @@ class ClassMatch:
         missing = [name for name in self.classes if name not in classes]
         if missing:
             raise ValueError(
-                f"{model}: expected all classes of the data set, {_some(missing)} missing; the model has "
-                f"{_some(classes)}. Give a classes map: JSON with {{\"class of the data set\": \"class of the "
-                "model\"}, null for one that shall not count"
+                f"{model}: expected all classes of the data set, {some_of(missing, _NAMED)} missing; the model has "
+                f"{some_of(classes, _NAMED)}. Give a classes map: JSON with "
+                '{"class of the data set": "class of the model"}, null for one that shall not count'
             )
         return np.array([
             self.classes.index(name) if name in self.classes else len(self.classes) for name in classes
@@ -290,6 +199,7 @@ class SemanticEvaluator:
         conditions: of the pictures.
         renamed: of the classes, see `ClassMatch`.
         seed: of the degradations.
+        closing: what is closed with the models: the registered ones among the restorers.
 
     Raises:
         ValueError: a model lacks classes of the data set.
@@ -298,13 +208,14 @@ class SemanticEvaluator:
     def __init__(
         self, folder: LabelledFolder, models: Mapping[str, SemanticSegmenter],
         restorers: Mapping[str, Restorer] | None = None, conditions: Sequence[Condition] = (CLEAR,),
-        renamed: Mapping[str, str | None] | None = None, seed: int = 0,
+        renamed: Mapping[str, str | None] | None = None, seed: int = 0, closing: Iterable[LoadedRestorer] = (),
     ) -> None:
         self.folder = folder
         self.models = models
         self.restorers = restorers or {}
         self.conditions = tuple(conditions)
         self.seed = seed
+        self._open: tuple[SemanticSegmenter | LoadedRestorer, ...] = (*models.values(), *closing)
         self.match = ClassMatch(folder.classes, renamed)
         self._tables = {name: self.match.table(name, model.classes) for name, model in models.items()}
         colour = dict(zip(folder.classes, folder.palette))
@@ -343,8 +254,8 @@ class SemanticEvaluator:
         return SemanticPictures(name, condition, clear, image, self.match.truth(labels), predictions)
 
     def close(self) -> None:
-        """Free the models."""
-        for model in self.models.values():
+        """Free the models and restorers."""
+        for model in self._open:
             model.close()
 
     def _degraded(self, clear: UInt8Array, name: str, condition: Condition) -> UInt8Array:
@@ -376,8 +287,11 @@ def open_semantic_evaluator(options: SemanticOptions) -> SemanticEvaluator:
         label: _open_model(source, options) for label, source in model_labels(options.models).items()
     }
     renamed = None if options.classes_map is None else read_classes_map(options.classes_map)
-    restorers = _open_restorers(options)
-    return SemanticEvaluator(folder, models, restorers, options.conditions, renamed, options.seed)
+    simple, loaded = _open_restorers(options)
+    restorers = {name: loaded[name].restore if name in loaded else simple[name] for name in options.restorers}
+    return SemanticEvaluator(
+        folder, models, restorers, options.conditions, renamed, options.seed, closing=loaded.values()
+    )
 
 
 def open_set(path: Path, split: str) -> LabelledFolder:
@@ -425,7 +339,8 @@ def _open_model(source: str, options: SemanticOptions) -> SemanticSegmenter:
     return SemanticSegmenter(RassNano(options.device, options.precision, weights, threads=options.threads))
 
 
-def _open_restorers(options: SemanticOptions) -> dict[str, Restorer]:
+def _open_restorers(options: SemanticOptions) -> tuple[dict[str, Restorer], dict[str, LoadedRestorer]]:
+    """Those among `RESTORERS`, and the registered ones."""
     unknown = [name for name in options.restorers if name not in (*RESTORERS, *restorer_names())]
     if unknown:
         raise ValueError(
@@ -436,154 +351,7 @@ def _open_restorers(options: SemanticOptions) -> dict[str, Restorer]:
 
         torch.set_num_threads(max(1, options.threads))
     simple = load_restorers([name for name in options.restorers if name in RESTORERS], options.weights or Path())
-    return {
-        name: simple[name] if name in simple else load_restorer(name, options.device, options.precision).restore
-        for name in options.restorers
+    loaded = {
+        name: load_restorer(name, options.device, options.precision) for name in options.restorers if name not in simple
     }
-
-
-@dataclass(eq=False)
-class Tally:
-    """Measurements added up: one matrix a condition and method, and the counts of each picture for the intervals.
-
-    Attributes:
-        classes: K names.
-        pictures: names, in the order of their first measurement.
-        matrices: (condition, method) -> (K, K + 1) int64.
-        rows: (condition, method) -> a (3, K) uint32 a picture, see `class_counts`.
-    """
-
-    classes: tuple[str, ...]
-    pictures: list[str] = field(default_factory=list)
-    matrices: dict[tuple[Condition, Method], Integers] = field(default_factory=dict)
-    rows: dict[tuple[Condition, Method], list[Any]] = field(default_factory=dict)
-
-    def add(self, measurement: SemanticMeasurement) -> None:
-        """Add a picture under a condition; all conditions of a picture come one after the other."""
-        if not self.pictures or self.pictures[-1] != measurement.picture:
-            self.pictures.append(measurement.picture)
-        for method, matrix in measurement.matrices.items():
-            key = measurement.condition, method
-            self.matrices[key] = self.matrices.get(key, 0) + matrix
-            self.rows.setdefault(key, []).append(class_counts(matrix).astype(np.uint32))
-
-    def picture_figures(self) -> dict[tuple[Condition, Method], dict[str, Doubles]]:
-        """metric -> (N,) of the single pictures; NaN for one without a pixel that counts."""
-        return {key: figures(np.stack(rows)) for key, rows in self.rows.items()}
-
-
-def summarise_semantic(tally: Tally, seed: int, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """All figures of an evaluation, ready for JSON; all are shares, 0..1.
-
-    Args:
-        tally: of all pictures.
-        seed: of the bootstrap.
-        resamples: of it.
-
-    Returns:
-        "counts": pictures, pixels that count.
-        "classes": names.
-        "rows": condition, method, metric, value, low, high.
-        "by_class": condition, method, class, iou, low, high (None for a class without pixels), share (of the true
-        pixels), mistaken_for, mistaken_share (the wrong class that most of its pixels got, and how many of them).
-        "differences": condition, metric, method, over: difference, low, high, relative, relative_low, relative_high
-        (None where the other is 0); of the first model over all other methods, and of another model with a restorer
-        over itself without.
-
-    Raises:
-        ValueError: no measurement, or no pixel that counts.
-    """
-    if not tally.matrices or not any(matrix.sum() for matrix in tally.matrices.values()):
-        raise ValueError("expected at least one picture with a pixel that has a class, got none")
-    rows: list[dict[str, Any]] = []
-    by_class: list[dict[str, Any]] = []
-    differences: list[dict[str, Any]] = []
-    first = next(iter(tally.matrices))[1]
-    for condition in dict.fromkeys(condition for condition, _ in tally.matrices):
-        methods = [method for other, method in tally.matrices if other == condition]
-        drawn: dict[Method, dict[str, Doubles]] = {}
-        for method in methods:
-            key = condition, method
-            place = {"condition": condition.name, "method": method.name}
-            sums = resampled(np.stack(tally.rows[key]), seed, resamples)
-            drawn[method] = figures(sums)
-            whole = figures(class_counts(tally.matrices[key]))
-            for metric in METRICS:
-                low, high = _interval(drawn[method][metric])
-                rows.append({**place, "metric": metric, "value": float(whole[metric]), "low": low, "high": high})
-            by_class += [{**place, **found} for found in _by_class(tally, key, sums)]
-        pairs = [(first, method) for method in methods if method != first]
-        others = [method for method in methods if method.restorer and method.model != first.model]
-        pairs += [(method, Method(method.model)) for method in others]
-        for method, over in pairs:
-            differences += [
-                {"condition": condition.name, "method": method.name, "over": over.name, **found}
-                for found in _differences(tally, condition, method, over, drawn)
-            ]
-    pixels = int(next(iter(tally.matrices.values())).sum())
-    return {
-        "counts": {"pictures": len(tally.pictures), "pixels": pixels}, "classes": list(tally.classes), "rows": rows,
-        "by_class": by_class, "differences": differences,
-    }
-
-
-def _by_class(tally: Tally, key: tuple[Condition, Method], sums: Doubles) -> Iterable[dict[str, Any]]:
-    matrix = tally.matrices[key]
-    true = matrix.sum(1)
-    wrong = matrix.copy()
-    np.fill_diagonal(wrong, 0)
-    others = [*tally.classes, OTHER]
-    for k, (iou, drawn) in enumerate(zip(class_ious(class_counts(matrix)), class_ious(sums).T)):
-        low, high = _interval(drawn)
-        most = int(wrong[k].argmax())
-        mistaken = bool(wrong[k, most])
-        yield {
-            "class": tally.classes[k], "iou": _or_none(iou), "low": low, "high": high,
-            "share": float(true[k] / true.sum()), "mistaken_for": others[most] if mistaken else None,
-            "mistaken_share": float(wrong[k, most] / true[k]) if mistaken else 0.0,
-        }
-
-
-def _differences(
-    tally: Tally, condition: Condition, method: Method, over: Method, drawn: dict[Method, dict[str, Doubles]]
-) -> Iterable[dict[str, Any]]:
-    after, before = (figures(class_counts(tally.matrices[condition, one])) for one in (method, over))
-    for metric in METRICS:
-        a, b = drawn[method][metric], drawn[over][metric]
-        low, high = _interval(a - b)
-        relative = _ratio(after[metric], before[metric]) - 1
-        relative_low, relative_high = _interval(_ratio(a, b) - 1)
-        yield {
-            "metric": metric, "difference": float(after[metric] - before[metric]), "low": low, "high": high,
-            "relative": _or_none(relative), "relative_low": relative_low, "relative_high": relative_high,
-        }
-
-
-def _interval(estimates: Doubles) -> tuple[float | None, float | None]:
-    """Percentile interval of those estimates that are numbers; None where none is."""
-    known = estimates[np.isfinite(estimates)]
-    if not known.size:
-        return None, None
-    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
-
-
-def _or_none(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _ratio(part: Any, whole: Any) -> Doubles:
-    """part / whole, NaN where the whole is 0."""
-    there = np.asarray(whole) > 0
-    return np.where(there, part / np.where(there, whole, 1), np.nan)
-
-
-def _mean(values: Doubles) -> Doubles:
-    """Mean over the last axis of those that are numbers, NaN where none is."""
-    known = np.isfinite(values)
-    return _ratio(np.where(known, values, 0.0).sum(-1), known.sum(-1))
+    return simple, loaded

@@ -1,4 +1,4 @@
-"""The figures of `glesam_ros.evaluation.semantic` as tables and contact sheets for people."""
+"""The figures of `glesam_ros.evaluation.semantic_summary` as tables and contact sheets for people."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 import cv2
 import numpy as np
 
+from glesam_ros.evaluation.metrics import CONFIDENCE
 from glesam_ros.evaluation.protocol import Condition
-from glesam_ros.evaluation.report import TITLES, markdown
-from glesam_ros.evaluation.semantic import SemanticPictures, Tally, class_counts, confusion, figures
+from glesam_ros.evaluation.report import TITLES, markdown, percent, with_interval
+from glesam_ros.evaluation.semantic import SemanticPictures
+from glesam_ros.evaluation.semantic_metrics import class_counts, confusion, figures
+from glesam_ros.evaluation.semantic_summary import Tally
 from glesam_ros.evaluation.sheet import Tile, fit, ranked
 from glesam_ros.validation import UInt8Array
 
@@ -45,9 +48,9 @@ def _about(results: dict[str, Any]) -> str:
     counts, settings = results["counts"], results["settings"]
     text = (
         f"{settings['set']}: {counts['pictures']} pictures, {len(results['classes'])} classes (split "
-        f"{settings['split']}, seed {settings['seed']}). In per cent, with 95 % bootstrap intervals over pictures; "
-        "one confusion matrix over all pictures; a class without a true pixel is left out of the "
-        "mean. clear: the pictures as they are."
+        f"{settings['split']}, seed {settings['seed']}). In per cent, with {100 * CONFIDENCE:g} % bootstrap intervals "
+        "over pictures; one confusion matrix over all pictures; a class without a true pixel is left out of the mean. "
+        "clear: the pictures as they are."
     )
     if any(" + " in row["method"] for row in results["rows"]):
         text += (
@@ -66,9 +69,9 @@ def _figures_table(
         line = [condition]
         for method in methods:
             cell = cells.get((condition, method, metric))
-            text = "-" if cell is None else _percent(cell["value"])
+            text = "-" if cell is None else percent(cell["value"])
             if cell is not None and interval:
-                text += f" [{_percent(cell['low'])}, {_percent(cell['high'])}]"
+                text += f" [{percent(cell['low'])}, {percent(cell['high'])}]"
             line.append(text)
         lines.append(line)
     return markdown(["condition", *map(_title, methods)], lines)
@@ -80,7 +83,7 @@ def _differences_table(results: dict[str, Any]) -> str:
     cells = {(d["condition"], d["method"], d["over"]): d for d in found}
     conditions = list(dict.fromkeys(d["condition"] for d in found))
     lines = [
-        [f"{_title(method)} over {_title(over)}", *(_difference(cells.get((c, method, over))) for c in conditions)]
+        [f"{_title(method)} over {_title(over)}", *(with_interval(cells.get((c, method, over))) for c in conditions)]
         for method, over in pairs
     ]
     return "In points, in brackets relative; the pictures are paired.\n\n" + markdown(["", *conditions], lines)
@@ -93,10 +96,10 @@ def _classes_table(results: dict[str, Any], conditions: Sequence[str], methods: 
     lines = []
     for name in results["classes"]:
         first = cells[worst, methods[0], name]
-        mistaken = f"{first['mistaken_for']} {_percent(first['mistaken_share'])}" if first["mistaken_for"] else "-"
+        mistaken = f"{first['mistaken_for']} {percent(first['mistaken_share'])}" if first["mistaken_for"] else "-"
         lines.append([
-            name, _percent(first["share"]),
-            *(" / ".join(_percent(cells[condition, m, name]["iou"]) for m in methods) for condition in conditions),
+            name, percent(first["share"]),
+            *(" / ".join(percent(cells[condition, m, name]["iou"]) for m in methods) for condition in conditions),
             mistaken,
         ])
     order = f"{' / '.join(methods)}. " if len(methods) > 1 else ""
@@ -139,7 +142,7 @@ def semantic_tiles(word: str, pictures: SemanticPictures, palette: UInt8Array) -
     for method, labels in pictures.predictions.items():
         value = float(figures(class_counts(confusion(pictures.truth, labels, len(palette))))["miou"])
         tiles.append(Tile(
-            paint_classes(pictures.image, labels, palette), f"{_title(method.name)}: mIoU {_percent(value)}"
+            paint_classes(pictures.image, labels, palette), f"{_title(method.name)}: mIoU {percent(value)}"
         ))
     return tiles
 
@@ -180,14 +183,3 @@ def legend(classes: Sequence[str], palette: UInt8Array, width: int) -> UInt8Arra
 def _title(method: str) -> str:
     restorer, plus, model = method.rpartition(" + ")
     return f"{TITLES.get(restorer, restorer)}{plus}{model}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
-
-
-def _difference(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    relative = "" if found["relative"] is None else f" ({100 * found['relative']:+.0f} %)"
-    return f"{100 * found['difference']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]{relative}"
