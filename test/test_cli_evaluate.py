@@ -17,7 +17,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from glesam_ros.cli.main import main, make_parser
-from glesam_ros.evaluation import pool, protocol
+from glesam_ros.evaluation import pool, protocol, semantic
 
 SIZE = (160, 200)
 
@@ -131,7 +131,7 @@ def test_results_do_not_depend_on_the_number_of_processes(data, tmp_path) -> Non
 
 
 @pytest.mark.parametrize("model, device, expected", [
-    ("nano", "cpu (int8, onnxruntime, CPUExecutionProvider)", 4), ("nano", "cuda (fp32, onnxruntime)", 1),
+    ("nano", "cpu (int8, onnxruntime, CPUExecutionProvider)", 3), ("nano", "cuda (fp32, onnxruntime)", 1),
     ("sam_vit_b+glesam", "cuda (bf16)", 1), ("sam_vit_b+glesam", "cpu (fp32)", 1),
 ])
 def test_processes_are_as_many_as_help_unless_told(model, device, expected, data, tmp_path, monkeypatch) -> None:
@@ -142,11 +142,37 @@ def test_processes_are_as_many_as_help_unless_told(model, device, expected, data
     asked: list[int] = []
     opened = SimpleNamespace(pipe=SimpleNamespace(model=SimpleNamespace(device=device)))
     monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 5}, raising=False)  # as taskset says
     monkeypatch.setattr(protocol, "open_evaluator", lambda *_: opened)
     monkeypatch.setattr(pool, "share", share)
     command = ["evaluate", "--data", str(data), "--out", str(tmp_path / "out"), "--model", model]
     assert main(command) == main([*command, "--workers", "2"]) == 1
-    assert asked == [expected, 2]  # there are four photographs
+    assert asked == [expected, 2]
+
+
+@pytest.mark.parametrize("cores, threads", [({0}, 0), ({0, 1}, 1)])
+def test_maps_of_classes_are_measured_by_as_many_processes_as_cores_may_be_used(
+    cores, threads, tmp_path, monkeypatch
+) -> None:
+    def opened(options: semantic.SemanticOptions) -> None:
+        asked.append(options.threads)  # of several processes each has one thread
+        raise ValueError("enough")
+
+    asked: list[int] = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: cores, raising=False)
+    monkeypatch.setattr(semantic, "open_semantic_evaluator", opened)
+    assert main(["evaluate-semantic", "--data", "street", "--out", str(tmp_path), "--device", "cpu"]) == 1
+    assert asked == [threads]
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_what_fails_while_measuring_is_one_line(error, data, tmp_path, monkeypatch, capsys) -> None:
+    def measure(self: protocol.Evaluator, case: protocol.Case) -> None:
+        raise error("the device lacks memory")
+
+    monkeypatch.setattr(protocol.Evaluator, "measure", measure)
+    assert evaluate("--data", data, "--out", tmp_path / "out") == 1
+    assert capsys.readouterr().err == "glesam evaluate: error: the device lacks memory\n"
 
 
 def test_figures_of_a_photograph_do_not_depend_on_the_others(data, tmp_path) -> None:
@@ -239,6 +265,7 @@ def test_without_matplotlib_there_are_no_plots_and_it_says_so(data, tmp_path, mo
         ([], "expected --data, --lqseg or --agreement, got none"),
         (["--data", "DATA", "--kinds", "lq", "hail"], "--kinds: expected some of low_light, .*; got hail"),
         (["--data", "DATA", "--baselines", "prenet"], "--baselines prenet: expected the folder of their weights"),
+        (["--data", "DATA", "--baselines", "retinex"], "baselines: expected some of classical, .*, got retinex"),
         (["--data", "DATA", "--weights", "nowhere"], "--weights: expected a folder .*, got nowhere"),
         (["--data", "DATA", "--weights", "DATA"], "weights: expected the model nano, which they are for, got bright"),
         (["--data", "."], "expected a folder with coco_small or bsds500, found neither"),

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.checksum import sha256
+from glesam_ros.cli.evaluation import (
+    check_baselines,
+    check_kinds,
+    interval,
+    plotted,
+    shared,
+    sheet_condition,
+    wanted_conditions,
+    write_json,
+    write_sheet,
+)
+from glesam_ros.cli.machine import usable_cores
 from glesam_ros.cli.options import (
     MODEL_SETTINGS,
     SELECTION_SETTINGS,
@@ -22,6 +32,7 @@ from glesam_ros.cli.options import (
     seed,
     versions,
 )
+from glesam_ros.evaluation import MAX_MASKS
 
 if TYPE_CHECKING:
     from glesam_ros.datasets import Photograph
@@ -36,8 +47,6 @@ SETTINGS = tuple(
     for name in (*MODEL_SETTINGS, *SELECTION_SETTINGS)
     if name not in ("enhancement", "enhance_below")
 )
-MAX_INSTANCES = 100
-"""What average recall at 100 asks for."""
 Cases = Callable[[], Iterator["Case"]]
 
 EPILOG = """\
@@ -104,8 +113,7 @@ def add_parser(commands: Any) -> None:
         default=["points", "boxes", "everything"], metavar="PROMPT", help="default: points boxes everything",
     )
     parser.add_argument(
-        "--baselines", nargs="+", choices=("classical", "zero_dce", "prenet", "grabcut"), default=[],
-        metavar="NAME", help="classical zero_dce prenet grabcut; default: none",
+        "--baselines", nargs="+", default=[], metavar="NAME", help="classical zero_dce prenet grabcut; default: none",
     )
     parser.add_argument("--restorers", type=Path, metavar="DIR", help="folder with weights of the learned baselines")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="other weights of nano, to compare trainings")
@@ -125,12 +133,14 @@ def add_parser(commands: Any) -> None:
         "--sheet-condition", default="lq-3", metavar="NAME",
         help="what the contact sheets show; the last condition where this one was not measured; default: lq-3",
     )
-    add_settings(parser, SETTINGS, {"max_instances": MAX_INSTANCES})
+    add_settings(parser, SETTINGS, {"max_instances": MAX_MASKS})
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and write everything to --out."""
+    from glesam_ros.evaluation.baselines import LEARNED
+    from glesam_ros.evaluation.plots import draw_plots
     from glesam_ros.evaluation.protocol import Options, open_evaluator
     from glesam_ros.evaluation.report import tables
     from glesam_ros.evaluation.summary import summarise
@@ -150,21 +160,22 @@ def run(args: argparse.Namespace) -> int:
     measurements = _measure(sources, total, open_one, evaluator, workers)
     if sources and not measurements:
         raise CommandError("expected at least one photograph with a region of 1,000 pixels, got none")
+    packages = ["onnxruntime", *(["torch"] if set(LEARNED) & set(baselines) else [])]
     results: dict[str, Any] = {
-        "settings": _recorded(args, settings, options), "versions": _versions(options),
+        "settings": _recorded(args, settings, options), "versions": versions(*packages),
         **summarise(measurements, args.seed),
     }
     pictures: list[Path] = []
     if args.agreement is not None:
         results["agreement"], drawn = _agreement(args, open_one, evaluator, workers)
         pictures += drawn
-        _write_json(args.out / "agreement.json", {k: results[k] for k in ("settings", "versions", "agreement")})
-    _write_json(args.out / "results.json", results)
+        write_json(args.out / "agreement.json", {k: results[k] for k in ("settings", "versions", "agreement")})
+    write_json(args.out / "results.json", results)
     text = tables(results)
     (args.out / "table.md").write_text(text, encoding="utf-8")
     if measurements:
         _write_csv(args.out / "photographs.csv", measurements)
-        pictures += _plots(results, measurements, args.out)
+        pictures += plotted("evaluate", lambda: draw_plots(results, measurements, args.out))
         if args.sheet:
             pictures += _sheets(args, sources, measurements, evaluator)
     print(text)
@@ -176,18 +187,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from glesam_ros.degradation import names
-
     if args.data is None and args.lqseg is None and args.agreement is None:
         raise CommandError("expected --data, --lqseg or --agreement, got none of them; say what to measure on")
     if args.sets and args.data is None:
         raise CommandError("--sets: expected --data with it, got none")
-    wrong = sorted(set(args.kinds or ()) - {*names(), "none"})
-    if wrong:
-        raise CommandError(f"--kinds: expected some of {', '.join(names())}, or none; got {', '.join(wrong)}")
-    learned = [name for name in args.baselines if name in ("zero_dce", "prenet")]
-    if learned and args.restorers is None:
-        raise CommandError(f"--baselines {' '.join(learned)}: expected the folder of their weights, give --restorers")
+    check_kinds(args.kinds or ())
+    check_baselines(args.baselines, args.restorers)
     if args.weights is not None and not args.weights.is_dir():
         raise CommandError(f"--weights: expected a folder with the ONNX files of nano, got {args.weights}")
 
@@ -203,27 +208,24 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _default_workers(settings: Settings, evaluator: Evaluator) -> int:
     """One a core for nano on a CPU, which has one thread then; others fill memory, all cores or a GPU by themselves."""
     small = settings.model == "nano" and evaluator.pipe.model.device.startswith("cpu")
-    return os.cpu_count() or 1 if small else 1
+    return usable_cores() if small else 1
 
 
 def _conditions(args: argparse.Namespace) -> list[Condition]:
-    from glesam_ros.evaluation.protocol import conditions
-
-    kinds = [kind for kind in dict.fromkeys(args.kinds or ["lq"]) if kind != "none"]
-    return conditions(kinds, sorted(set(args.levels or (1, 2, 3))))
+    return wanted_conditions(args.kinds or ["lq"], args.levels or (1, 2, 3))
 
 
 def _sources(args: argparse.Namespace) -> tuple[dict[str, Cases], int]:
     """Data set -> a function that gives its cases from the start, and the number of all photographs."""
+    from glesam_ros.evaluation.protocol import lqseg_cases, synthetic_cases
+
     sources: dict[str, Cases] = {}
     total = 0
     for name in _set_names(args):
         photographs = _load(name, args.data / SETS[name], args.split)[: args.limit]
-        sources[name] = partial(_synthetic, name, photographs, _conditions(args))
+        sources[name] = partial(synthetic_cases, name, photographs, _conditions(args))
         total += len(photographs)
     if args.lqseg is not None:
-        from glesam_ros.evaluation.protocol import lqseg_cases
-
         info = _lqseg_info(args.lqseg)
         split = info["settings"]["split"]
         if split.startswith("train"):
@@ -273,41 +275,14 @@ def _load(name: str, folder: Path, split: str) -> list[Photograph]:
         raise CommandError(f"{folder}: expected the {split} split of {name}, cannot read it: {error}") from error
 
 
-def _synthetic(name: str, photographs: Sequence[Photograph], wanted: Sequence[Condition]) -> Iterator[Case]:
-    from glesam_ros.evaluation.protocol import synthetic_cases
-
-    return synthetic_cases(name, photographs, wanted)
-
-
 def _measure(
     sources: dict[str, Cases], total: int, open_one: Callable[[], Evaluator], evaluator: Evaluator, workers: int
 ) -> list[Measurement]:
     from glesam_ros.evaluation.protocol import Evaluator
 
     cases = (case for open_cases in sources.values() for case in open_cases())
-    shared = _shared(open_one, evaluator, Evaluator.measure, cases, total, workers)
-    return [measurement for found in shared for measurement in found]
-
-
-def _shared(
-    open_one: Callable[[], Evaluator], evaluator: Evaluator, work: Callable[[Evaluator, Any], Any],
-    tasks: Iterable[Any], total: int, workers: int,
-) -> Iterator[Any]:
-    """`glesam_ros.evaluation.pool.share` with a progress bar; one process takes the evaluator that is open already."""
-    from concurrent.futures.process import BrokenProcessPool
-
-    from tqdm import tqdm
-
-    from glesam_ros.evaluation.pool import share
-
-    workers = max(1, min(workers, total))
-    open_state = open_one if workers > 1 else lambda: evaluator
-    try:
-        yield from tqdm(share(open_state, work, tasks, workers), total=total, unit="photograph", disable=None)
-    except BrokenProcessPool as error:
-        raise CommandError("a process ended by itself, perhaps for want of memory; try fewer --workers") from error
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    done = shared(open_one, evaluator, Evaluator.measure, cases, total, workers, "photograph")
+    return [measurement for found in done for measurement in found]
 
 
 def _agreement(
@@ -317,7 +292,7 @@ def _agreement(
     from glesam_ros.cli.pictures import find_pictures
     from glesam_ros.evaluation.agreement import agree, agreement_tiles, summarise_agreement
     from glesam_ros.evaluation.protocol import CLEAR
-    from glesam_ros.evaluation.sheet import ranked
+    from glesam_ros.evaluation.sheet import ranked, sheet
 
     paths = {str(stem): path for path, stem in find_pictures([args.agreement], recursive=False)[: args.limit]}
     conditions = tuple(condition for condition in _conditions(args) if condition != CLEAR)
@@ -325,7 +300,7 @@ def _agreement(
         raise CommandError("--agreement: expected at least one kind of degradation, got --kinds none")
 
     tasks = (_unlabelled(name, path, conditions) for name, path in paths.items())
-    found: list[Agreement] = list(_shared(open_one, evaluator, agree, tasks, len(paths), workers))
+    found: list[Agreement] = list(shared(open_one, evaluator, agree, tasks, len(paths), workers, "photograph"))
     if all(one.values is None for one in found):
         raise CommandError(f"{args.agreement}: expected photographs in which the model finds something, found none")
     summary = summarise_agreement(found, evaluator.options.modes, args.seed)
@@ -344,7 +319,7 @@ def _agreement(
                 for word, name in ranked(gains, 4 if args.masks_alone else 2)
             ]
             title = f"{condition.name}: best, median, worst of {len(gains)}; a mask found again keeps its colour"
-            drawn.append(_write_sheet(args.out / f"agreement_{condition.name}.jpg", rows, title))
+            drawn.append(write_sheet(args.out / f"agreement_{condition.name}.jpg", sheet(rows, title)))
     return summary, drawn
 
 
@@ -358,23 +333,11 @@ def _unlabelled(name: str, path: Path, conditions: tuple[Condition, ...]) -> Unl
         raise CommandError(f"{path}: {error}") from error
 
 
-def _plots(results: dict[str, Any], measurements: Sequence[Measurement], folder: Path) -> list[Path]:
-    from glesam_ros.evaluation.plots import draw_plots
-
-    try:
-        return draw_plots(results, measurements, folder)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        print("glesam evaluate: no plots: matplotlib is missing; pip install 'glesam_ros[evaluate]'", file=sys.stderr)
-        return []
-
-
 def _sheets(
     args: argparse.Namespace, sources: dict[str, Cases], measurements: Sequence[Measurement], evaluator: Evaluator
 ) -> list[Path]:
     """A contact sheet a data set, where both modes and a prompt that makes a mask a region were measured."""
-    from glesam_ros.evaluation.sheet import case_tiles, choose
+    from glesam_ros.evaluation.sheet import case_tiles, choose, sheet
 
     prompt = next((prompt for prompt in ("points", "boxes") if prompt in args.prompts), None)
     if prompt is None or not {"off", "always"} <= set(args.modes):
@@ -385,32 +348,15 @@ def _sheets(
         there = list(dict.fromkeys(m.condition for m in own))
         if not there:
             continue
-        condition = next((c for c in there if c.name == args.sheet_condition), there[-1])
+        condition = sheet_condition(there, args.sheet_condition)
         chosen = choose(own, condition, f"{prompt}_iou")
         names = {name for _, name in chosen}
         cases = {case.photograph.name: case for case in open_cases() if case.photograph.name in names}
         rows = [case_tiles(word, evaluator.pictures(cases[name], condition, prompt)) for word, name in chosen]
         asked = "three points each" if prompt == "points" else "a box each"
         title = f"{set_name}, {condition.name}, {asked}: best, median and worst photographs by gain of enhancement"
-        drawn.append(_write_sheet(args.out / f"sheet_{set_name}.jpg", rows, title))
+        drawn.append(write_sheet(args.out / f"sheet_{set_name}.jpg", sheet(rows, title)))
     return drawn
-
-
-def _write_sheet(path: Path, rows: Sequence[Any], title: str) -> Path:
-    import cv2
-
-    from glesam_ros.evaluation.sheet import sheet
-
-    pixels = cv2.cvtColor(sheet(rows, title), cv2.COLOR_RGB2BGR)
-    done, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
-    if not done:
-        raise CommandError(f"{path}: OpenCV could not encode the contact sheet")
-    path.write_bytes(data.tobytes())
-    return path
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _write_csv(path: Path, measurements: Sequence[Measurement]) -> None:
@@ -443,7 +389,7 @@ def _recorded(args: argparse.Namespace, settings: Settings, options: Options) ->
         "kinds": [kind for kind in kinds or ["lq"] if kind != "none"], "levels": args.levels, "limit": args.limit,
         **dataclasses.asdict(options), "min_region_area": MIN_AREA, "points": POINTS,
         "boundary_share": BOUNDARY_SHARE, "recall_thresholds": COCO_THRESHOLDS,
-        "interval": "95 % percentile bootstrap over photographs, 2000 resamples",
+        "interval": interval("photographs"),
         "pipeline": {name: getattr(settings, name) for name in SETTINGS},
         "weights": _fingerprints(args, settings),
     }
@@ -457,7 +403,3 @@ def _fingerprints(args: argparse.Namespace, settings: Settings) -> dict[str, str
 
     files = sorted((args.weights or WEIGHTS).glob("nano_*"))
     return {path.name: sha256(path) for path in files}
-
-
-def _versions(options: Options) -> dict[str, str]:
-    return versions("onnxruntime", *(["torch"] if {"zero_dce", "prenet"} & set(options.baselines) else []))
