@@ -32,12 +32,11 @@ from glesam_ros.checksum import sha256
 from glesam_ros.datasets import LQSEG_FORMAT, LQSEG_INFO, LQSEG_MANIFEST, MAX_NAME
 from glesam_ros.degradation import degrade, names
 from glesam_ros.lqseg.sources import Fault, Index, Malformed, Source, read_index, read_picture, read_truth
+from glesam_ros.whole_files import PART, write_bytes
 
 JOURNAL = "manifest.journal"
 ERRORS = "errors.jsonl"
 FOLDERS = ("images", "lq", "masks")
-PART = ".part"
-"""Ending of a file that is being written."""
 
 Track = Callable[[Iterable[Any], int], Iterable[Any]]
 """(items, how many) -> the same items, with their progress shown."""
@@ -153,11 +152,8 @@ def file_seed(seed: int, image_id: str, kind: str, level: int) -> int:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + PART)
-    part.write_bytes(data)
-    os.replace(part, path)
+    """Write a file whole or not at all; makes its folder. Without waiting for the disk: there are thousands."""
+    write_bytes(path, data, sync=False)
 
 
 def _check(options: BuildOptions, workers: int) -> None:

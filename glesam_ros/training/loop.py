@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from glesam_ros.training import checkpoint
 from glesam_ros.training.config import StageConfig, differences, to_dict, to_yaml
 from glesam_ros.training.log import Log
+from glesam_ros.whole_files import write_text
 
 _LOG = logging.getLogger(__name__)
 WITH_BF16 = ("AVX512",)
@@ -305,10 +306,7 @@ def claim(out: Path, config: Any, accelerator: Accelerator) -> None:
             )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(to_yaml(config), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, to_yaml(config))
     accelerator.wait_for_everyone()
 
 

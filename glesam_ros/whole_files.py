@@ -1,0 +1,60 @@
+"""Files that are there whole or not at all: written beside, brought to the disk, then given their name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+PART = ".part"
+"""Ending of a file that is being written; one that a kill left is overwritten by the next try."""
+
+Result = TypeVar("Result")
+
+
+def write_whole(path: Path, write: Callable[[Path], Result], *, sync: bool = True, part: str = PART) -> Result:
+    """Let `write` fill a file beside `path`, which then takes its name; makes the folder.
+
+    Whatever ends it, an error, a kill or a computer that is switched off: the old file is there, or the new one.
+
+    Args:
+        write: gets the path to write to; what it leaves there when it fails is removed.
+        sync: wait for the disk. Of thousands of small files, which can be made again, each would take longer to reach
+            it than to be made; without, all holds but for the computer that is switched off.
+        part: ending of the file beside, for a file that several processes may write at once.
+
+    Returns:
+        What `write` returned.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + part)
+    try:
+        result = write(beside)
+        if sync:
+            bring_to_disk(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    if sync:
+        bring_to_disk(path.parent)
+    return result
+
+
+def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """As `write_whole`, of bytes."""
+    write_whole(path, lambda beside: beside.write_bytes(content), sync=sync)
+
+
+def write_text(path: Path, content: str) -> None:
+    """As `write_whole`, of text in UTF-8."""
+    write_bytes(path, content.encode())
+
+
+def bring_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -1,0 +1,64 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from glesam_ros.whole_files import PART, write_bytes, write_text, write_whole
+
+
+def test_the_folder_is_made_and_the_result_handed_on(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "x.txt"
+    assert write_whole(path, lambda beside: beside.write_text("new")) == 3
+    assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
+    write_text(path, "ä\n")
+    assert path.read_bytes() == b"\xc3\xa4\n"
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, sync: bool) -> None:
+    path = tmp_path / "x"
+    path.write_text("old")
+
+    def half(beside: Path) -> None:
+        assert beside.parent == tmp_path and beside != path
+        beside.write_text("n")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, half, sync=sync)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_and_the_name_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(opened: int) -> None:
+        steps.append("folder" if stat.S_ISDIR(os.fstat(opened).st_mode) else f"{os.fstat(opened).st_size} bytes")
+        fsync(opened)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        steps.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write_bytes(tmp_path / "x", b"12345")
+    assert steps == ["5 bytes", "name", "folder"]
+    steps.clear()
+    write_bytes(tmp_path / "x", b"1", sync=False)
+    assert steps == ["name"]
+
+
+def test_what_a_kill_left_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.with_name(f"x{PART}").write_text("a longer half of a file")
+    write_text(path, "new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
