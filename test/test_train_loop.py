@@ -260,7 +260,7 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path: Path, monkeypa
 
     def half(content: Any, file: Any) -> None:
         save(content, file)
-        file.truncate(file.tell() // 2)
+        os.truncate(file, os.path.getsize(file) // 2)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", half)
@@ -277,14 +277,16 @@ def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"c\.pt"):
         checkpoint.read(path)
     checkpoint.write(path, {"a": torch.ones(1000)})
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"c\.pt: expected a checkpoint, cannot read it"):
-        checkpoint.read(path)
+    whole = path.read_bytes()
+    for size in (500, 1, 0):  # of an empty file torch says nothing
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"c\.pt: expected a checkpoint of torch, cannot read it: ."):
+            checkpoint.read(path)
     torch.save([1], path)
     with pytest.raises(ValueError, match="expected a dictionary of tensors, got list"):
         checkpoint.read(path)
     torch.save({"a": Stop()}, path)  # a pickle could run code; only tensors and plain values are read
-    with pytest.raises(ValueError, match="expected a checkpoint"):
+    with pytest.raises(ValueError, match=r"c\.pt: expected tensors only"):
         checkpoint.read(path)
 
 

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from glesam_ros.models.glesam.weights import read_checkpoint
+from glesam_ros.whole_files import write_whole
+
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write tensors, numbers and texts (nested) to `path`; a kill at any moment leaves the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, must be on the disk
-    finally:
-        os.close(folder)
+    write_whole(path, lambda beside: torch.save(content, beside))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -29,14 +21,9 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of torch, or it is cut short.
+        ValueError: it is no checkpoint of torch, it is cut short, or it holds something else.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"expected weights at {path}, found no file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a broken file
-        raise ValueError(f"{path}: expected a checkpoint, cannot read it: {str(error).splitlines()[0]}") from error
+    content = read_checkpoint(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dictionary of tensors, got {type(content).__name__}")
     return content
