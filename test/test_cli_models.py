@@ -284,6 +284,7 @@ def test_from_takes_a_checkpoint_and_a_trained_folder(home, tmp_path, small_sam,
     own = tmp_path / "run"
     own.mkdir()
     (own / "glesam.json").write_text(json.dumps({"base": "sam_vit_h", "kind": "small", "unet": "sd21-base"}))
+    safetensors.save_file({"a": torch.ones(1)}, own / catalogue.SMALL_FILE)
     assert main(["models", "get", "sam_vit_h+glesam_small"]) == 1
     assert "nobody published" in capsys.readouterr().err
     (home / "sam.pth").unlink()

@@ -16,6 +16,7 @@ if not all(map(importlib.util.find_spec, ("diffusers", "peft", "transformers")))
     pytest.skip("expected diffusers, peft and transformers", allow_module_level=True)
 
 from glesam_ros.models.glesam.base import Features  # noqa: E402
+from glesam_ros.models.glesam.download import take_enhancer, verify  # noqa: E402
 from glesam_ros.models.glesam.enhancer import (  # noqa: E402
     UNETS,
     Enhancer,
@@ -507,6 +508,77 @@ def test_saved_lora_comes_back(unets, tmp_path, levels):
     with pytest.raises(ValueError, match="before merge_lora"):
         save_enhancer(again, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("failing", ["unet.safetensors", "level.safetensors"])
+def test_a_save_that_was_cut_is_no_model(tmp_path, monkeypatch, failing):
+    from glesam_ros.models.glesam import enhancer as module
+
+    small, write = SmallEnhancer(dataclasses.replace(SMALL, levels=True)), write_tensors
+    save_enhancer(small, tmp_path)
+
+    def cut(tensors, file):
+        if file.name == failing:
+            raise KeyboardInterrupt
+        write(tensors, file)
+
+    monkeypatch.setattr(module, "write_tensors", cut)
+    with pytest.raises(KeyboardInterrupt):
+        save_enhancer(small, tmp_path)
+    assert not (tmp_path / "glesam.json").exists()  # that of before would go with files of both
+    with pytest.raises(KeyboardInterrupt):
+        save_enhancer(small, tmp_path / "new")
+    assert not (tmp_path / "new" / "glesam.json").exists()
+    monkeypatch.undo()
+    save_enhancer(small, tmp_path / "new")
+    assert load_enhancer(tmp_path / "new", tmp_path).config == small.config
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("levels", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "small"])
+def test_a_folder_that_lacks_a_file_of_its_kind_does_not_take_the_place_of_a_model(tmp_path, kind, levels):
+    config = dataclasses.replace(LORA if kind == "lora" else SMALL, levels=levels)
+    made = tiny_enhancer(config) if kind == "lora" else SmallEnhancer(config)
+    folder, home = tmp_path / "run", tmp_path / "home"
+    save_enhancer(made, folder)
+    take_enhancer(folder, config.model, home)
+    own = home / config.model
+    there = content(own)
+    assert set(there) == {"glesam.json", *config.files} and there == content(folder)
+    for name in config.files:
+        whole = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match=f"run: expected .*{name}.* beside glesam.json, found none; take the"):
+            take_enhancer(folder, config.model, home)
+        (folder / name).write_bytes(whole[:-1])
+        with pytest.raises(ValueError, match=f"{name}: expected a safetensors file, cannot read it"):
+            take_enhancer(folder, config.model, home)
+        (folder / name).write_bytes(whole)
+        assert content(own) == there
+    assert set(dict(verify(home)).values()) == {"ok"}
+
+
+def test_a_disk_that_fills_up_leaves_the_model_that_is_there(tmp_path, monkeypatch):
+    config = dataclasses.replace(SMALL, levels=True)
+    save_enhancer(SmallEnhancer(config), tmp_path / "run")
+    take_enhancer(tmp_path / "run", config.model, tmp_path / "home")
+    own = tmp_path / "home" / config.model
+    there, copy, copies = content(own), shutil.copyfile, []
+
+    def full(source, target):
+        if copies:
+            raise OSError("no space left")
+        copies.append(copy(source, target))
+
+    save_enhancer(SmallEnhancer(config), tmp_path / "run")  # other random weights
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="no space left"):
+        take_enhancer(tmp_path / "run", config.model, tmp_path / "home")
+    assert content(own) == there and set(dict(verify(tmp_path / "home")).values()) == {"ok"}
 
 
 @pytest.mark.parametrize("levels", [False, True])

@@ -10,8 +10,7 @@ import struct
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ from glesam_ros.models.glesam.catalogue import (
     Source,
     split_name,
 )
+from glesam_ros.whole_files import PART, bring_to_disk, write_text, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +108,8 @@ def fetch(source: Source, folder: Path, started: Callable[[str, int | None, int]
             f"that is what it had the first time; if the new one is right, remove the entry from {folder / CHECKSUMS}"
         )
         raise DownloadError(f"{source.url}: expected SHA-256 {expected}, got {found}; {how}")
-    _place(partial, path, folder, found)
+    os.replace(partial, path)
+    _record(path, folder, found)
     return path
 
 
@@ -194,11 +195,8 @@ def _receive(source: Source, partial: Path, started: Callable[[str, int | None, 
 
 def take(file: Path, path: Path, folder: Path) -> str:
     """Copy a local file, which the user vouches for, into place; returns its SHA-256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _partial(path) as partial:
-        shutil.copyfile(file, partial)
-        found = sha256(partial)
-        _place(partial, path, folder, found)
+    found = write_whole(path, lambda beside: _copied(file, beside))
+    _record(path, folder, found)
     return found
 
 
@@ -206,20 +204,28 @@ def take_enhancer(source: Path, name: str, folder: Path) -> None:
     """Copy an enhancer, as `save_enhancer` writes it, to where the model `name` has it, in place of one there.
 
     Raises:
-        ValueError: it is one of another base or of another kind.
+        ValueError: it is one of another base or of another kind, or a file is missing or cannot be read; the model that
+            is there stays.
     """
     from glesam_ros.models.glesam.enhancer import load_config
+    from glesam_ros.models.glesam.weights import read_tensors
 
     config, own = load_config(source), folder / name
     if name != config.model:
         raise ValueError(f"{source}: holds the enhancer of {config.model}, expected that of {name}")
-    files = sorted(source.glob("*.safetensors"))
     if source.resolve() == own.resolve():
         raise ValueError(f"{source}: is the folder of {name} already; nothing to copy")
-    _clear(own, folder)
+    missing = [file for file in config.files if not (source / file).is_file()]
+    if missing:
+        raise ValueError(
+            f"{source}: expected {', '.join(missing)} beside {CONFIG_FILE}, found none; take the folder {name} that "
+            "glesam train wrote, whole"
+        )
+    files = sorted(source.glob("*.safetensors"))
     for file in files:
-        take(file, own / file.name, folder)
-    take(source / CONFIG_FILE, own / CONFIG_FILE, folder)  # last: with it the model is there
+        read_tensors(file)  # refuses what is no file of tensors
+    # glesam.json last: with it the model is there
+    _exchange(own, folder, {file.name: file for file in (*files, source / CONFIG_FILE)})
 
 
 def take_released(source: Path, name: str, folder: Path) -> None:
@@ -237,10 +243,7 @@ def take_released(source: Path, name: str, folder: Path) -> None:
             f"found {', '.join(file.name for file in decoders) or 'no .pth file'}"
         )
     _released_parts(source / LORA_FILE, decoders[0])  # refused before what is there goes
-    own = folder / name
-    _clear(own, folder)
-    take(source / LORA_FILE, own / LORA_FILE, folder)
-    take(decoders[0], own / RELEASED_DECODER, folder)
+    _exchange(folder / name, folder, {LORA_FILE: source / LORA_FILE, RELEASED_DECODER: decoders[0]})
     adopt(name, folder)
 
 
@@ -272,6 +275,27 @@ def take_system(source: Path, name: str, folder: Path) -> list[str]:
     return list(files)
 
 
+def _exchange(own: Path, folder: Path, files: Mapping[str, Path]) -> None:
+    """Put copies of `files` by the names that they get, in this order, in place of the enhancer in `own`.
+
+    It stays until all of them are copied, so that a full disk costs nothing.
+    """
+    own.mkdir(parents=True, exist_ok=True)
+    beside = {name: own / f"{name}{PART}" for name in files}
+    try:
+        found = {name: _copied(file, beside[name]) for name, file in files.items()}
+        for copy in beside.values():
+            bring_to_disk(copy)
+        _clear(own, folder)
+        for name, copy in beside.items():
+            os.replace(copy, own / name)
+            _record(own / name, folder, found[name])
+        bring_to_disk(own)
+    finally:
+        for copy in beside.values():
+            copy.unlink(missing_ok=True)
+
+
 def _clear(own: Path, folder: Path) -> None:
     """Take an enhancer away: files of the old one beside those of a new one would be read with them."""
     for file in (own / CONFIG_FILE, own / RELEASED_DECODER, *own.glob("*.safetensors")):
@@ -280,8 +304,13 @@ def _clear(own: Path, folder: Path) -> None:
     _write_json(folder / CHECKSUMS, {k: v for k, v in _checksums(folder).items() if not k.startswith(start)})
 
 
-def _place(file: Path, path: Path, folder: Path, checksum: str) -> None:
-    os.replace(file, path)
+def _copied(file: Path, to: Path) -> str:
+    """Copy a file; the SHA-256 of the copy."""
+    shutil.copyfile(file, to)
+    return sha256(to)
+
+
+def _record(path: Path, folder: Path, checksum: str) -> None:
     _write_json(folder / CHECKSUMS, {**_checksums(folder), path.relative_to(folder).as_posix(): checksum})
 
 
@@ -344,13 +373,12 @@ def adopt(name: str, folder: Path) -> None:
         FileNotFoundError: a file is missing.
         ValueError: they are no such files.
     """
-    from safetensors.torch import save_file
+    from glesam_ros.models.glesam.enhancer import write_tensors
 
     own = folder / name
     about, decoder = _released_parts(own / LORA_FILE, own / RELEASED_DECODER)
-    with _partial(own / DECODER_FILE) as partial:
-        save_file({key: value.contiguous() for key, value in decoder.items()}, partial)
-        _place(partial, own / DECODER_FILE, folder, sha256(partial))
+    write_tensors(decoder, own / DECODER_FILE)
+    _record(own / DECODER_FILE, folder, sha256(own / DECODER_FILE))
     _write_json(own / CONFIG_FILE, {"base": split_name(name)[0], **about})
 
 
@@ -388,17 +416,4 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _partial(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-
-
-@contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; what is left under it at the end is removed."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -38,7 +39,8 @@ from glesam_ros.models.glesam.catalogue import (
     SMALL_FILE,
 )
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
-from glesam_ros.models.glesam.weights import load_exactly, lora_to_diffusers, lora_to_peft, read_tensors, write_whole
+from glesam_ros.models.glesam.weights import load_exactly, lora_to_diffusers, lora_to_peft, read_tensors
+from glesam_ros.whole_files import PART, write_text, write_whole
 
 allow_import_without_operators()  # diffusers and peft, which are imported below, want torchvision
 
@@ -118,6 +120,12 @@ class EnhancerConfig:
             raise ValueError(f"levels: expected true or false, got {self.levels!r}")
         if not (isinstance(self.channels, int) and self.channels > 0 and self.channels % UNET_CHANNELS == 0):
             raise ValueError(f"channels: expected a multiple of {UNET_CHANNELS}, got {self.channels!r}")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files beside `glesam.json`; that of the mask decoder may be missing."""
+        network = LORA_FILE if self.kind == "lora" else SMALL_FILE
+        return (network, LEVEL_FILE) if self.levels else (network,)
 
     @property
     def model(self) -> str:
@@ -595,7 +603,8 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     from safetensors.torch import save
 
     content = save({key: x.detach().cpu().contiguous() for key, x in tensors.items()})
-    write_whole(file, lambda partial: partial.write_bytes(content))
+    # two programs may embed the same prompt at once
+    write_whole(file, lambda beside: beside.write_bytes(content), part=f".{os.getpid()}{PART}")
 
 
 def save_enhancer(
@@ -604,7 +613,7 @@ def save_enhancer(
     """Write what was trained: `glesam.json` and safetensors files; LoRA in diffusers' key layout.
 
     Args:
-        folder: made if missing; files of the same names are replaced.
+        folder: made if missing; files of the same names are replaced. Until all are there it has no `glesam.json`.
         decoder: weights of the mask decoder after stage 2; None leaves a file of them as it is.
 
     Raises:
@@ -618,10 +627,10 @@ def save_enhancer(
         states[LORA_FILE] = lora_to_diffusers(lora)
     if decoder is not None:
         states[DECODER_FILE] = decoder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(json.dumps(asdict(enhancer.config), indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
     for name, state in states.items():
         write_tensors(state, folder / name)
+    write_text(folder / CONFIG_FILE, json.dumps(asdict(enhancer.config), indent=2) + "\n")
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:

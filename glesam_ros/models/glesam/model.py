@@ -223,8 +223,7 @@ def load_parts(name: str, folder: Path) -> tuple[Sam | Sam2, Enhancer | SmallEnh
     if config.base != base_name:
         raise ValueError(f"{own}: expected an enhancer of {base_name}, got one of {config.base}")
     # what is missing is said before gigabytes are read
-    network = catalogue.LORA_FILE if config.kind == "lora" else catalogue.SMALL_FILE
-    catalogue.enhancer_folder(name, folder, [network, *([catalogue.LEVEL_FILE] if config.levels else [])])
+    catalogue.enhancer_folder(name, folder, config.files)
     if config.kind == "lora":
         catalogue.unet_folder(config.unet, name, folder)
     catalogue.base_file(base_name, folder)

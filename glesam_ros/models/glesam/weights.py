@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +52,6 @@ TRANSFORMERS_SAM = (
 """What transformers' SamModel calls the parts of SAM, as patterns, and what segment-anything calls them."""
 ADAPTER = "default"
 """Name of the adapter in peft's keys."""
-
-
-def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `file`, which then takes its name: it is there whole or not at all."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        write(partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path, *, mapped: bool = False) -> Any:

@@ -63,7 +63,7 @@ from glesam_ros.models.glesam.runtime import (
     memory_errors,
 )
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
-from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, read_tensors, write_whole
+from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, read_tensors
 from glesam_ros.models.rass import ade20k
 from glesam_ros.models.rass.checkpoint import NOT_READ, from_released, is_released, released_sizes
 from glesam_ros.models.rass.scr import (
@@ -77,6 +77,7 @@ from glesam_ros.models.rass.scr import (
     merge_scr,
 )
 from glesam_ros.validation import FloatArray, UInt8Array, check_image
+from glesam_ros.whole_files import write_whole
 
 allow_import_without_operators()  # transformers, diffusers and peft want torchvision
 
@@ -546,8 +547,7 @@ def write_rass(network: RassNetwork, path: Path, palette: UInt8Array, scr: str =
     content = {
         "config": fields, "palette": palette.tolist(), "state": state, "prompt": network.prompt.cpu(), "scr": scr,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: torch.save(content, partial))
+    write_whole(path, lambda beside: torch.save(content, beside))
 
 
 def read_rass(path: Path) -> RassWeights:
