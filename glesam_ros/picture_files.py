@@ -1,9 +1,32 @@
-"""What counts as a picture file, and whether one is whole."""
+"""Picture files: what counts as one, whether one is whole, its pixels and back."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 """Endings that count as pictures in a folder, in lower case."""
+
+# the next marker in entropy-coded data: 0xFF before anything but stuffing (00), a restart (D0..D7) or fill (FF)
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+
+
+def end_of_jpeg(data: bytes) -> int | None:
+    """Where the end marker of a JPEG is; None where it lacks. What follows it does not count."""
+    at = 2
+    while found := _JPEG_MARKER.search(data, at):
+        marker, at = data[found.start() + 1], found.end()
+        if marker == 0xD9:
+            return found.start()
+        # segments with a length are jumped over: an EXIF thumbnail has an end marker of its own
+        if marker not in (0x01, 0xD8):
+            at += int.from_bytes(data[at : at + 2], "big")
+    return None
 
 
 def is_cut_short(data: bytes) -> bool:
@@ -12,25 +35,53 @@ def is_cut_short(data: bytes) -> bool:
     What follows the picture, such as the film of a motion photo, does not count.
     """
     if data.startswith(b"\xff\xd8"):
-        return data.find(b"\xff\xd9", _scan_of(data)) < 0
+        return end_of_jpeg(data) is None
     return data.startswith(b"\x89PNG") and b"IEND" not in data
 
 
-def _scan_of(data: bytes) -> int:
-    """Where the first scan of a JPEG begins; behind the data where there is none.
+def decoded(data: bytes, flags: int) -> NDArray[Any]:
+    """Pixels of a picture file as OpenCV reads it with `flags` (cv2.IMREAD_...): (H, W, 3) BGR, or what is in the file.
 
-    The segments before are stepped over, since a thumbnail in one has an end marker of its own; in a scan it cannot be,
-    0xff is stuffed there.
+    Raises:
+        ValueError: no picture, or one that is cut short.
     """
-    at = 2
-    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 1:
-        marker = data[at + 1]
-        if marker == 0xDA:
-            return at
-        if marker == 0xFF:  # fills
-            at += 1
-        elif marker <= 0x01 or 0xD0 <= marker <= 0xD9:  # these have no length
-            at += 2
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return len(data)
+    import cv2
+    import numpy as np
+
+    if not data:
+        raise ValueError("expected a picture, got an empty file")
+    if is_cut_short(data):
+        raise ValueError(f"expected a whole picture, got one cut short after {len(data)} bytes; copy it again")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise ValueError(f"expected a picture, OpenCV cannot decode it: {str(error).strip()}") from error
+    if image is None:
+        raise ValueError(f"expected a picture ({' '.join(SUFFIXES)}), got a file that OpenCV cannot decode")
+    return image
+
+
+def encoded(file: Path, image: NDArray[Any], quality: int = 95) -> bytes:
+    """What to write to `file`, whose ending is the format.
+
+    Args:
+        file: path or name.
+        image: (H, W) or (H, W, 3) BGR.
+        quality: of a JPEG, 0..100.
+
+    Raises:
+        OSError: OpenCV cannot encode it, for example a side that is longer than the format has; names the file.
+    """
+    import cv2
+
+    ending = file.suffix.lower()
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if ending in (".jpg", ".jpeg") else []
+    why = ""
+    try:
+        done, data = cv2.imencode(ending, image, options)
+    except cv2.error as error:
+        done, why = False, f": {str(error).strip()}"
+    if not done:
+        got = f"{image.shape[1]}x{image.shape[0]} pixels{why}"
+        raise OSError(f"{file}: expected a picture that OpenCV can encode, got {got}; scale it down")
+    return data.tobytes()

@@ -19,7 +19,7 @@ from pycocotools import mask as coco
 from glesam_ros import __version__, models, settings
 from glesam_ros.cli.main import main, make_parser
 from glesam_ros.models import OutOfMemory, register_model, registry
-from glesam_ros.picture_files import is_cut_short
+from glesam_ros.picture_files import encoded, end_of_jpeg, is_cut_short
 
 COMMANDS = (
     "bag", "bench", "degrade", "demo", "evaluate", "evaluate-semantic", "export", "lqseg", "models", "reallq",
@@ -320,6 +320,36 @@ def test_a_png_is_whole_with_its_last_chunk_whatever_follows():
     whole = cv2.imencode(".png", bright_model.scene())[1].tobytes()
     assert not is_cut_short(whole) and not is_cut_short(whole + bytes(10_000))
     assert is_cut_short(whole[:-12])
+
+
+def test_where_a_jpeg_ends_is_found_and_a_marker_in_a_later_segment_is_none():
+    for whole in jpegs().values():
+        assert end_of_jpeg(whole) == end_of_jpeg(whole + b"\xff\xd9") == len(whole) - 2
+        assert end_of_jpeg(whole[:-2]) is None
+    whole = jpegs()["progressive"]
+    scan = whole.rindex(b"\xff\xda")
+    remark = whole[:scan] + b"\xff\xfe\x00\x04\xff\xd9" + whole[scan:]
+    assert end_of_jpeg(remark) == len(remark) - 2
+    assert is_cut_short(remark[:-2])
+
+
+def test_the_ending_of_a_file_is_its_format():
+    pixels = bright_model.scene()
+    assert encoded(Path("a.PNG"), pixels) == cv2.imencode(".png", pixels)[1].tobytes()
+    assert encoded(Path("a.jpg"), pixels) == cv2.imencode(".jpg", pixels)[1].tobytes()
+    worse = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 60])[1].tobytes()
+    assert encoded(Path("a.JPEG"), pixels, 60) == worse
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_picture_that_its_format_does_not_hold_is_named(raises, monkeypatch):
+    def before_opencv_5(*_):
+        raise cv2.error("Maximum supported image dimension is 65500 pixels")
+
+    if raises:
+        monkeypatch.setattr(cv2, "imencode", before_opencv_5)
+    with pytest.raises(OSError, match=r"^out/wide\.jpg: expected .* got 70000x2 pixels.*; scale it down"):
+        encoded(Path("out/wide.jpg"), np.zeros((2, 70_000, 3), np.uint8))
 
 
 def test_a_photo_with_a_film_behind_it_is_segmented(tmp_path):

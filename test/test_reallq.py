@@ -613,7 +613,7 @@ def test_faults_of_shapes(shape, expected):
 
 
 def test_faults_are_named_with_their_file_and_the_rest_goes_on(tmp_path):
-    out, names = picked(tmp_path, 9)
+    out, names = picked(tmp_path, 10)
     label(out, names[0], box("road", 0, 0, 48, 32))
     wrong_class = label(out, names[1], box("lava", 0, 0, 48, 32))
     wrong_size = label(out, names[2], box("road", 0, 0, 9, 9), imageWidth=640)
@@ -621,6 +621,9 @@ def test_faults_are_named_with_their_file_and_the_rest_goes_on(tmp_path):
     far = label(out, names[7], polygon("road", (0, 0), (5, 5), (1e308, 9)))
     empty = out / f"images/validation/{names[3]}.json"
     (out / f"images/validation/{names[8]}.json").unlink()
+    cut = out / f"images/validation/{names[9]}.png"
+    cut.write_bytes(cut.read_bytes()[:-12])
+    of_cut = label(out, names[9], box("road", 0, 0, 48, 32))
     (out / f"images/validation/{names[4]}.json").unlink()
     broken = out / f"images/validation/{names[5]}.json"
     broken.write_text("{")
@@ -638,6 +641,7 @@ def test_faults_are_named_with_their_file_and_the_rest_goes_on(tmp_path):
     assert "not labelled yet" in found.pop(empty)
     assert "expected one file of labels" in found.pop(out / f"images/validation/{names[8]}.png")
     assert "Is a directory" in found.pop(folder)
+    assert f"{cut}: expected a whole picture, got one cut short" in found.pop(of_cut)
     assert "expected a file of LabelMe" in found.pop(broken)
     assert "no picture of this name" in found.pop(stray)
     assert not found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import CommandError, degradation, positive, seed
-from glesam_ros.cli.pictures import FAILURES, find_pictures, keep_pictures, read_picture, say_skipped
+from glesam_ros.cli.pictures import FAILURES, find_pictures, keep_pictures, read_picture, say_skipped, write_picture
 
 if TYPE_CHECKING:
     from glesam_ros.validation import UInt8Array
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if done and args.out is not None:
         print(f"{done} of {len(pictures)} pictures, {len(entries)} degraded; {PARAMETERS} and results in {args.out}")
     if done and args.sheet is not None:
-        _write(args.sheet, _side_by_side(blocks))
+        write_picture(args.sheet, _side_by_side(blocks))
         print(f"{done} of {len(pictures)} pictures, {len(kinds)} kinds, levels {levels}; sheet {args.sheet}")
     if failures:
         raise CommandError(f"{len(failures)} of {len(pictures)} pictures failed, named above")
@@ -183,7 +183,7 @@ def _write_degraded(
         for level in levels:
             degraded = degrade(image, kind, level, seed)
             file = _file(stem, kind, level)
-            _write(out / file, degraded.image)
+            write_picture(out / file, degraded.image)
             entries.append({
                 "picture": str(path), "file": file.as_posix(), "kind": kind, "level": level, "seed": seed,
                 "parameters": degraded.parameters,
@@ -202,16 +202,6 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
 
 def _file(stem: Path, kind: str, level: int) -> Path:
     return stem.with_name(f"{stem.name}_{kind}-{level}.png")
-
-
-def _write(path: Path, rgb: UInt8Array) -> None:
-    import cv2
-
-    done, data = cv2.imencode(path.suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
-    if not done:
-        raise CommandError(f"{path}: OpenCV could not encode the picture")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.tobytes())
 
 
 def _shrunk(image: UInt8Array, long_side: int) -> UInt8Array:

@@ -7,17 +7,18 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import CommandError
-from glesam_ros.picture_files import SUFFIXES, is_cut_short
+from glesam_ros.picture_files import SUFFIXES, decoded, encoded
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from glesam_ros.validation import UInt8Array
 
 FAILURES = (ValueError, RuntimeError, OSError, MemoryError)
 """What one picture may fail with; the others are done all the same."""
-JPEG_QUALITY = 95
 
 
 def add_pictures(parser: argparse.ArgumentParser) -> None:
@@ -104,35 +105,20 @@ def read_picture(path: Path) -> UInt8Array:
     import cv2
     import numpy as np
 
-    data = path.read_bytes()
-    if not data:
-        raise ValueError("expected a picture, got an empty file")
-    if is_cut_short(data):
-        raise ValueError(f"expected a whole picture, got one cut short after {len(data)} bytes; copy it again")
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        if image is not None:
-            return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
-    except cv2.error as error:
-        raise ValueError(f"expected a picture, OpenCV cannot decode it: {str(error).strip()}") from error
-    raise ValueError(f"expected a picture ({' '.join(SUFFIXES)}), got a file that OpenCV cannot decode")
+    return np.asarray(cv2.cvtColor(decoded(path.read_bytes(), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), np.uint8)
 
 
-def write_picture(path: Path, image: UInt8Array) -> None:
-    """Write an (H, W, 3) uint8 RGB picture in the format of the ending of `path`; folders above it are made.
+def write_picture(path: Path, image: NDArray[Any]) -> None:
+    """Write (H, W, 3) uint8 RGB or (H, W) grey in the format of the ending of `path`; folders above it are made.
 
     Raises:
-        CommandError: OpenCV could not encode it.
+        OSError: it cannot be encoded or written.
     """
     import cv2
 
-    ending = path.suffix.lower()
-    quality = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if ending in (".jpg", ".jpeg") else []
-    done, data = cv2.imencode(ending, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), quality)
-    if not done:
-        raise CommandError(f"{path}: OpenCV could not encode the picture")
+    data = encoded(path, cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.tobytes())
+    path.write_bytes(data)
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -13,12 +13,19 @@ from typing import TYPE_CHECKING, Any
 from glesam_ros.cli.options import (
     MODEL_SETTINGS,
     SELECTION_SETTINGS,
-    CommandError,
     add_settings,
     numbers,
     open_pipeline,
 )
-from glesam_ros.cli.pictures import FAILURES, add_pictures, find_pictures, keep_pictures, read_picture, say_skipped
+from glesam_ros.cli.pictures import (
+    FAILURES,
+    add_pictures,
+    find_pictures,
+    keep_pictures,
+    read_picture,
+    say_skipped,
+    write_picture,
+)
 from glesam_ros.settings import default
 
 if TYPE_CHECKING:
@@ -139,19 +146,12 @@ def prompts_of(points: Iterable[tuple[float, ...]], boxes: Sequence[tuple[float,
 
 
 def _write_pictures(stem: Path, image: UInt8Array, instances: Instances, alpha: float) -> None:
-    import cv2
-
     from glesam_ros.overlay import draw_overlay
 
-    stem.parent.mkdir(parents=True, exist_ok=True)
     labels = instances.label_map()
-    overlay = draw_overlay(image, instances, alpha, labels)
-    for ending, pixels in zip(ENDINGS, (labels, cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR))):
-        path = stem.with_name(stem.name + ending)
-        done, data = cv2.imencode(path.suffix, pixels)
-        if not done:
-            raise CommandError(f"{path}: OpenCV could not encode the picture")
-        path.write_bytes(data.tobytes())
+    masks, overlay = (stem.with_name(stem.name + ending) for ending in ENDINGS)
+    write_picture(masks, labels)
+    write_picture(overlay, draw_overlay(image, instances, alpha, labels))
 
 
 def _point(text: str) -> tuple[float, ...]:

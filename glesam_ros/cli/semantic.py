@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import BESIDE_TEXTS, CommandError, add_settings
-from glesam_ros.cli.pictures import FAILURES, add_pictures, find_pictures, keep_pictures, read_picture, say_skipped
+from glesam_ros.cli.pictures import (
+    FAILURES,
+    add_pictures,
+    find_pictures,
+    keep_pictures,
+    read_picture,
+    say_skipped,
+    write_picture,
+)
 
 if TYPE_CHECKING:
     from glesam_ros.semantic import SemanticMap, SemanticSegmenter
@@ -134,7 +142,6 @@ def _open(model: str, device: str, precision: str) -> SemanticSegmenter:
 
 
 def _write_pictures(stem: Path, image: UInt8Array, found: SemanticMap, alpha: float, confidence: bool) -> None:
-    import cv2
     import numpy as np
 
     from glesam_ros.labelled import write_label_map
@@ -142,12 +149,7 @@ def _write_pictures(stem: Path, image: UInt8Array, found: SemanticMap, alpha: fl
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_label_map(stem.with_name(stem.name + CLASSES), found.labels, found.palette)
-    files = {OVERLAY: cv2.cvtColor(draw_classes(image, found, alpha), cv2.COLOR_RGB2BGR)}
+    write_picture(stem.with_name(stem.name + OVERLAY), draw_classes(image, found, alpha))
     if confidence:
-        files[CONFIDENCE] = np.round(255 * found.confidence).astype(np.uint8)
-    for ending, pixels in files.items():
-        path = stem.with_name(stem.name + ending)
-        done, data = cv2.imencode(path.suffix, pixels)
-        if not done:
-            raise CommandError(f"{path}: OpenCV could not encode the picture")
-        path.write_bytes(data.tobytes())
+        share = np.round(255 * found.confidence).astype(np.uint8)
+        write_picture(stem.with_name(stem.name + CONFIDENCE), share)

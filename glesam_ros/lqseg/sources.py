@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from glesam_ros.datasets import Malformed, check_numbers, coco_name, coco_picture, decode_segmentation, parse_coco
-from glesam_ros.picture_files import SUFFIXES, is_cut_short
+from glesam_ros.picture_files import SUFFIXES, decoded
 from glesam_ros.validation import BoolArray, UInt8Array
 
 KINDS = ("coco", "folder", "ade20k", "bsds")
@@ -156,11 +156,10 @@ def read_picture(source: Source) -> tuple[bytes, UInt8Array]:
         raise Malformed("image_missing", f"expected a picture at {source.image.name}, found none") from error
     except OSError as error:
         raise Malformed("image_unreadable", f"expected a picture: {error.strerror}") from error
-    if is_cut_short(data):
-        raise Malformed("image_unreadable", f"expected a whole picture, got one cut short after {len(data)} bytes")
-    pixels = _decode(data, cv2.IMREAD_COLOR)
-    if pixels is None:
-        raise Malformed("image_unreadable", f"expected a picture ({' '.join(SUFFIXES)}), OpenCV cannot decode it")
+    try:
+        pixels = decoded(data, cv2.IMREAD_COLOR)
+    except ValueError as error:
+        raise Malformed("image_unreadable", str(error)) from error
     if source.size and pixels.shape[:2] != source.size:
         raise Malformed("image_size", f"expected height and width {source.size}, got {pixels.shape[:2]}")
     return data, np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
@@ -377,12 +376,11 @@ def _read_label_maps(index: Index, source: Source, size: tuple[int, int], truth:
 def _label_map(path: Path, size: tuple[int, int], may_be_binary: bool, binary: bool) -> np.ndarray[Any, Any]:
     """(H, W) uint16; a mask of one value besides 0, or with `binary` one above 127, gets the label 1."""
     try:
-        data = path.read_bytes()
+        labels = decoded(path.read_bytes(), cv2.IMREAD_UNCHANGED)
     except OSError as error:
         raise Malformed("mask_unreadable", f"expected a mask: {error.strerror}") from error
-    labels = None if is_cut_short(data) else _decode(data, cv2.IMREAD_UNCHANGED)
-    if labels is None:
-        raise Malformed("mask_unreadable", "expected a picture of labels, OpenCV cannot decode it")
+    except ValueError as error:
+        raise Malformed("mask_unreadable", str(error)) from error
     if labels.ndim == 3:
         if not (labels[..., :3] == labels[..., :1]).all():
             raise Malformed("mask_colour", "expected grey labels, got colours; save the label numbers themselves")
@@ -405,13 +403,6 @@ def _label_map(path: Path, size: tuple[int, int], may_be_binary: bool, binary: b
 def _measured(mask: BoolArray, label: int) -> dict[str, Any]:
     box = cv2.boundingRect(mask.astype(np.uint8))
     return {"label": label, "area": int(np.count_nonzero(mask)), "bbox": [int(v) for v in box]}
-
-
-def _decode(data: bytes, flags: int) -> np.ndarray[Any, Any] | None:
-    try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-    except cv2.error:
-        return None
 
 
 def _check_box(box: Any, size: tuple[int, int]) -> None:

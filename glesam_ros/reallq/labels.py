@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from glesam_ros.datasets import decode_segmentation
 from glesam_ros.labelled import read_class_list, read_label_map
 from glesam_ros.lqseg.build import Track, write_file
-from glesam_ros.reallq.pick import ANNOTATIONS, IMAGES, encode_png, read_manifest
+from glesam_ros.picture_files import decoded, encoded
+from glesam_ros.reallq.pick import ANNOTATIONS, IMAGES, read_manifest
 
 LABEL_MAP = "labelmap.txt"
 """CVAT's colours; where it lies beside the labels, they are taken for CVAT's."""
@@ -117,7 +118,7 @@ def read_labels(
             faults.append(LabelFault(file, str(error)))
             continue
         target = folder / ANNOTATIONS / picture.name
-        data = encode_png(map_, picture.name)
+        data = encoded(target, map_)
         if not target.exists() or (force and target.read_bytes() != data):
             write_file(target, data)
             written.append(picture.stem)
@@ -316,10 +317,11 @@ def _sized(labels: Labels, size: tuple[int, int]) -> Labels:
 
 
 def _size_of(picture: Path) -> tuple[int, int]:
-    image = cv2.imread(str(picture), cv2.IMREAD_UNCHANGED)
-    if image is None:
-        raise ValueError(f"expected a picture at {picture}, found none that can be read")
-    return int(image.shape[0]), int(image.shape[1])
+    try:
+        height, width = decoded(picture.read_bytes(), cv2.IMREAD_UNCHANGED).shape[:2]
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{picture}: {error}") from error
+    return height, width
 
 
 def _some(names: Any) -> str:

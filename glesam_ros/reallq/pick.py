@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import cv2
-import numpy as np
 
 from glesam_ros import __version__
 from glesam_ros.lqseg.build import PART, Track, write_file
+from glesam_ros.picture_files import encoded
 from glesam_ros.reallq.quality import Level, Quality, measure, score, worst_measure
 from glesam_ros.validation import UInt8Array
 
@@ -224,14 +224,6 @@ def template(name: str, size: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def encode_png(image: np.ndarray[Any, Any], what: str) -> bytes:
-    """PNG of what OpenCV takes (grey, or BGR). Raises OSError with `what` when it cannot be encoded."""
-    done, data = cv2.imencode(".png", image)
-    if not done:
-        raise OSError(f"{what}: OpenCV could not encode a PNG")
-    return data.tobytes()
-
-
 def _check(options: PickOptions) -> None:
     if options.count < 1:
         raise ValueError(f"count: expected at least 1, got {options.count}")
@@ -393,8 +385,8 @@ def _write_pictures(recording: Recording, out: Path, chosen: dict[int, int]) -> 
         except (ValueError, OSError) as error:
             raise ValueError(f"{shot.source}: expected to read it as before, got: {error}; pick again") from error
         name = file_name(shot.name, names)
-        data = encode_png(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), name)
         picture, label = out / IMAGES / f"{name}.png", out / IMAGES / f"{name}.json"
+        data = encoded(picture, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         if not picture.exists() or picture.read_bytes() != data:
             write_file(picture, data)
         size = (int(image.shape[0]), int(image.shape[1]))

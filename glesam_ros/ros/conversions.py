@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from glesam_ros.picture_files import end_of_jpeg
 from glesam_ros.validation import UInt8Array
 
 FLOAT_TOLERANCE = 0.01
@@ -220,9 +221,11 @@ def compressed_to_rgb(msg: Any) -> UInt8Array:
     if not data:
         raise ConversionError("zero_size", f"expected a picture ({stated!r}), got no data; check the camera driver")
     # the bytes decide: many drivers state one format and send the other
-    jpeg_end = 0
+    jpeg_end = None
     if data[:2] == b"\xff\xd8":
-        jpeg_end = _end_of_jpeg(data)
+        jpeg_end = end_of_jpeg(data)
+        if jpeg_end is None:  # OpenCV 4 would decode it with the rest left grey
+            raise _truncated("JPEG", len(data), "its end marker FF D9")
     elif data[:8] == b"\x89PNG\r\n\x1a\n":
         _check_png(data)
     else:
@@ -378,25 +381,6 @@ def _to_rgb(channels: np.ndarray[Any, Any], code: int | None) -> UInt8Array:
             channels = np.pad(channels[..., 0], ((0, down), (0, right)), "wrap")
         return np.ascontiguousarray(cv2.cvtColor(channels, code)[:height, :width], np.uint8)
     return np.asarray(cv2.cvtColor(channels, code), np.uint8)
-
-
-# the next marker in entropy-coded data: 0xFF before anything but stuffing (00), a restart (D0..D7) or fill (FF)
-_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-
-
-def _end_of_jpeg(data: bytes) -> int:
-    """Where the end marker is; a JPEG without it is refused, which OpenCV 4 would decode with the rest left grey."""
-    at = 2
-    while True:
-        found = _JPEG_MARKER.search(data, at)
-        if found is None:
-            raise _truncated("JPEG", len(data), "its end marker FF D9")
-        marker, at = data[found.start() + 1], found.end()
-        if marker == 0xD9:
-            return found.start()
-        # segments with a length are jumped over: an EXIF thumbnail has an end marker of its own
-        if marker not in (0x01, 0xD8):
-            at += int.from_bytes(data[at : at + 2], "big")
 
 
 def _check_png(data: bytes) -> None:
