@@ -23,6 +23,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
 
 from glesam_ros import degradation
+from glesam_ros.cli import demo as cli
 from glesam_ros.ros import demo_camera
 
 SMALL = {"width": 160, "height": 120}
@@ -253,6 +254,17 @@ def test_demo_says_why_the_node_cannot_work(start, tmp_path):
     assert process.wait(60) == 1
     text = process.log.read_text()
     assert "expected one of" in text and "got 'nothing'" in text and "node.log" in text
+
+
+def test_pictures_that_the_disk_has_no_room_for_end_the_demo(tmp_path):
+    pixels = np.zeros((120, 160, 3), np.uint8)
+    cli._write_pair(tmp_path / "rain.jpg", "rain", pixels, pixels)
+    full = tmp_path / "full.jpg"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        cli._write_pair(full, "rain", pixels, pixels)
+    with pytest.raises(OSError, match="No space left"):
+        cli._write_sheet(full, [tmp_path / "rain.jpg"])
 
 
 def test_demo_without_ros_says_how_to_get_it(tmp_path):

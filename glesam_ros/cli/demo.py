@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from glesam_ros.cli.options import CommandError, add_settings, not_negative
+from glesam_ros.picture_files import encoded
 from glesam_ros.ros import shared_memory
 
 START_TIMEOUT_S = 90.0
@@ -29,6 +30,7 @@ SETTLE_S = 1.2
 """A scene plays this long before its picture is taken."""
 FRAMES_KEPT = 60
 """Camera frames that wait for the overlay with their stamp."""
+JPEG_QUALITY = 92
 NODE, CAMERA = "glesam_ros.ros", "glesam_ros.ros.demo_camera"
 
 EPILOG = """\
@@ -348,8 +350,7 @@ def _write_pair(path: Path, scene: str, frame: Any, overlay: Any) -> None:
     sheet[bar:, :width], sheet[bar:, width + gap :] = frame[..., ::-1], overlay[..., ::-1]
     for text, x in ((f"{scene.replace('_', ' ')}: camera", 8), ("glesam", width + gap + 8)):
         cv2.putText(sheet, text, (x, bar - 12), cv2.FONT_HERSHEY_SIMPLEX, 0.65, (235, 235, 235), 1, cv2.LINE_AA)
-    if not cv2.imwrite(str(path), sheet, [cv2.IMWRITE_JPEG_QUALITY, 92]):
-        raise CommandError(f"{path}: expected to write a picture, but it failed; is the disk full?")
+    path.write_bytes(encoded(path, sheet, JPEG_QUALITY))
 
 
 def _write_sheet(path: Path, pairs: list[Path]) -> None:
@@ -369,7 +370,7 @@ def _write_sheet(path: Path, pairs: list[Path]) -> None:
     for k, picture in enumerate(small):
         y, x = k // 2 * (height + gap), k % 2 * (width + gap)
         sheet[y : y + height, x : x + width] = picture
-    cv2.imwrite(str(path), sheet, [cv2.IMWRITE_JPEG_QUALITY, 92])
+    path.write_bytes(encoded(path, sheet, JPEG_QUALITY))
 
 
 def _report(view: View, out: Path) -> None:
