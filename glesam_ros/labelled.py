@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from glesam_ros import ade20k
 from glesam_ros.picture_files import SUFFIXES, is_cut_short
 from glesam_ros.validation import UInt8Array
 
@@ -33,7 +34,7 @@ CAMVID_VOID = 11
 CLASS_FILES = ("classes.json", "classes.txt")
 """Where a folder's own names of its classes may stand."""
 ADE_TABLE = "objectInfo150.txt"
-"""Table of classes that comes with ADE20K; read where neither the folder nor the caller names the classes."""
+"""Table of classes that comes with ADE20K; no list of a split. Models name some of its classes otherwise."""
 EVERY = "all"
 """The split that takes every picture of a folder without splits."""
 
@@ -173,11 +174,12 @@ def open_labelled(
 
     Layouts, told apart by what is there:
       ADE20K: images/{training,validation}/, annotations/{training,validation}/; 0 is unlabelled, k is class k - 1.
-        Splits "train" and "val" or "test" are its training and validation.
+        Splits "train" and "val" or "test" are its training and validation. Where nothing names its classes they are
+        those of `glesam_ros.ade20k`.
       CamVid with SegNet's classes: a folder named camvid, with train.txt, test.txt, images/, labels/ and no list
         of classes; 11 is void.
       Any other: images/, labels/ and classes.json or classes.txt; value k is class k.
-    Names of classes come from `classes`, else from classes.json, classes.txt or ADE20K's objectInfo150.txt.
+    Names of classes come from `classes`, else from classes.json or classes.txt.
     The pictures of a split: those that <split>.txt lists (a name a line), else all of images/<split>/, else, for
     the split "all", all of images/. Labels lie at the same place below labels/ (ADE20K: annotations/) as PNG, grey
     (8 or 16 bits), indexed (the index counts) or, where the classes have colours, RGB.
@@ -206,6 +208,8 @@ def open_labelled(
             f"{root}: expected images/ with labels/, or images/ with annotations/ (ADE20K), found "
             f"{', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())) or 'no folder'}"
         )
+    if ade and classes is None and not _class_file(root):
+        classes, palette = ade20k.CLASSES, ade20k.PALETTE if palette is None else palette
     listed = read_class_list(root, classes)
     if palette is not None:
         listed = listed._replace(palette=check_palette(palette, len(listed.classes)))
@@ -228,20 +232,19 @@ def read_class_list(root: Path, classes: Sequence[str] | None = None) -> ClassLi
         FileNotFoundError: nothing says what the classes are.
         ValueError: the class file cannot be read, or names a class twice.
     """
-    places = CLASS_FILES if classes is not None else (*CLASS_FILES, ADE_TABLE)
-    file = next((root / name for name in places if (root / name).is_file()), None)
+    file = _class_file(root)
     if file is None and "camvid" in root.resolve().name.lower():
         found = ClassList(CAMVID_CLASSES, np.array(CAMVID_PALETTE, np.uint8), (CAMVID_VOID,))
     elif file is None and classes is None:
         raise FileNotFoundError(
-            f"{root}: expected {' or '.join(places)} with the names of the classes, found none; write "
+            f"{root}: expected {' or '.join(CLASS_FILES)} with the names of the classes, found none; write "
             "classes.txt, a name a line in the order of the label values"
         )
     elif file is None:
         found = ClassList(())
     else:
         try:
-            found = {"classes.json": _read_json, "classes.txt": _read_text}.get(file.name, _read_object_info)(file)
+            found = _read_json(file) if file.suffix == ".json" else _read_text(file)
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise ValueError(f"{file}: expected a list of classes, cannot read it: {error}") from error
     if classes is not None:
@@ -352,6 +355,10 @@ def some_of(values: Sequence[Any], most: int = 10) -> str:
     return ", ".join(map(str, values[:most])) + more
 
 
+def _class_file(root: Path) -> Path | None:
+    return next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
+
+
 def _read_json(file: Path) -> ClassList:
     document = json.loads(file.read_text(encoding="utf-8"))
     classes = document["classes"]
@@ -380,16 +387,6 @@ def _read_text(file: Path) -> ClassList:
         if parts:
             colours.append([int(parts[k]) for k in (2, 3, 4)])
     return ClassList(tuple(names), check_palette(colours, len(names)) if colours else None)
-
-
-def _read_object_info(file: Path) -> ClassList:
-    """ADE20K's table: Idx, Ratio, Train, Val, Stuff, Name; of a name's synonyms the first is taken."""
-    lines = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
-    names = [line[-1].split(",")[0].strip() for line in lines]
-    # some of its classes share their first word ("screen"): those keep all synonyms
-    return ClassList(tuple(
-        name if names.count(name) == 1 else line[-1].strip() for name, line in zip(names, lines)
-    ))
 
 
 def _pictures(root: Path, split: str, aliases: dict[str, str]) -> tuple[tuple[str, ...], tuple[Path, ...]]:

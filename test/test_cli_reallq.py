@@ -132,7 +132,7 @@ def test_a_folder_of_pictures(tmp_path, capsys):
 
 
 def test_classes_of_ade20k_and_of_a_semantic_model(tmp_path, capsys):
-    from glesam_ros.models.rass.ade20k import CLASSES as ADE20K
+    from glesam_ros.ade20k import CLASSES as ADE20K
     from glesam_ros.models.registry import register_semantic, semantic_names
 
     class Two:

@@ -22,7 +22,6 @@ from glesam_ros.evaluation.semantic import (  # noqa: E402
     SemanticOptions,
     model_labels,
     open_semantic_evaluator,
-    open_set,
     read_classes_map,
 )
 from glesam_ros.evaluation.semantic_metrics import (  # noqa: E402
@@ -37,7 +36,6 @@ from glesam_ros.evaluation.semantic_report import choose_pictures, legend, paint
 from glesam_ros.evaluation.semantic_summary import Tally, summarise_semantic  # noqa: E402
 from glesam_ros.labelled import LabelledFolder, open_labelled  # noqa: E402
 from glesam_ros.models import registry  # noqa: E402
-from glesam_ros.models.rass import ade20k  # noqa: E402
 from glesam_ros.semantic import SemanticSegmenter  # noqa: E402
 
 NIGHT, RAIN = Condition("low_light", 3), Condition("rain", 2)
@@ -387,16 +385,3 @@ def test_models_are_named_so_that_the_tables_can_tell_them_apart(tmp_path: Path)
     assert model_labels([str(one), file]) == {"clear/export": str(one), "mixed/export": file}
     with pytest.raises(ValueError, match="each once"):
         model_labels(["rass-nano", "rass-nano"])
-
-
-def test_ade20k_has_its_classes_where_the_folder_names_none(tmp_path: Path) -> None:
-    for part in ("images", "annotations"):
-        (tmp_path / part / "validation").mkdir(parents=True)
-    cv2.imwrite(str(tmp_path / "images" / "validation" / "a.jpg"), np.zeros((4, 4, 3), np.uint8))
-    cv2.imwrite(str(tmp_path / "annotations" / "validation" / "a.png"), np.full((4, 4), 150, np.uint8))
-    # the table that comes with ADE20K has other first words here and there; models have those of ade20k
-    (tmp_path / "objectInfo150.txt").write_text("Idx\tName\n" + "".join(f"{k}\tname {k}\n" for k in range(1, 151)))
-    found = open_set(tmp_path, "val")
-    assert found.classes == ade20k.CLASSES and found.classes[found[0].labels[0, 0]] == "flag"
-    (tmp_path / "classes.txt").write_text("\n".join(f"own {k}" for k in range(150)))
-    assert open_set(tmp_path, "val").classes[149] == "own 149"

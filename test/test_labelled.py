@@ -13,6 +13,7 @@ pytest.importorskip("PIL", reason="label maps need pillow; scripts/test.sh insta
 
 from PIL import Image  # noqa: E402
 
+from glesam_ros import ade20k  # noqa: E402
 from glesam_ros.labelled import (  # noqa: E402
     CAMVID_CLASSES,
     IGNORE,
@@ -47,27 +48,29 @@ def own(folder: Path, labels: np.ndarray | None = None, **document: object) -> L
     return open_labelled(folder, "all")
 
 
-def test_ade20k_shifts_labels_by_one_and_takes_names_from_its_own_table(tmp_path: Path) -> None:
-    put(tmp_path, "validation/v", grey(0, 1, 2, 3), "annotations", ".jpg")
+def test_ade20k_shifts_labels_by_one_and_has_its_classes_unless_the_folder_names_its_own(tmp_path: Path) -> None:
+    put(tmp_path, "validation/v", grey(0, 1, 2, 150), "annotations", ".jpg")
     put(tmp_path, "training/t", grey(3, 3, 1, 0), "annotations", ".jpg")
-    (tmp_path / "objectInfo150.txt").write_text(
-        "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t.1\t9\t9\t1\twall\n"
-        "2\t.1\t9\t9\t0\tscreen, silver screen\n3\t.1\t9\t9\t0\tscreen, CRT screen\n"
-    )
+    # the table that comes with ADE20K has other first words here and there; models have those of ade20k
+    (tmp_path / "objectInfo150.txt").write_text("Idx\tName\n" + "".join(f"{k}\tname {k}\n" for k in range(1, 151)))
     folder = open_labelled(tmp_path, "val")
-    assert folder.classes == ("wall", "screen, silver screen", "screen, CRT screen")
+    assert folder.classes == ade20k.CLASSES and np.array_equal(folder.palette, ade20k.PALETTE)
     assert len(folder) == 1
     image, labels, name = folder[0]
     assert name == "validation/v" and image.dtype == np.uint8 and image.shape == (4, 4, 3)
     assert abs(int(image[0, 0, 0]) - 200) < 8 and image[0, 0, 2] < 8  # RGB
-    assert labels.dtype == np.uint8 and labels[0].tolist() == [IGNORE, 0, 1, 2]
+    assert labels.dtype == np.uint8 and labels[0].tolist() == [IGNORE, 0, 1, 149] and folder.classes[149] == "flag"
     assert open_labelled(tmp_path, "train")[0].labels[0].tolist() == [2, 2, 0, IGNORE]
     assert open_labelled(tmp_path, "test").names == folder.names
     assert len(open_labelled(tmp_path, "all")) == 2
-    named = open_labelled(tmp_path, "validation", classes=["wall", "building", "sky"], palette=[[1, 2, 3]] * 3)
+    with pytest.raises(FileNotFoundError, match="there: training, validation, all"):
+        open_labelled(tmp_path, "objectInfo150")
+    named = open_labelled(tmp_path, "train", classes=["wall", "building", "sky"], palette=[[1, 2, 3]] * 3)
     assert named.classes == ("wall", "building", "sky") and named.palette.tolist() == [[1, 2, 3]] * 3
     with pytest.raises(ValueError, match="got 3"):  # class 2 of two classes
-        open_labelled(tmp_path, "val", classes=["wall", "building"])[0]
+        open_labelled(tmp_path, "train", classes=["wall", "building"])[0]
+    (tmp_path / "classes.txt").write_text("\n".join(f"own {k}" for k in range(150)))
+    assert open_labelled(tmp_path, "val").classes[149] == "own 149"
 
 
 def test_camvid_has_eleven_classes_and_void(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ if not all(map(importlib.util.find_spec, ("diffusers", "peft", "scipy", "transfo
 
 from tiny_sd import tiny_unet, tiny_vae, write_tiny_scr, write_tiny_sd  # noqa: E402
 
+from glesam_ros import ade20k  # noqa: E402
 from glesam_ros.checksum import sha256  # noqa: E402
 from glesam_ros.models.base import OutOfMemory  # noqa: E402
 from glesam_ros.models.glesam.enhancer import UNETS, is_lora  # noqa: E402
-from glesam_ros.models.rass import ade20k  # noqa: E402
 from glesam_ros.models.rass import rass as module  # noqa: E402
 from glesam_ros.models.rass.rass import (  # noqa: E402
     ADAPTERS,

@@ -18,9 +18,10 @@ from tiny_sd import tiny_unet, tiny_vae, write_tiny_scr, write_tiny_sd  # noqa: 
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+from glesam_ros import ade20k  # noqa: E402
 from glesam_ros.models.glesam.enhancer import write_tensors  # noqa: E402
 from glesam_ros.models.glesam.weights import read_tensors  # noqa: E402
-from glesam_ros.models.rass import ade20k, rass  # noqa: E402
+from glesam_ros.models.rass import rass  # noqa: E402
 from glesam_ros.models.rass.checkpoint import from_released, released_sizes  # noqa: E402
 from glesam_ros.models.rass.rass import RassConfig, RassNetwork, RassWeights, read_rass  # noqa: E402
 from glesam_ros.models.rass.scr import ClassPrompts  # noqa: E402

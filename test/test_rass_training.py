@@ -22,10 +22,10 @@ import yaml  # noqa: E402
 from torch import nn  # noqa: E402
 from training_runs import same_tensors, stopped_after, trained_on_one_batch  # noqa: E402
 
+from glesam_ros import ade20k  # noqa: E402
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.labelled import IGNORE, LabelledPicture, open_labelled  # noqa: E402
 from glesam_ros.models.glesam.enhancer import load_text_encoder, load_unet  # noqa: E402
-from glesam_ros.models.rass import ade20k  # noqa: E402
 from glesam_ros.models.rass import rass as rass_model  # noqa: E402
 from glesam_ros.models.rass.rass import load_rass, masks_of, read_rass  # noqa: E402
 from glesam_ros.models.rass.scr import ClassPrompts, Scr, load_vae, merge_lora, read_scr, tokenise  # noqa: E402

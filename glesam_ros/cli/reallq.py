@@ -257,7 +257,7 @@ def _classes(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[tuple[int
     if args.classes:
         names, colours = tuple(args.classes), default_palette(len(args.classes))
     elif args.ade20k:
-        from glesam_ros.models.rass.ade20k import CLASSES, PALETTE
+        from glesam_ros.ade20k import CLASSES, PALETTE
 
         names, colours = CLASSES, PALETTE
     else:

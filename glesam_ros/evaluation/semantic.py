@@ -22,9 +22,8 @@ from glesam_ros.degradation import degrade
 from glesam_ros.evaluation.baselines import BASELINES, GRABCUT, LEARNED, Restorer, applies, load_restorers
 from glesam_ros.evaluation.protocol import CLEAR, Condition, photograph_seed
 from glesam_ros.evaluation.semantic_metrics import Integers, confusion
-from glesam_ros.labelled import CLASS_FILES, LabelledFolder, open_labelled, some_of
+from glesam_ros.labelled import LabelledFolder, open_labelled, some_of
 from glesam_ros.models import restorer_names, semantic_names
-from glesam_ros.models.rass import ade20k
 from glesam_ros.semantic import Restorer as LoadedRestorer
 from glesam_ros.semantic import SemanticSegmenter, load_restorer, load_semantic
 from glesam_ros.validation import UInt8Array
@@ -281,7 +280,7 @@ def open_semantic_evaluator(options: SemanticOptions) -> SemanticEvaluator:
         RuntimeError: the device is not available.
         ModuleNotFoundError: torch or another package is missing for what was asked.
     """
-    folder = open_set(options.data, options.split)
+    folder = open_labelled(options.data, options.split)
     folder = folder.select(range(len(folder))[: options.limit])
     models = {
         label: _open_model(source, options) for label, source in model_labels(options.models).items()
@@ -292,14 +291,6 @@ def open_semantic_evaluator(options: SemanticOptions) -> SemanticEvaluator:
     return SemanticEvaluator(
         folder, models, restorers, options.conditions, renamed, options.seed, closing=loaded.values()
     )
-
-
-def open_set(path: Path, split: str) -> LabelledFolder:
-    """`open_labelled`; a folder in ADE20K's layout without a class list of its own has ADE20K's 150 classes."""
-    own = any((path / name).is_file() for name in CLASS_FILES)
-    if (path / "annotations").is_dir() and not own:
-        return open_labelled(path, split, ade20k.CLASSES, ade20k.PALETTE)
-    return open_labelled(path, split)
 
 
 def model_labels(sources: Sequence[str]) -> dict[str, str]:

@@ -11,8 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from glesam_ros.labelled import CLASS_FILES, EVERY, LabelledFolder, LabelledPicture, open_labelled
-from glesam_ros.models.rass import ade20k
+from glesam_ros.labelled import EVERY, LabelledFolder, LabelledPicture, open_labelled
 from glesam_ros.training.crops import jitter
 from glesam_ros.training.rass_config import LabelledCropConfig, LabelledSourceConfig
 
@@ -61,8 +60,6 @@ class LabelledScenes:
 def load_labelled(sources: Sequence[LabelledSourceConfig], data: Path) -> LabelledScenes:
     """All sources together.
 
-    A folder in ADE20K's layout without a list of classes has those of `glesam_ros.models.rass.ade20k`.
-
     Raises:
         FileNotFoundError: a folder, its list of classes or its labels are missing.
         ValueError: two sources have different classes, or "all" is asked of a folder that has a test split.
@@ -80,7 +77,7 @@ def load_labelled(sources: Sequence[LabelledSourceConfig], data: Path) -> Labell
                 f"sources.{number}.split: expected a split for training, got {EVERY!r} of {path}, which has the split "
                 f"{measured[0]!r}: nothing is trained on a test split"
             )
-        folder = _open(path, source.split)
+        folder = open_labelled(path, source.split)
         if folders and folder.classes != folders[0].classes:
             other = sorted(set(folder.classes) ^ set(folders[0].classes)) or ["another order"]
             raise ValueError(
@@ -127,13 +124,6 @@ def draw_labelled_crop(
     """As `draw_labelled`, square and recoloured a little."""
     image, labels = draw_labelled(scenes, rng, crop.side, crop.side, crop.scale, crop.flip)
     return jitter(image, rng), labels
-
-
-def _open(path: Path, split: str) -> LabelledFolder:
-    listed = any((path / name).is_file() for name in CLASS_FILES)
-    if (path / "annotations").is_dir() and not listed:
-        return open_labelled(path, split, ade20k.CLASSES, ade20k.PALETTE)
-    return open_labelled(path, split)
 
 
 def _crop(

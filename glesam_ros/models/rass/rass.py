@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glesam_ros import ade20k
 from glesam_ros.checksum import sha256
 from glesam_ros.models.glesam import catalogue
 from glesam_ros.models.glesam.enhancer import (
@@ -64,7 +65,6 @@ from glesam_ros.models.glesam.runtime import (
 )
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
 from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, read_tensors
-from glesam_ros.models.rass import ade20k
 from glesam_ros.models.rass.checkpoint import NOT_READ, from_released, is_released, released_sizes
 from glesam_ros.models.rass.scr import (
     GROUPS,

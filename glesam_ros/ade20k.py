@@ -1,4 +1,4 @@
-"""The 150 classes of ADE20K's scene parsing benchmark, and colours for any number of classes; no torch here."""
+"""The 150 classes of ADE20K's scene parsing benchmark, and colours for any number of classes."""
 
 from __future__ import annotations
 
