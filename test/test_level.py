@@ -21,7 +21,7 @@ from glesam_ros.models.nano_net import (  # noqa: E402
     pooled_statistics,
     repetition,
 )
-from glesam_ros.training import level  # noqa: E402
+from glesam_ros.training import batches, level  # noqa: E402
 from glesam_ros.training.config import make_config  # noqa: E402
 from glesam_ros.training.sources import Scenes  # noqa: E402
 
@@ -69,8 +69,8 @@ def test_frames_are_degraded_as_the_camera_takes_them(monkeypatch: pytest.Monkey
         seen.append((kind, number, image.shape))
         return Result(image)
 
-    monkeypatch.setattr(level, "degrade_lqseg", lqseg)
-    monkeypatch.setattr(level, "degrade", other)
+    monkeypatch.setattr(batches, "degrade_lqseg", lqseg)
+    monkeypatch.setattr(batches, "degrade", other)
     config = make_config({"degradation": {"lq": 0.6, "kinds": ["fog", "rain"], "levels": [1, 0, 0]}})
     batch = level.draw_frames(ramps(300, 400), np.random.default_rng(0), config, 120)
     kinds, levels, shapes = zip(*seen, strict=True)

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from glesam_ros.degradation import degrade, degrade_lqseg
 from glesam_ros.models.nano import OWN_SIZE, resized
 from glesam_ros.models.nano_net import LEVELS
+from glesam_ros.training.batches import worsen
 from glesam_ros.training.config import Config
 from glesam_ros.training.crops import recoloured
 from glesam_ros.training.loop import Batch
@@ -44,7 +44,6 @@ def draw_frames(scenes: Scenes, rng: np.random.Generator, config: Config, count:
     Returns:
         clear, degraded (B, *INSIDE, 3) uint8 RGB, and levels (B,) int64 of the degraded in 1..3.
     """
-    mix = config.degradation
     clear, worse = [], []
     levels = rng.integers(1, 4, count)
     for level in levels:
@@ -52,11 +51,7 @@ def draw_frames(scenes: Scenes, rng: np.random.Generator, config: Config, count:
         if rng.random() < RECOLOURED:
             frame = recoloured(frame, rng, config.crop.gamma, config.crop.colour)
         clear.append(resized(frame, INSIDE))
-        if rng.random() < mix.lq:
-            found = degrade_lqseg(frame, int(level), rng)
-        else:
-            found = degrade(frame, mix.kinds[rng.integers(len(mix.kinds))], int(level), int(rng.integers(2**31)))
-        worse.append(resized(found.image, INSIDE))
+        worse.append(resized(worsen(frame, int(level), config.degradation, rng), INSIDE))
     return {
         "clear": torch.from_numpy(np.stack(clear)), "degraded": torch.from_numpy(np.stack(worse)),
         "levels": torch.from_numpy(levels),
