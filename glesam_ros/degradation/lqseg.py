@@ -113,15 +113,12 @@ def degrade_lqseg(
     return Degraded(degraded, level, parameters)
 
 
-def degrade_lqseg_mixed(
-    image: Any, seed: int | np.random.Generator, *, noise: np.random.Generator | None = None
-) -> Degraded:
+def degrade_lqseg_mixed(image: Any, seed: int | np.random.Generator) -> Degraded:
     """Degrade an image as mixed training does: the rate is drawn from `MIXED_RATES`, then the chain runs with it.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         seed: as in `degrade_lqseg`; draws the rate, too.
-        noise: as in `degrade_lqseg`.
 
     Returns:
         `parameters["rate"]` is the drawn rate, 1 to 4; `level` is 1, 2, 3, 3 for it (3 lies between LQ-2 and LQ-3,
@@ -133,7 +130,7 @@ def degrade_lqseg_mixed(
     image = check_image(image)
     rng = np.random.default_rng(seed)
     rate = MIXED_RATES[int(rng.integers(len(MIXED_RATES)))]
-    degraded, parameters = _chain(image, rate, rng, noise or rng, FIRST)
+    degraded, parameters = _chain(image, rate, rng, rng, FIRST)
     return Degraded(degraded, min(rate, 3), parameters)
 
 

@@ -21,10 +21,12 @@ from glesam_ros.validation import UInt8Array, check_image
 Array = NDArray[Any]
 """Working array, float32 unless said otherwise; the stubs of OpenCV know no dtype."""
 Rng = np.random.Generator
-Effect = Callable[[UInt8Array, int, Rng, Rng], tuple[Array, dict[str, Any]]]
-"""(image (H, W, 3) uint8 RGB, level 1..3, scene, frame) -> (image uint8, parameters).
+Effect = Callable[[UInt8Array, int, Rng, Rng], tuple[UInt8Array, dict[str, Any]]]
+"""(image, level, scene, frame) -> (worse image, what was sampled, as plain numbers and lists of them).
 
-`scene` draws what stays through a film (wind, drops on the lens), `frame` what differs from frame to frame (noise).
+Both images are (H, W, 3) uint8 RGB of one size, the level is 1..3; neither is checked, `degrade` does that. `scene`
+draws what stays through a film (wind, drops on the lens), `frame` what differs from frame to frame (noise). The first
+line of an effect's docstring is what `glesam degrade --list` says of it.
 """
 
 LEVELS = (1, 2, 3)
@@ -79,8 +81,11 @@ def names() -> tuple[str, ...]:
     return tuple(EFFECTS)
 
 
-def low_light(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """Night: few electrons, shot and read noise, row noise, a 10 bit converter, gain that brings back only a part."""
+def low_light(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
+    """Night: few electrons, shot and read noise, row noise, a 10 bit converter, gain that brings back only a part.
+
+    Arguments and result: see `Effect`.
+    """
     exposure, brightness = {1: (0.06, 0.35), 2: (0.025, 0.2), 3: (0.01, 0.12)}[level]
     full_well, read_noise = 6000.0, 3.0
     electrons = _to_linear(image) * np.float32(exposure * full_well)
@@ -94,8 +99,11 @@ def low_light(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Ar
     return _to_srgb(out), {"exposure": exposure, "brightness": brightness, "read_noise": read_noise}
 
 
-def motion_blur(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """The camera moves while the shutter is open: a slightly bent path, a little different in each frame."""
+def motion_blur(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
+    """The camera moves while the shutter is open: a slightly bent path, a little different in each frame.
+
+    Arguments and result: see `Effect`.
+    """
     length = max(3.0, {1: 10, 2: 20, 3: 36}[level] * _scale(image))
     angle = float(scene.uniform(0, math.pi) + frame.normal(0, 0.08))
     bend = float(scene.normal(0, 0.15) + frame.normal(0, 0.05))
@@ -125,8 +133,11 @@ def trajectory_psf(length: float, angle: float, bend: float) -> Array:
     return np.asarray(psf / psf.sum(), np.float32)
 
 
-def defocus(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """Out of focus: a disc, so that lights become discs too."""
+def defocus(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
+    """Out of focus: a disc, so that lights become discs too.
+
+    Arguments and result: see `Effect`.
+    """
     radius = max(1.0, {1: 2.0, 2: 4.0, 3: 7.0}[level] * _scale(image))
     return _filter_linear(image, disc_psf(radius)), {"radius": radius}
 
@@ -138,8 +149,11 @@ def disc_psf(radius: float) -> Array:
     return np.asarray(psf / psf.sum(), np.float32)
 
 
-def rain(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """Streaks of three distances, bright against the scene, and the veil of the far drops."""
+def rain(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
+    """Streaks of three distances, bright against the scene, and the veil of the far drops.
+
+    Arguments and result: see `Effect`.
+    """
     count, veil = {1: (150, 0.08), 2: (400, 0.18), 3: (900, 0.3)}[level]
     tilt = float(scene.uniform(-0.3, 0.3))
     height, width = image.shape[:2]
@@ -165,8 +179,11 @@ def rain(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, 
     return _to_srgb(linear + (np.float32(1.1 * sky) - linear) * alpha), {"streaks": count, "veil": veil, "tilt": tilt}
 
 
-def lens_drops(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """Water on the lens: each drop is a small strong lens that shows the scene upside down, out of focus."""
+def lens_drops(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
+    """Water on the lens: each drop is a small strong lens that shows the scene upside down, out of focus.
+
+    Arguments and result: see `Effect`.
+    """
     count = {1: 12, 2: 28, 3: 55}[level]
     height, width = image.shape[:2]
     scale = _scale(image)
@@ -198,10 +215,12 @@ def lens_drops(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[A
 
 def fog(
     image: UInt8Array, level: int, scene: Rng, frame: Rng, depth: Array | None = None
-) -> tuple[Array, dict[str, Any]]:
+) -> tuple[UInt8Array, dict[str, Any]]:
     """Koschmieder's law, I = J t + A (1 - t) with t = exp(-beta d); far is up, and the fog has banks.
 
     With `depth`, (H, W) in metres, beta is per metre: a dark thing at the `visibility` keeps 2 % of its contrast.
+
+    Arguments and result: see `Effect`.
     """
     height, width = image.shape[:2]
     horizon = float(scene.uniform(0.25, 0.45))
@@ -240,8 +259,11 @@ def _check_depth(depth: Any, size: tuple[int, ...]) -> Array:
     return metres
 
 
-def snow(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """Flakes of three distances, near ones large and out of focus, and a pale veil."""
+def snow(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
+    """Flakes of three distances, near ones large and out of focus, and a pale veil.
+
+    Arguments and result: see `Effect`.
+    """
     count, veil = {1: (250, 0.08), 2: (700, 0.18), 3: (1500, 0.3)}[level]
     tilt = float(scene.uniform(-0.8, 0.8))
     height, width = image.shape[:2]
@@ -266,8 +288,11 @@ def snow(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, 
     }
 
 
-def glare(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """A lamp or the low sun in view: a burnt-out core, a halo, rays, ghosts, and lost contrast everywhere."""
+def glare(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
+    """A lamp or the low sun in view: a burnt-out core, a halo, rays, ghosts, and lost contrast everywhere.
+
+    Arguments and result: see `Effect`.
+    """
     power = {1: 0.5, 2: 1.3, 3: 3.0}[level]
     height, width = image.shape[:2]
     cx, cy = float(scene.uniform(0.15, 0.85)), float(scene.uniform(0.08, 0.45))
@@ -291,22 +316,30 @@ def glare(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array,
     return _to_srgb(out), {"power": power, "x": cx * width, "y": cy * height}
 
 
-def jpeg_blocks(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """A starved video link: JPEG of low quality, its 8x8 blocks in sight."""
+def jpeg_blocks(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
+    """A starved video link: JPEG of low quality, its 8x8 blocks in sight.
+
+    Arguments and result: see `Effect`.
+    """
     quality = {1: 25, 2: 12, 3: 6}[level]
     return jpeg(np.ascontiguousarray(image[..., ::-1]), quality)[..., ::-1], {"quality": quality}
 
 
-def h264_blocks(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """A starved video link: H.264 at a high QP, its macroblocks smeared from their neighbours."""
+def h264_blocks(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
+    """A starved video link: H.264 at a high QP, its macroblocks smeared from their neighbours.
+
+    Arguments and result: see `Effect`.
+    """
     qp = {1: 40, 2: 45, 3: 50}[level]
     return h264(image, qp), {"qp": qp}
 
 
-def rolling_shutter(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
+def rolling_shutter(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
     """Wobble: the camera shakes while the rows are read one after another, and each frame meets the shake elsewhere.
 
     No pixel moves farther than `shift`, at most 5 pixels at a long side of 640: masks of the still picture nearly hold.
+
+    Arguments and result: see `Effect`.
     """
     shift = {1: 1.5, 2: 3.0, 3: 5.0}[level] * _scale(image)
     direction = float(scene.uniform(-0.4, 0.4))  # mostly sideways, where it shows
@@ -321,11 +354,14 @@ def rolling_shutter(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tu
     out = cv2.remap(
         image, x.astype(np.float32), y.astype(np.float32), cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT
     )
-    return out, {"shift": shift, "direction": direction, "waves": waves.tolist(), "start": start}
+    return np.asarray(out, np.uint8), {"shift": shift, "direction": direction, "waves": waves.tolist(), "start": start}
 
 
-def dead_pixels(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """A worn sensor: dead, hot and stuck photosites, faulty columns, spread by demosaicing; the noise stays small."""
+def dead_pixels(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
+    """A worn sensor: dead, hot and stuck photosites, faulty columns, spread by demosaicing; the noise stays small.
+
+    Arguments and result: see `Effect`.
+    """
     share, per_width = {1: (0.0005, 2), 2: (0.002, 5), 3: (0.008, 12)}[level]
     height, width = image.shape[:2]
     sites, columns = max(1, round(share * height * width)), max(1, round(per_width * width / 640))
@@ -356,14 +392,20 @@ def _bayer(height: int, width: int) -> Array:
     return np.stack([red, ~(red | blue), blue])
 
 
-def gaussian_noise(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """White Gaussian noise, the same in all channels' strength."""
+def gaussian_noise(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
+    """White Gaussian noise, the same in all channels' strength.
+
+    Arguments and result: see `Effect`.
+    """
     sigma = {1: 12.0, 2: 25.0, 3: 45.0}[level]
     return _to_uint8(image + _normal(frame, image.shape) * np.float32(sigma)), {"sigma": sigma}
 
 
-def iso_noise(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """High gain: shot noise that grows with the light, and coarse blotches of colour."""
+def iso_noise(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
+    """High gain: shot noise that grows with the light, and coarse blotches of colour.
+
+    Arguments and result: see `Effect`.
+    """
     electrons, chroma = {1: (350.0, 5.0), 2: (110.0, 9.0), 3: (40.0, 15.0)}[level]
     linear = _to_linear(image)
     noisy = linear + _normal(frame, image.shape) * np.sqrt(linear / np.float32(electrons) + np.float32(1e-5))
@@ -374,8 +416,11 @@ def iso_noise(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Ar
     return _to_uint8(_to_srgb(noisy) + blotches * np.float32(chroma)), {"electrons": electrons, "chroma": chroma}
 
 
-def lq(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[Array, dict[str, Any]]:
-    """LQ-1..LQ-3 of LQSeg; through a film the chain stays and the noise changes."""
+def lq(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8Array, dict[str, Any]]:
+    """LQ-1..LQ-3 of LQSeg; through a film the chain stays and the noise changes.
+
+    Arguments and result: see `Effect`.
+    """
     degraded = degrade_lqseg(image, level, scene, noise=frame)
     return degraded.image, degraded.parameters
 
@@ -410,13 +455,13 @@ def _to_linear(image: UInt8Array) -> Array:
     return cv2.LUT(image, _LINEAR)
 
 
-def _to_srgb(linear: Array) -> Array:
+def _to_srgb(linear: Array) -> UInt8Array:
     top = len(_SRGB) - 1
     return _SRGB.take((np.clip(linear, 0, 1) * np.float32(top) + np.float32(0.5)).astype(np.uint16))
 
 
-def _to_uint8(image: Array) -> Array:
-    return cv2.convertScaleAbs(np.maximum(image, 0))
+def _to_uint8(image: Array) -> UInt8Array:
+    return np.asarray(cv2.convertScaleAbs(np.maximum(image, 0)), np.uint8)
 
 
 def _normal(rng: Rng, shape: tuple[int, ...]) -> Array:
@@ -442,5 +487,5 @@ def _smooth_noise(rng: Rng, size: tuple[int, int], cells: int) -> Array:
     return out
 
 
-def _filter_linear(image: UInt8Array, psf: Array) -> Array:
+def _filter_linear(image: UInt8Array, psf: Array) -> UInt8Array:
     return _to_srgb(cv2.filter2D(_to_linear(image), -1, psf, borderType=cv2.BORDER_REFLECT))
