@@ -19,7 +19,7 @@ from glesam_ros.cli.main import main, make_parser
 from glesam_ros.datasets import load_lqseg, region_masks, rle_counts
 from glesam_ros.degradation import degrade, names
 from glesam_ros.lqseg.build import JOURNAL, BuildOptions, Summary, build, file_seed
-from glesam_ros.lqseg.sources import MAX_LABEL
+from glesam_ros.lqseg.sources import MAX_LABEL, Index, Source, read_truth
 from glesam_ros.lqseg.verify import verify
 
 HEIGHT, WIDTH = 24, 32
@@ -93,6 +93,16 @@ def kinds_of(summary: Summary) -> list[tuple[str, Any]]:
 
 
 # sources
+
+
+def test_box_of_a_narrow_mask(tmp_path: Path) -> None:
+    """cv2.boundingRect of OpenCV 4.5 says that this one is 1 pixel wide."""
+    labels = np.zeros((34, 2), np.uint8)
+    labels[[3, 3, 20, 21], [0, 1, 0, 0]] = 5
+    label_map(tmp_path / "a.png", labels)
+    source = Source("a", "a", tmp_path / "a.jpg", masks=(tmp_path / "a.png",))
+    [instance] = read_truth(Index("ade20k", "masks"), source, labels.shape).instances
+    assert (instance["label"], instance["area"], instance["bbox"]) == (5, 4, [0, 3, 2, 19])
 
 
 def test_coco_polygons_and_both_kinds_of_rle_give_their_masks(tmp_path: Path) -> None:

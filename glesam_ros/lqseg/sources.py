@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from glesam_ros.datasets import Malformed, check_numbers, coco_name, coco_picture, decode_segmentation, parse_coco
+from glesam_ros.masks import measure
 from glesam_ros.picture_files import SUFFIXES, decoded
 from glesam_ros.validation import BoolArray, UInt8Array
 
@@ -401,8 +402,8 @@ def _label_map(path: Path, size: tuple[int, int], may_be_binary: bool, binary: b
 
 
 def _measured(mask: BoolArray, label: int) -> dict[str, Any]:
-    box = cv2.boundingRect(mask.astype(np.uint8))
-    return {"label": label, "area": int(np.count_nonzero(mask)), "bbox": [int(v) for v in box]}
+    (x1, y1, x2, y2), area = measure(mask)
+    return {"label": label, "area": area, "bbox": [x1, y1, x2 - x1, y2 - y1]}
 
 
 def _check_box(box: Any, size: tuple[int, int]) -> None:
