@@ -52,7 +52,7 @@ def draw_semantic_plot(results: dict[str, Any], file: Path) -> bool:
     """Mean IoU of every method by level, a panel a kind that has several levels; False where none has.
 
     Args:
-        results: see `glesam_ros.evaluation.semantic.summarise_semantic`.
+        results: see `glesam_ros.evaluation.semantic_summary.summarise_semantic`.
         file: PNG to write.
 
     Raises:

@@ -1,10 +1,7 @@
-"""Maps of classes against truth: mean IoU, accuracies and a figure a class, clear and degraded, beside baselines.
+"""Maps of classes against truth, clear and degraded, beside baselines: what is measured on one picture.
 
-Figures are those of ADE20K and Cityscapes: one confusion matrix is added up over all pictures. In it, pixels without a
-true class do not count. The mean IoU and the mean class accuracy leave out classes without a true pixel.
-
-Intervals: percentile bootstrap over pictures. Methods are compared on the same drawn pictures. A picture is degraded
-by the seed and its name, so it is the same for every model and in every run, whatever the number of processes.
+A picture is degraded by the seed and its name, so it is the same for every model and in every run, whatever the number
+of processes.
 """
 
 from __future__ import annotations

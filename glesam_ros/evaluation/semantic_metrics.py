@@ -1,4 +1,8 @@
-"""Metrics of maps of classes: one confusion matrix is added up over all pictures, intervals draw whole pictures."""
+"""Metrics of maps of classes: mean IoU, accuracies and a figure a class, with percentile bootstrap over pictures.
+
+Figures are those of ADE20K and Cityscapes: one confusion matrix is added up over all pictures. In it, pixels without a
+true class do not count. The mean IoU and the mean class accuracy leave out classes without a true pixel.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Measurements of many pictures as figures: the metrics with intervals, a row a class, differences of methods."""
+"""Measurements of many pictures as figures: the metrics with intervals, a row a class, differences of methods.
+
+Methods are compared on the same drawn pictures.
+"""
 
 from __future__ import annotations
 
