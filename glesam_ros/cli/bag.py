@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from glesam_ros.cli.options import (
     add_settings,
     degradation,
     open_pipeline,
+    opened,
     positive,
     seed,
 )
@@ -24,7 +24,7 @@ from glesam_ros.cli.result_topics import ALL_RESULTS, RESTORER_RESULTS, RESULTS,
 from glesam_ros.settings import OFF
 
 if TYPE_CHECKING:
-    from glesam_ros.cli.bagfile import BagSource, ResultWriter
+    from glesam_ros.cli.bagfile import BagSource, Frame, ResultWriter
     from glesam_ros.semantic import Restorer, SemanticSegmenter
     from glesam_ros.validation import UInt8Array
 
@@ -161,11 +161,8 @@ def _open_beside(args: argparse.Namespace) -> tuple[SemanticSegmenter | None, Re
     from glesam_ros.semantic import device_beside, load_restorer, load_semantic
 
     device = device_beside(args.device)
-    try:
-        segmenter = load_semantic(args.semantic, device) if args.semantic != OFF else None
-        restorer = load_restorer(args.restorer, device) if args.restorer != OFF else None
-    except (ValueError, RuntimeError) as error:
-        raise CommandError(str(error)) from error
+    segmenter = opened(load_semantic, args.semantic, device) if args.semantic != OFF else None
+    restorer = opened(load_restorer, args.restorer, device) if args.restorer != OFF else None
     return segmenter, restorer
 
 
@@ -175,7 +172,6 @@ def _go_through(source: BagSource, results: ResultWriter, topics: list[str], cop
 
     from glesam_ros.cli.bagfile import BagBreaksOff
 
-    named: Counter[str] = Counter()
     total = sum(c.msgcount for c in source.connections if copied or c.topic in topics)
     with tqdm(total=total, unit="msg", disable=None) as bar:
         try:
@@ -183,14 +179,7 @@ def _go_through(source: BagSource, results: ResultWriter, topics: list[str], cop
                 if (connection.id, id(connection.owner)) in copied:
                     copy(connection, frame.log_time, raw)
                 if frame.topic in topics:
-                    fault = results.segment(frame)
-                    if fault is not None:
-                        named[fault.reason] += 1
-                        if named[fault.reason] <= NAMED_FRAMES:
-                            tqdm.write(
-                                f"glesam bag: bad frame {frame.topic} at {frame.log_time / 1e9:.3f} s: "
-                                f"{fault.reason}: {fault}", file=sys.stderr,
-                            )
+                    _segment(frame, results)
                 bar.update()
         except KeyboardInterrupt:
             return 130
@@ -198,6 +187,16 @@ def _go_through(source: BagSource, results: ResultWriter, topics: list[str], cop
             tqdm.write(f"glesam bag: {error}", file=sys.stderr)
             return 1
     return 0
+
+
+def _segment(frame: Frame, results: ResultWriter) -> None:
+    """Segment one frame; a bad one is named, unless there were many of its kind."""
+    from tqdm import tqdm
+
+    fault = results.segment(frame)
+    if fault is not None and results.tally.bad[fault.reason] <= NAMED_FRAMES:
+        text = f"glesam bag: bad frame {frame.topic} at {frame.log_time / 1e9:.3f} s: {fault.reason}: {fault}"
+        tqdm.write(text, file=sys.stderr)
 
 
 def _report(out: Path, topics: list[str], results: ResultWriter, code: int) -> int:

@@ -7,12 +7,14 @@ import importlib.metadata
 import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from glesam_ros import __version__, settings
 
 if TYPE_CHECKING:
     from glesam_ros.pipeline import Pipeline
+
+_Model = TypeVar("_Model")
 
 MODEL_SETTINGS = (
     "model", "device", "precision", "enhancement", "processing_size", "points_per_side", "points_per_batch",
@@ -82,9 +84,18 @@ def open_pipeline(args: argparse.Namespace, names: Sequence[str], **more: Any) -
     """
     from glesam_ros.pipeline import load_pipeline
 
+    return opened(load_pipeline, **chosen_settings(args, names), **more)
+
+
+def opened(load: Callable[..., _Model], *args: Any, **more: Any) -> _Model:
+    """The model that `load` gives for these arguments; what it logs is shown.
+
+    Raises:
+        CommandError: as of `open_pipeline`.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        return load_pipeline(**chosen_settings(args, names), **more)
+        return load(*args, **more)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise CommandError(str(error)) from error
 

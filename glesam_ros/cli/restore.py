@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from glesam_ros.cli.options import CommandError, add_settings
+from glesam_ros.cli.options import add_settings, opened
 from glesam_ros.cli.pictures import (
     FAILURES,
     add_pictures,
@@ -20,9 +19,6 @@ from glesam_ros.cli.pictures import (
     write_picture,
 )
 from glesam_ros.picture_files import SUFFIXES
-
-if TYPE_CHECKING:
-    from glesam_ros.semantic import Restorer
 
 SETTINGS = ("device", "precision")
 TEXTS = {
@@ -65,10 +61,12 @@ def run(args: argparse.Namespace) -> int:
     """Restore all pictures; 1 when one of them failed, each failure is named."""
     from tqdm import tqdm
 
+    from glesam_ros.semantic import load_restorer
+
     found = find_pictures(args.paths, args.recursive, args.out)
     pictures = [(path, args.out / result_name(path, stem)) for path, stem in found]
     keep_pictures(pictures, (target for _, target in pictures))
-    restorer = _open(args.model, args.device, args.precision)
+    restorer = opened(load_restorer, args.model, args.device, args.precision)
     failed, seconds = 0, 0.0
     for path, target in tqdm(pictures, unit="picture", disable=None):
         try:
@@ -104,13 +102,3 @@ def _class_name(text: str) -> str:
     if not text.strip(" ,_"):
         raise argparse.ArgumentTypeError(f"expected a name in words, got {text!r}")
     return text
-
-
-def _open(model: str, device: str, precision: str) -> Restorer:
-    from glesam_ros.semantic import load_restorer
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return load_restorer(model, device, precision)
-    except (ValueError, RuntimeError) as error:
-        raise CommandError(str(error)) from error

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glesam_ros.cli.options import BESIDE_TEXTS, CommandError, add_settings
+from glesam_ros.cli.options import BESIDE_TEXTS, add_settings, opened
 from glesam_ros.cli.pictures import (
     FAILURES,
     add_pictures,
@@ -22,7 +21,7 @@ from glesam_ros.cli.pictures import (
 )
 
 if TYPE_CHECKING:
-    from glesam_ros.semantic import SemanticMap, SemanticSegmenter
+    from glesam_ros.semantic import SemanticMap
     from glesam_ros.validation import UInt8Array
 
 SETTINGS = ("device", "precision", "overlay_alpha")
@@ -69,10 +68,12 @@ def run(args: argparse.Namespace) -> int:
     """Classify all pictures; 1 when one of them failed, each failure is named."""
     from tqdm import tqdm
 
+    from glesam_ros.semantic import load_semantic
+
     pictures = find_pictures(args.paths, args.recursive, args.out)
     endings = (CLASSES, OVERLAY, *([CONFIDENCE] if args.confidence else []))
     keep_pictures(pictures, (args.out / f"{stem}{ending}" for _, stem in pictures for ending in endings))
-    segmenter = _open(args.model, args.device, args.precision)
+    segmenter = opened(load_semantic, args.model, args.device, args.precision)
     args.out.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
     failed, seconds = 0, 0.0
@@ -129,16 +130,6 @@ def summary(found: SemanticMap) -> dict[str, Any]:
             for k in order
         ],
     }
-
-
-def _open(model: str, device: str, precision: str) -> SemanticSegmenter:
-    from glesam_ros.semantic import load_semantic
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return load_semantic(model, device, precision)
-    except (ValueError, RuntimeError) as error:
-        raise CommandError(str(error)) from error
 
 
 def _write_pictures(stem: Path, image: UInt8Array, found: SemanticMap, alpha: float, confidence: bool) -> None:
