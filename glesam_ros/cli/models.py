@@ -197,33 +197,39 @@ def _take(name: str, path: Path, home: Path) -> None:
 
     base = None if name in (*catalogue.UNETS, *catalogue.SYSTEMS) else catalogue.split_name(name)[0]
     if (path / "unet" / "config.json").is_file():
-        _take_diffusion(name, path, home)
-    elif name in catalogue.SYSTEMS:
-        if not path.exists() or not download.take_system(path, name, home):
-            kinds = [Path(source.path).name for source in catalogue.SYSTEMS[name]]
-            raise CommandError(
-                f"{path}: expected for {name} {' or '.join(kinds)}, a folder with it, or a folder of diffusers with "
-                "unet/config.json; found none of them"
-            )
-    elif "+" in name and (path / catalogue.CONFIG_FILE).is_file():
-        download.take_enhancer(path, name, home)
-    elif (released := _released_folder(name, path)) is not None:
-        download.take_released(released, name, home)
-    elif base is not None and (file := _checkpoint(base, path)).is_file():
-        from glesam_ros.models.glesam.weights import read_tensors
+        return _take_diffusion(name, path, home)
+    if name in catalogue.SYSTEMS:
+        if path.exists() and download.take_system(path, name, home):
+            return None
+        kinds = [Path(source.path).name for source in catalogue.SYSTEMS[name]]
+        raise CommandError(
+            f"{path}: expected for {name} {' or '.join(kinds)}, a folder with it, or a folder of diffusers with "
+            "unet/config.json; found none of them"
+        )
+    if "+" in name and (path / catalogue.CONFIG_FILE).is_file():
+        return download.take_enhancer(path, name, home)
+    if (released := _released_folder(name, path)) is not None:
+        return download.take_released(released, name, home)
+    if base is not None and (file := _checkpoint(base, path)).is_file():
+        return _take_checkpoint(base, file, home)
+    files = [] if base is None else [_file_name(base)]
+    files += [catalogue.TRANSFORMERS_FILE] if base in catalogue.TRANSFORMERS else []
+    kinds = [f"a checkpoint file of {base} or a folder with {' or '.join(files)}"] if files else []
+    kinds += [f"a folder with {catalogue.CONFIG_FILE} or {catalogue.LORA_FILE}"] if "+" in name else []
+    kinds += ["a folder of diffusers with unet/config.json"] if base != name else []
+    raise CommandError(f"{path}: expected for {name} {', or '.join(kinds)}; found none of them")
 
-        read_tensors(file)  # refuses what is no file of tensors
-        source = catalogue.BASES[base].source
-        found = download.take(file, home / source.path, home)
-        if source.sha256 not in (None, found):
-            print(f"note: {file} has another SHA-256 than the published {base}, {source.sha256}", file=sys.stderr)
-    else:
-        files = [] if base is None else [_file_name(base)]
-        files += [catalogue.TRANSFORMERS_FILE] if base in catalogue.TRANSFORMERS else []
-        kinds = [f"a checkpoint file of {base} or a folder with {' or '.join(files)}"] if files else []
-        kinds += [f"a folder with {catalogue.CONFIG_FILE} or {catalogue.LORA_FILE}"] if "+" in name else []
-        kinds += ["a folder of diffusers with unet/config.json"] if base != name else []
-        raise CommandError(f"{path}: expected for {name} {', or '.join(kinds)}; found none of them")
+
+def _take_checkpoint(base: str, file: Path, home: Path) -> None:
+    """Copy the checkpoint of a base, and say where it is not the published one."""
+    from glesam_ros.models.glesam import catalogue, download
+    from glesam_ros.models.glesam.weights import read_tensors
+
+    read_tensors(file)  # refuses what is no file of tensors
+    source = catalogue.BASES[base].source
+    found = download.take(file, home / source.path, home)
+    if source.sha256 not in (None, found):
+        print(f"note: {file} has another SHA-256 than the published {base}, {source.sha256}", file=sys.stderr)
 
 
 def _checkpoint(base: str, path: Path) -> Path:
