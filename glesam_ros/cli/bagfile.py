@@ -457,7 +457,7 @@ def image_message(types: Typestore, pixels: np.ndarray[Any, Any], encoding: str,
 
 def write_pictures(
     path: Path, pictures: Iterator[UInt8Array], rate: float, topic: str, storage: str, distro: str,
-    compressed: bool = False, frame_id: str = "camera",
+    compressed: bool = False,
 ) -> int:
     """Write a bag of pictures as a camera with `rate` pictures a second would have recorded it, from now on.
 
@@ -469,7 +469,6 @@ def write_pictures(
         storage: "mcap" or "sqlite3".
         distro: ROS 2 distribution.
         compressed: JPEG of quality 95 instead of raw rgb8.
-        frame_id: of the headers.
 
     Returns:
         How many pictures it wrote.
@@ -486,7 +485,7 @@ def write_pictures(
         for image in pictures:
             stamp = start + round(count * 1e9 / rate)
             time_message = types.types["builtin_interfaces/msg/Time"](sec=stamp // 10**9, nanosec=stamp % 10**9)
-            header = types.types["std_msgs/msg/Header"](stamp=time_message, frame_id=frame_id)
+            header = types.types["std_msgs/msg/Header"](stamp=time_message, frame_id="camera")
             if compressed:
                 _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
                 message = types.types[COMPRESSED](header=header, format="jpeg", data=data.reshape(-1))

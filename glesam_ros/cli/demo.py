@@ -31,6 +31,8 @@ SETTLE_S = 1.2
 FRAMES_KEPT = 60
 """Camera frames that wait for the overlay with their stamp."""
 JPEG_QUALITY = 92
+LINES_SHOWN = 8
+"""Of the log of a process that failed."""
 NODE, CAMERA = "glesam_ros.ros", "glesam_ros.ros.demo_camera"
 
 EPILOG = """\
@@ -318,8 +320,9 @@ def _log(out: Path, module: str) -> Path:
     return out / ("node.log" if module == NODE else "camera.log")
 
 
-def _last_lines(path: Path, count: int = 8) -> str:
-    return "\n".join(f"  {line}" for line in path.read_text(errors="replace").splitlines()[-count:]) or "  (nothing)"
+def _last_lines(path: Path) -> str:
+    lines = path.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
+    return "\n".join(f"  {line}" for line in lines) or "  (nothing)"
 
 
 def _memory(pid: int) -> str:
