@@ -198,7 +198,7 @@ def test_processes_share_no_gpu_unless_told(device, gpu, several, data: Path, tm
 
     asked: list[int] = []
     providers = [*(["CUDAExecutionProvider"] if gpu else []), "CPUExecutionProvider"]
-    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr(onnx_session.ort, "get_available_providers", lambda: providers)
     monkeypatch.setattr(semantic, "open_semantic_evaluator", opened)
     command = ["evaluate-semantic", "--data", str(data), "--out", str(tmp_path / "out"), "--device", device]
