@@ -22,16 +22,15 @@ from glesam_ros.models.glesam.enhancer import (  # noqa: E402
     Enhancer,
     EnhancerConfig,
     SmallEnhancer,
-    alpha_bar,
     empty_prompt,
     load_config,
     load_enhancer,
     load_unet,
-    one_step,
     replicate_channels,
     save_enhancer,
     write_tensors,
 )
+from glesam_ros.models.glesam.one_step import alpha_bar, one_step  # noqa: E402
 
 LORA = EnhancerConfig(base="sam_vit_b", kind="lora", unet="sd21-base", channels=8)
 SMALL = EnhancerConfig(base="sam_vit_b", kind="small", unet="sd21-base", channels=8)

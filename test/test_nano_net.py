@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="training and export need torch; scripts/test.sh installs it")
 
 from glesam_ros.models import nano_net  # noqa: E402
+from glesam_ros.models.glesam.one_step import alpha_bar  # noqa: E402
 from glesam_ros.models.nano_net import FEATURES, KERNEL, Enhancer, NanoNet  # noqa: E402
 
 
@@ -23,17 +24,17 @@ def net() -> NanoNet:
 
 def test_schedule_has_the_published_value_at_timestep_1() -> None:
     # GleSAM's scripts use T = 1 of Stable Diffusion's schedule: abar = 0.998296, sqrt(1 - abar) = 0.041279
-    assert nano_net.alpha_bar(1) == pytest.approx(0.998296, abs=1e-6)
-    assert math.sqrt(1 - nano_net.alpha_bar(1)) == pytest.approx(0.041279, abs=1e-6)
+    assert alpha_bar(1) == pytest.approx(0.998296, abs=1e-6)
+    assert math.sqrt(1 - alpha_bar(1)) == pytest.approx(0.041279, abs=1e-6)
 
 
 def test_zero_noise_gives_the_scaled_latent_and_the_exact_noise_gives_the_clear_one() -> None:
     enhancer = Enhancer().double().eval()
     clear, noise = torch.randn(2, 1, nano_net.LATENT, 8, 8, dtype=torch.float64).unbind(0)
-    degraded = enhancer.signal * clear + enhancer.noise * noise
+    degraded = math.sqrt(enhancer.share) * clear + math.sqrt(1 - enhancer.share) * noise
     enhancer.predict_noise = lambda z, level: torch.zeros_like(z)  # type: ignore[method-assign]
     level = torch.zeros(1, dtype=torch.float64)
-    assert torch.allclose(enhancer.denoise(degraded, level), degraded / math.sqrt(nano_net.alpha_bar(100)), atol=1e-12)
+    assert torch.allclose(enhancer.denoise(degraded, level), degraded / math.sqrt(alpha_bar(100)), atol=1e-12)
     enhancer.predict_noise = lambda z, level: noise  # type: ignore[method-assign]
     assert torch.allclose(enhancer.denoise(degraded, level), clear, atol=1e-12)
 

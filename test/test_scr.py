@@ -21,7 +21,8 @@ from tiny_sd import END, PAD, START, UNET, tiny_unet, tiny_vae, write_tiny_scr, 
 from glesam_ros.models import registry  # noqa: E402
 from glesam_ros.models.base import OutOfMemory  # noqa: E402
 from glesam_ros.models.glesam import catalogue  # noqa: E402
-from glesam_ros.models.glesam.enhancer import LORA_TARGETS, UNETS, alpha_bar, load_unet  # noqa: E402
+from glesam_ros.models.glesam.enhancer import LORA_TARGETS, UNETS, load_unet  # noqa: E402
+from glesam_ros.models.glesam.one_step import alpha_bar  # noqa: E402
 from glesam_ros.models.rass import scr  # noqa: E402
 from glesam_ros.models.rass.scr import (  # noqa: E402
     ClassPrompts,

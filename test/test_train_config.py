@@ -82,7 +82,7 @@ def test_set_changes_what_it_names() -> None:
         ({"degradation": {"kinds": ["rain", "snow"]}}, "got 'snow', which is held out for evaluation"),
         ({"degradation": {"levels": [0, 0, 0]}}, "degradation.levels: expected at least one weight above 0"),
         ({"enhancer": {"gamma": 0}}, "enhancer.gamma: expected greater than 0, got 0"),
-        ({"crop": {"height": 100}}, "crop.height: expected a multiple of 32 px, got 100"),
+        ({"crop": {"height": 100}}, "crop.height: expected a multiple of 32, got 100"),
         ({"crop": {"zoom": [2, 1]}}, "crop.zoom: expected the smaller number first, got [2.0, 1.0]"),
         ({"sources": []}, "sources: expected at least 1 entry, found 0"),
         ({"sources": [{"kind": "coco"}]}, "sources.0.path: expected a value, found none"),

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glesam_ros.models.glesam.one_step import alpha_bar, one_step
+
 LATENT = 96
 """Channels of the image embedding."""
 FEATURES = 48
@@ -102,6 +104,7 @@ def pyramid(blocks: Iterable[Any], x: Tensor) -> list[Tensor]:
 
 
 def conv_bn(inside: int, outside: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution, batch norm, ReLU: (B, inside, h, w) -> (B, outside, h / stride, w / stride)."""
     return nn.Sequential(
         nn.Conv2d(inside, outside, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outside), nn.ReLU(True)
     )
@@ -116,6 +119,7 @@ class LatentNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, h, w) -> the same shape."""
         x = x - x.mean(1, keepdim=True)
         return x * torch.rsqrt((x * x).mean(1, keepdim=True) + 1e-5) * self.weight + self.bias
 
@@ -272,6 +276,7 @@ class LevelHead(nn.Module):
         return found
 
     def forward(self, statistics: Tensor) -> Tensor:
+        """(B, S) -> (B,)."""
         level = torch.sigmoid(self.logits(statistics)).mean(1)
         return torch.where(level < CLEAR, torch.zeros_like(level), level)
 
@@ -287,6 +292,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if inside == outside else nn.Conv2d(inside, outside, 1)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, inside, h, w), embedded level (B, condition) -> (B, outside, h, w)."""
         scale, shift = self.condition(condition)[:, :, None, None].chunk(2, 1)
         y = F.relu(self.first(x) * (1 + scale) + shift)
         return F.relu(self.skip(x) + self.second(y))
@@ -295,13 +301,15 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over positions of the coarsest level, as in the middle of a latent-diffusion U-Net."""
 
-    def __init__(self, channels: int, heads: int = 4) -> None:
+    heads = 4
+
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = heads
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, h, w) -> the same shape."""
         b, c, h, w = x.shape
         q, k, v = self.qkv(x).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
         weights = torch.softmax(q.transpose(2, 3) @ k / math.sqrt(c // self.heads), -1)
@@ -322,14 +330,9 @@ class Overview(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, h, w) -> the same shape."""
         x = self.attention(x)
         return x + self.mlp(x)
-
-
-def alpha_bar(timestep: int) -> float:
-    """Cumulative signal share of Stable Diffusion's schedule (scaled linear, 0.00085 to 0.012, 1000 steps)."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    return float(torch.cumprod(1 - betas, 0)[timestep])
 
 
 class Enhancer(nn.Module):
@@ -369,8 +372,7 @@ class Enhancer(nn.Module):
         self.conv_out = nn.Conv2d(c0, LATENT, 3, 1, 1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]  # the bias exists
-        share = alpha_bar(self.timestep)
-        self.signal, self.noise = math.sqrt(share), math.sqrt(1 - share)
+        self.share = alpha_bar(self.timestep)
 
     def predict_noise(self, z: Tensor, level: Tensor) -> Tensor:
         """eps(z, level): latent (B, C, h, w) and level (B,) in 0..1 -> noise (B, C, h, w)."""
@@ -393,7 +395,7 @@ class Enhancer(nn.Module):
     def denoise(self, latent: Tensor, level: Tensor) -> Tensor:
         """The step: latent (B, C, h, w) and level (B,) -> restored latent (B, C, h, w)."""
         z = self.gamma * latent
-        return (z - self.noise * self.predict_noise(z, level)) / (self.gamma * self.signal)
+        return one_step(z, self.predict_noise(z, level), self.gamma, self.share)
 
 
 def grid_xy(h: int, w: int, like: Tensor) -> Tensor:
@@ -473,16 +475,16 @@ class PromptDecoder(nn.Module):
     """
 
     outputs = 1 + HYPOTHESES
+    depth = 3
     frequencies: Tensor
 
-    def __init__(self, layers: int = 3, heads: int = 4) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.heads = heads
         self.register_buffer("frequencies", torch.randn(2, TOKENS // 2))
         self.label = nn.Embedding(6, TOKENS)
         self.sample = nn.Linear(FEATURES + LATENT + TOKENS, TOKENS)
         self.mask_tokens = nn.Parameter(torch.randn(self.outputs, TOKENS) * 0.02)
-        self.layers = nn.ModuleList(PromptLayer(heads) for _ in range(layers))
+        self.layers = nn.ModuleList(PromptLayer() for _ in range(self.depth))
         self.to_kernel = nn.Sequential(nn.Linear(TOKENS, TOKENS), nn.ReLU(True), nn.Linear(TOKENS, KERNEL + 1))
         nn.init.normal_(self.to_kernel[2].weight, std=0.02)  # type: ignore[arg-type]  # a linear layer's
 
@@ -530,9 +532,10 @@ class PromptDecoder(nn.Module):
 class PromptLayer(nn.Module):
     """Self-attention of tokens, attention from tokens to the image, MLP; pre-norm."""
 
-    def __init__(self, heads: int) -> None:
+    heads = 4
+
+    def __init__(self) -> None:
         super().__init__()
-        self.heads = heads
         self.norms = nn.ModuleList(nn.LayerNorm(TOKENS) for _ in range(3))
         self.self_qkv = nn.Linear(TOKENS, 3 * TOKENS)
         self.self_out = nn.Linear(TOKENS, TOKENS)

@@ -23,16 +23,19 @@ NO_BEARING = ("workers", "checkpoint_every", "log_every", "pictures_every", "gra
 
 
 def no_bool(value: Any) -> Any:
+    """The value; true and false, which Python takes for 1 and 0, are a ValueError."""
     if isinstance(value, bool):
         raise ValueError(f"expected a number, got {str(value).lower()}")
     return value
 
 
 def no_as_text(value: Any) -> Any:
-    return "no" if value is False else value  # YAML reads a bare no as false
+    """The value; "no" for false, as which YAML reads a bare no."""
+    return "no" if value is False else value
 
 
 def training_split(value: str) -> str:
+    """The name of a split; that of a test split is a ValueError."""
     if "test" in value:
         raise ValueError(f"expected a split for training, got {value!r}: nothing is trained on a test split")
     return value
@@ -46,13 +49,8 @@ def _training_kind(value: str) -> str:
     return value
 
 
-def _crop_side(value: int) -> int:
-    if value % 32:
-        raise ValueError(f"expected a multiple of 32 px, got {value}")
-    return value
-
-
 def zoom_range(value: tuple[float, float]) -> tuple[float, float]:
+    """A range; one that ends before it begins is a ValueError."""
     if value[0] > value[1]:
         raise ValueError(f"expected the smaller number first, got {list(value)}")
     return value
@@ -74,7 +72,7 @@ Decay = Annotated[float, BeforeValidator(no_bool), Field(ge=0, lt=1)]
 Zoom = Annotated[float, BeforeValidator(no_bool), Field(ge=1, le=8)]
 Degrees = Annotated[float, BeforeValidator(no_bool), Field(ge=0, le=180)]
 Detail = Annotated[float, BeforeValidator(no_bool), Field(ge=0.25, le=4)]
-Side = Annotated[int, Field(strict=True, ge=32, le=4096), AfterValidator(_crop_side)]
+Side = Annotated[int, Field(strict=True, ge=32, le=4096, multiple_of=32)]
 Text = Annotated[str, Field(min_length=1)]
 Precision = Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(no_as_text)]
 

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from glesam_ros.models.glesam.catalogue import own_name
+from glesam_ros.models.glesam.one_step import SIDE_MULTIPLE
 from glesam_ros.training.config import (
     STRICT,
     Count,
@@ -30,22 +31,6 @@ from glesam_ros.training.recipes import RECIPES
 
 FULL_STAGES = RECIPES["glesam"].stages
 """The stages in the order in which they run."""
-SIDE_MULTIPLE = 128
-"""Of the model's square input: stride 16 and three halvings in the U-Net (`glesam_ros.models.glesam.base`)."""
-
-
-def _model_side(value: int) -> int:
-    if value % SIDE_MULTIPLE:
-        raise ValueError(f"expected a multiple of {SIDE_MULTIPLE} px, got {value}")
-    return value
-
-
-def _crop_side(value: int) -> int:
-    if value % 4:
-        raise ValueError(f"expected a multiple of 4 px, got {value}")
-    return value
-
-
 FullPrecision = Annotated[Literal["auto", "no", "bf16"], BeforeValidator(no_as_text)]
 
 
@@ -60,7 +45,7 @@ class SquareConfig:
         jitter: other contrast, brightness and colours; the paper has none. Half of the crops are mirrored in any case.
     """
 
-    side: Annotated[int, Field(strict=True, ge=32, le=4096), AfterValidator(_crop_side)] = 512
+    side: Annotated[int, Field(strict=True, ge=32, le=4096, multiple_of=4)] = 512
     zoom: Annotated[tuple[Zoom, Zoom], AfterValidator(zoom_range)] = (1.0, 1.0)
     paste: Share = 0.0
     jitter: bool = False
@@ -250,7 +235,7 @@ class FullConfig:
     unet: Annotated[Literal["sd21-base", "sd15"], BeforeValidator(_own_text)] = "sd21-base"
     unet_folder: Text | None = None
     start: Text | None = None
-    side: Annotated[int, Field(strict=True, ge=SIDE_MULTIPLE, le=2048), AfterValidator(_model_side)] = 1024
+    side: Annotated[int, Field(strict=True, ge=SIDE_MULTIPLE, le=2048, multiple_of=SIDE_MULTIPLE)] = 1024
     gradient_checkpointing: bool = True
     objects: Count = 1
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (

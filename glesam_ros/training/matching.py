@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glesam_ros.models.glesam.enhancer import TIMESTEPS, Enhancer, alpha_bar, is_lora
+from glesam_ros.models.glesam.enhancer import Enhancer, is_lora
+from glesam_ros.models.glesam.one_step import TIMESTEPS, alpha_bar
 
 FIRST, LAST = 20, 980
 """Timesteps at which distributions are compared; nearer to the ends nothing is to be learnt. The fake U-Net and the

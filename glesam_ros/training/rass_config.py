@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from glesam_ros.models.glesam.one_step import PICTURE_MULTIPLE
 from glesam_ros.training.config import (
     STRICT,
     Count,
@@ -28,14 +29,6 @@ from glesam_ros.training.recipes import RECIPES
 
 RASS_STAGES = RECIPES["rass"].stages
 """The stages in the order in which they run."""
-SIDE_MULTIPLE = 64
-"""Of a crop: stride 8 of the VAE and three halvings in the U-Net."""
-
-
-def _crop_side(value: int) -> int:
-    if value % SIDE_MULTIPLE:
-        raise ValueError(f"expected a multiple of {SIDE_MULTIPLE} px, got {value}")
-    return value
 
 
 def _own_split(value: str) -> str:
@@ -76,7 +69,7 @@ class LabelledCropConfig:
         flip: share of crops that are mirrored.
     """
 
-    side: Annotated[int, Field(strict=True, ge=SIDE_MULTIPLE, le=2048), AfterValidator(_crop_side)] = 512
+    side: Annotated[int, Field(strict=True, ge=PICTURE_MULTIPLE, le=2048, multiple_of=PICTURE_MULTIPLE)] = 512
     scale: Annotated[tuple[Magnification, Magnification], AfterValidator(zoom_range)] = (0.5, 2.0)
     flip: Share = 0.5
 

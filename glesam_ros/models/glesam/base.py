@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glesam_ros.models.glesam.one_step import SIDE_MULTIPLE
+
 STRIDE = 16
 """Pixels of the model's input a cell of the latent."""
 SIDE = 1024
-"""Side of the square input that SAM and SAM 2 were trained with."""
-SIDE_MULTIPLE = 128
-"""Other sides are multiples of this: three halvings in the U-Net of the enhancer, on top of the stride."""
+"""Side of the square input that SAM and SAM 2 were trained with; others are multiples of `SIDE_MULTIPLE`."""
 LATENT_CHANNELS = 256
 LOGIT_STRIDE = 4
 """Pixels of the model's input a cell of the mask logits."""

@@ -130,6 +130,9 @@ UNETS: dict[str, tuple[Source, ...]] = {
     "sd15": _diffusion("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", _RAIL, 3438, 492),
 }
 """Files of the diffusion models by the name that `glesam.json` has for them."""
+TEXT_WIDTHS = {"sd21-base": 1024, "sd15": 768}
+"""Width of the embedded text that each of them takes, which tells them apart."""
+
 
 def _vae(name: str, repository: str, licence: str, megabytes: int) -> tuple[Source, ...]:
     files: dict[str, int | None] = {"vae/config.json": None, "vae/diffusion_pytorch_model.safetensors": megabytes}
@@ -145,6 +148,8 @@ VAES: dict[str, tuple[Source, ...]] = {
 """Files of the autoencoders that SCR and RASS need beside `UNETS`."""
 
 SCR_FILE, RASS_FILE = "rass/scr.pkl", "rass/rass.pth"
+RASS_PROMPT_FILE = "rass/prompt.safetensors"
+"""What the text encoder says of the class names that the released RASS is told; computed once."""
 _RASS_LICENCE = "none stated; ask its authors"
 _SCR = Source(SCR_FILE, "https://github.com/Ka1Guan/RASS/raw/main/preset/model/scr.pkl", _RASS_LICENCE)
 SYSTEMS: dict[str, tuple[Source, ...]] = {

@@ -28,6 +28,7 @@ from glesam_ros.models.glesam.catalogue import (
     SCR_FILE,
     SYSTEM_SD,
     SYSTEMS,
+    TEXT_WIDTHS,
     UNETS,
     VAES,
     Source,
@@ -48,8 +49,8 @@ BYTES_SHOWN = 40
 TIMEOUT_S = 60
 GAMMAS = {"sd21-base": 5.0, "sd15": 3.0}
 """FDA scale of the released weights: of the paper and the README, and of the demo script for SD 1.5."""
-WIDTHS = {1024: "sd21-base", 768: "sd15"}
-"""Width of the text embedding to the diffusion model that has it."""
+WIDTHS = {width: unet for unet, width in TEXT_WIDTHS.items()}
+"""Width of the embedded text to the diffusion model that takes it."""
 
 Progress = Callable[[int], Any]
 """Takes the number of bytes that came."""

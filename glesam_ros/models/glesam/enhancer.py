@@ -37,7 +37,9 @@ from glesam_ros.models.glesam.catalogue import (
     LORA_FILE,
     PROMPT_FILE,
     SMALL_FILE,
+    TEXT_WIDTHS,
 )
+from glesam_ros.models.glesam.one_step import SIDE_DIVISOR, SIDE_MULTIPLE, TIMESTEPS, alpha_bar, one_step
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
 from glesam_ros.models.glesam.weights import load_exactly, lora_to_diffusers, lora_to_peft, read_tensors
 from glesam_ros.whole_files import PART, write_text, write_whole
@@ -51,10 +53,10 @@ UNETS: dict[str, dict[str, Any]] = {
     "sd21-base": {
         "sample_size": 64,
         "attention_head_dim": (5, 10, 20, 20),
-        "cross_attention_dim": 1024,
+        "cross_attention_dim": TEXT_WIDTHS["sd21-base"],
         "use_linear_projection": True,
     },
-    "sd15": {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
+    "sd15": {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": TEXT_WIDTHS["sd15"]},
 }
 """Where the U-Nets of Stable Diffusion 2.1-base and 1.5 differ from `diffusers.UNet2DConditionModel`'s defaults."""
 
@@ -62,10 +64,6 @@ UNET_CHANNELS = 4
 """Channels of the latent that Stable Diffusion was trained with."""
 TOKENS = 77
 """Length of a prompt in tokens, the empty one too."""
-SIDE_DIVISOR = 8
-"""The U-Net halves the latent three times."""
-TIMESTEPS = 1000
-"""Length of the schedule."""
 LORA_TARGETS = [
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
@@ -133,20 +131,6 @@ class EnhancerConfig:
         return f"{self.base}+{'glesam_small' if self.kind == 'small' else 'glesam++' if self.levels else 'glesam'}"
 
 
-def alpha_bar(timestep: int) -> float:
-    """Share of the signal at `timestep` in 0..999 of Stable Diffusion's schedule: scaled linear, 0.00085 to 0.012."""
-    first, last = math.sqrt(0.00085), math.sqrt(0.012)
-    return math.prod(1 - (first + (last - first) * t / (TIMESTEPS - 1)) ** 2 for t in range(timestep + 1))
-
-
-def one_step(scaled: Tensor, noise: Tensor, gamma: float, share: float) -> Tensor:
-    """Restored z of gamma z and the predicted noise, `share` the alpha bar; in the precision of its inputs.
-
-    Source: GleSAM, section 3; with gamma = 1 the prediction of x_0 in DDPM and DDIM.
-    """
-    return (scaled - math.sqrt(1 - share) * noise) / (gamma * math.sqrt(share))
-
-
 class OneStep(nn.Module, ABC):
     """What both enhancers share: the step, its checks, the level predictor of GleSAM++.
 
@@ -211,7 +195,7 @@ class OneStep(nn.Module, ABC):
         if latent.shape[2] % SIDE_DIVISOR or latent.shape[3] % SIDE_DIVISOR:
             raise ValueError(
                 f"latent: expected sides that are multiples of {SIDE_DIVISOR}, got {latent.shape[2]} x "
-                f"{latent.shape[3]}; take a processing size that is a multiple of {16 * SIDE_DIVISOR}"
+                f"{latent.shape[3]}; take a processing size that is a multiple of {SIDE_MULTIPLE}"
             )
         if not self.config.levels:
             level = None
@@ -286,6 +270,7 @@ class LevelEmbedding(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, level: Tensor) -> Tensor:
+        """(B,) -> (B, width) in the type of the weights."""
         turns = torch.arange(1, self.FREQUENCIES + 1, device=level.device, dtype=torch.float32)
         angles = math.pi * level.float()[:, None] * turns
         waves = torch.cat([angles.sin(), angles.cos()], 1).to(self.first.weight.dtype)
@@ -570,6 +555,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if inside == outside else nn.Conv2d(inside, outside, 1)
 
     def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """(B, inside, h, w), embedded level (B, condition) where there is one -> (B, outside, h, w)."""
         y = self.norm2(self.conv1(F.silu(self.norm1(x))))
         if self.condition is not None:
             scale, shift = self.condition(condition)[:, :, None, None].chunk(2, 1)
@@ -589,6 +575,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, h, w) -> the same shape."""
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.HEADS, c // self.HEADS, h * w).transpose(3, 4).unbind(1)
         y = F.scaled_dot_product_attention(q, k, v)
@@ -663,22 +650,30 @@ def empty_prompt(folder: Path) -> Tensor:
         FileNotFoundError: neither that file nor tokenizer and text encoder are there.
         ValueError: weights of the text encoder are missing or too many, or the file holds something else.
     """
-    file = folder / PROMPT_FILE
-    if file.is_file():
-        embedded = read_tensors(file)
-        if "prompt" not in embedded:
-            raise ValueError(f"{file}: expected the key prompt, got {', '.join(sorted(embedded)) or 'none'}; remove it")
-        return embedded["prompt"]
-    for part in ("tokenizer", "text_encoder"):
-        if not (folder / part).is_dir():
-            raise FileNotFoundError(f"{folder / part}: expected it, or {file.name} beside it, for the empty prompt")
-    tokenizer, encoder = load_text_encoder(folder)
-    # 2.1 pads with "!", 1.5 with its end token: the tokenizer's files say so
-    ids = tokenizer("", padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
-    with torch.no_grad():
-        prompt = encoder(ids).last_hidden_state
-    write_tensors({"prompt": prompt}, file)
-    return prompt
+
+    def embed() -> Tensor:
+        tokenizer, encoder = load_text_encoder(folder)
+        # 2.1 pads with "!", 1.5 with its end token: the tokenizer's files say so
+        ids = tokenizer("", padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+        with torch.no_grad():
+            prompt: Tensor = encoder(ids).last_hidden_state
+        return prompt
+
+    return embedded_once(folder / PROMPT_FILE, embed)
+
+
+def embedded_once(file: Path, embed: Callable[[], Tensor]) -> Tensor:
+    """The prompt (1, 77, C) float32 in a file; `embed` makes it where there is none yet.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not file.is_file():
+        write_tensors({"prompt": embed()}, file)
+    found = read_tensors(file)
+    if "prompt" not in found:
+        raise ValueError(f"{file}: expected the key prompt, got {', '.join(sorted(found)) or 'none'}; remove it")
+    return found["prompt"]
 
 
 def load_text_encoder(folder: Path) -> tuple[Any, Any]:

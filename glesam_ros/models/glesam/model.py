@@ -15,8 +15,9 @@ from torch import Tensor
 
 from glesam_ros.models.base import Budget, Candidates, Embedding
 from glesam_ros.models.glesam import catalogue, everything
-from glesam_ros.models.glesam.base import LOGIT_STRIDE, SIDE_MULTIPLE, STRIDE, BaseModel, Features
+from glesam_ros.models.glesam.base import LOGIT_STRIDE, STRIDE, BaseModel, Features
 from glesam_ros.models.glesam.enhancer import Enhancer, SmallEnhancer, load_config, load_enhancer
+from glesam_ros.models.glesam.one_step import SIDE_MULTIPLE
 from glesam_ros.models.glesam.runtime import (
     Runtime,
     TorchRuntime,

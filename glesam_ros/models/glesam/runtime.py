@@ -206,7 +206,7 @@ class TorchRuntime:
         self.side = SIDE
         self._place, self._dtype = device, dtype
         self._on_cuda = device.type == "cuda"
-        self.overlaps = self._few_shapes = self._on_cuda
+        self.overlaps = self._on_cuda
         self._stream = torch.cuda.Stream(device) if self._on_cuda else None
         capture = capturer() if self._on_cuda else None
         # crops are encoded by the thread that decodes, and memory is freed from either
@@ -264,7 +264,7 @@ class TorchRuntime:
         with self._decoding, torch.inference_mode(), made_current(self._place):
             self._await(features)
             count = len(points)
-            if self._few_shapes:
+            if self._on_cuda:  # few shapes, few graphs
                 points, labels = rounded_up(points), rounded_up(labels)
             inputs = features.latent, *features.high, self._upload(points), self._upload(labels)
             logits, scores = self._stages["decode several" if several else "decode"](*inputs)

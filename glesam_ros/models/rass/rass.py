@@ -49,11 +49,12 @@ from glesam_ros.models.glesam import catalogue
 from glesam_ros.models.glesam.enhancer import (
     TOKENS,
     UNet2DConditionModel,
+    embedded_once,
     is_lora,
     load_unet,
     merge_layers,
-    write_tensors,
 )
+from glesam_ros.models.glesam.one_step import PICTURE_MULTIPLE
 from glesam_ros.models.glesam.replay import Replayed, capturer, give_back
 from glesam_ros.models.glesam.runtime import (
     choose_device,
@@ -64,17 +65,16 @@ from glesam_ros.models.glesam.runtime import (
     memory_errors,
 )
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
-from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, read_tensors
+from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint
 from glesam_ros.models.rass.checkpoint import NOT_READ, from_released, is_released, released_sizes
 from glesam_ros.models.rass.scr import (
     GROUPS,
-    SD,
-    SIDE_MULTIPLE,
     AutoencoderKL,
     ClassPrompts,
     group_of,
     load_vae,
     merge_scr,
+    trained_parameters,
 )
 from glesam_ros.validation import FloatArray, UInt8Array, check_image
 from glesam_ros.whole_files import write_whole
@@ -109,8 +109,6 @@ NORM_GROUPS = 32
 """Of all group norms."""
 LEAST_SHARE = 1e-8
 """Share of a class below which its logarithm is no longer told apart."""
-PROMPT_FILE = "rass/prompt.safetensors"
-"""What the text encoder says of the class names that the released network is told; computed once."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +189,7 @@ class ConvNorm(nn.Conv2d):
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inside, h, w) -> (B, outside, h, w)."""
         return self.norm(super().forward(x))
 
 
@@ -319,8 +318,8 @@ class RassNetwork(nn.Module):
 
         At full size with 150 classes 27,905,063 parameters; the paper says 27.9 million.
         """
-        adapted = [p for name, p in self.unet.named_parameters() if is_lora(name) or name.startswith("conv_in.")]
-        return {"backbone": [*adapted, *self.projections.parameters()], "head": list(self.head.parameters())}
+        backbone = [*trained_parameters(self.unet), *self.projections.parameters()]
+        return {"backbone": backbone, "head": list(self.head.parameters())}
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
         """What VAE and U-Net say of pictures.
@@ -336,9 +335,9 @@ class RassNetwork(nn.Module):
         """
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != torch.uint8:
             raise ValueError(f"images: expected (B, H, W, 3) uint8, got {tuple(images.shape)} {images.dtype}")
-        if images.shape[1] % SIDE_MULTIPLE or images.shape[2] % SIDE_MULTIPLE:
+        if images.shape[1] % PICTURE_MULTIPLE or images.shape[2] % PICTURE_MULTIPLE:
             raise ValueError(
-                f"images: expected sides that are multiples of {SIDE_MULTIPLE}, got {images.shape[1]} x "
+                f"images: expected sides that are multiples of {PICTURE_MULTIPLE}, got {images.shape[1]} x "
                 f"{images.shape[2]}"
             )
         kind = self.quant_conv.weight.dtype
@@ -488,7 +487,7 @@ def working_size(height: int, width: int) -> tuple[int, int]:
     """
     short, long = min(height, width), max(height, width)
     scale = min(WINDOW / short, LONGEST / long)
-    side = max(SIDE_MULTIPLE, round(short * scale / SIDE_MULTIPLE) * SIDE_MULTIPLE)
+    side = max(PICTURE_MULTIPLE, round(short * scale / PICTURE_MULTIPLE) * PICTURE_MULTIPLE)
     other = max(side, round(long * scale / STRIDES[-1]) * STRIDES[-1])
     return (side, other) if height <= width else (other, side)
 
@@ -682,10 +681,11 @@ def load_rass(device: str, precision: str) -> RassModel:
     weights = read_rass(file)
     if weights.scr and weights.scr != sha256(scr):
         raise ValueError(f"{file}: expected the scr.pkl that it was trained with beside it, {scr} is another one")
-    unet = load_unet(folder / SD / "unet")
+    sd = folder / catalogue.SYSTEM_SD
+    unet = load_unet(sd / "unet")
     merge_scr(unet, scr)
     prompt = _released_prompt(folder, weights.config.classes) if weights.prompt is None else weights.prompt
-    network = RassNetwork(weights.config, load_vae(folder / SD / "vae"), unet, prompt)
+    network = RassNetwork(weights.config, load_vae(sd / "vae"), unet, prompt)
     weights.load_into(network, str(file))
     return RassModel(network, weights.palette, place, dtype)
 
@@ -696,10 +696,5 @@ def _released_prompt(folder: Path, classes: Sequence[str]) -> Tensor:
     The authors prompt with the tags that a recognition model gives each picture. Ours is the same for all pictures, so
     it is computed once, and no tagger (470 million parameters) and no text encoder has to run.
     """
-    file = folder / PROMPT_FILE
-    if not file.is_file():
-        write_tensors({"prompt": ClassPrompts(folder / SD)(classes)}, file)
-    found = read_tensors(file)
-    if "prompt" not in found:
-        raise ValueError(f"{file}: expected the key prompt, got {', '.join(sorted(found)) or 'none'}; remove it")
-    return found["prompt"]
+    sd, file = folder / catalogue.SYSTEM_SD, folder / catalogue.RASS_PROMPT_FILE
+    return embedded_once(file, lambda: ClassPrompts(sd)(classes))

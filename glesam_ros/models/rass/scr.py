@@ -43,17 +43,16 @@ from glesam_ros.models.base import OutOfMemory
 from glesam_ros.models.glesam import catalogue
 from glesam_ros.models.glesam.enhancer import (
     LORA_TARGETS,
-    TIMESTEPS,
     TOKENS,
     UNET_CHANNELS,
     UNet2DConditionModel,
-    alpha_bar,
     empty_prompt,
+    is_lora,
     load_text_encoder,
     load_unet,
     merge_layers,
-    one_step,
 )
+from glesam_ros.models.glesam.one_step import PICTURE_MULTIPLE, TIMESTEPS, alpha_bar, one_step
 from glesam_ros.models.glesam.replay import Replayed, capturer, give_back
 from glesam_ros.models.glesam.runtime import (
     choose_device,
@@ -74,8 +73,8 @@ _LOG = logging.getLogger(__name__)
 AutoencoderKL = Any
 """diffusers' class; what it consists of is made at run time, and no checker of types sees it."""
 
-NAME, SD = "scr-sd21", "sd21-base"
-"""Name of the restorer, and of the diffusion model that it adapts."""
+NAME = "scr-sd21"
+"""Name of the restorer."""
 TIMESTEP = 1
 """T of `load_scr`."""
 ALPHA = 8
@@ -87,8 +86,6 @@ SCR_TARGETS = tuple(target for target in LORA_TARGETS if target != "time_emb_pro
 RANK_KEY, STATE_KEY = "rank_unet", "state_dict_unet"
 MODULE_KEYS = {group: f"unet_lora_{group}_modules" for group in GROUPS}
 """Keys of scr.pkl."""
-SIDE_MULTIPLE = 64
-"""Sides of the network's input: eight for the latent, eight more for the U-Net's three halvings."""
 TILE = 768
 """Longest side in pixels that is restored in one piece; 512 is what Stable Diffusion 2.1-base was trained with."""
 LEAST_TILE = 256
@@ -269,7 +266,7 @@ def _inject(unet: UNet2DConditionModel, rank: int, groups: dict[str, list[str]])
 
 
 def _is_trained(key: str) -> bool:
-    return ".lora_A." in key or ".lora_B." in key or key.startswith("conv_in.")
+    return is_lora(key) or key.startswith("conv_in.")
 
 
 def _are_names(value: Any) -> bool:
@@ -425,9 +422,9 @@ class Scr(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        if pixels.ndim != 4 or pixels.shape[1] != 3 or any(s % SIDE_MULTIPLE or not s for s in pixels.shape[2:]):
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or any(s % PICTURE_MULTIPLE or not s for s in pixels.shape[2:]):
             raise ValueError(
-                f"pixels: expected (B, 3, H, W) with sides that are multiples of {SIDE_MULTIPLE}, got "
+                f"pixels: expected (B, 3, H, W) with sides that are multiples of {PICTURE_MULTIPLE}, got "
                 f"{tuple(pixels.shape)}"
             )
         latent: Tensor = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
@@ -522,8 +519,8 @@ class ScrRestorer:
         self, network: Scr, prompts: Callable[[Sequence[str]], Tensor], device: torch.device, dtype: torch.dtype,
         tile: int = TILE,
     ) -> None:
-        if tile < LEAST_TILE or tile % SIDE_MULTIPLE:
-            raise ValueError(f"tile: expected a multiple of {SIDE_MULTIPLE}, at least {LEAST_TILE}, got {tile}")
+        if tile < LEAST_TILE or tile % PICTURE_MULTIPLE:
+            raise ValueError(f"tile: expected a multiple of {PICTURE_MULTIPLE}, at least {LEAST_TILE}, got {tile}")
         self.device = device_in_words(device, dtype)
         self._place, self._tile, self._prompts = device, tile, prompts
         network.to(device, dtype)
@@ -560,7 +557,7 @@ class ScrRestorer:
                     raise
                 reason = str(error)
             # outside of the handler: the traceback of the failed call would keep its tensors alive
-            self._tile = max(LEAST_TILE, self._tile // 2 // SIDE_MULTIPLE * SIDE_MULTIPLE)
+            self._tile = max(LEAST_TILE, self._tile // 2 // PICTURE_MULTIPLE * PICTURE_MULTIPLE)
             _LOG.warning("%s: pictures in tiles of %d pixels from now on: %s", NAME, self._tile, reason)
             self.free()
 
@@ -578,7 +575,7 @@ class ScrRestorer:
     @memory_errors
     def _restore(self, image: UInt8Array, prompt: Tensor) -> UInt8Array:
         height, width = image.shape[:2]
-        pad = [(0, -side % SIDE_MULTIPLE) for side in (height, width)]
+        pad = [(0, -side % PICTURE_MULTIPLE) for side in (height, width)]
         padded = np.pad(image, (*pad, (0, 0)), mode="symmetric")
         total = np.zeros(padded.shape, np.float32)
         weights = np.zeros((*padded.shape[:2], 1), np.float32)
@@ -627,7 +624,7 @@ def load_scr(device: str, precision: str) -> ScrRestorer:
     place = choose_device(device)
     dtype = choose_precision(precision, place)
     folder = catalogue.system_folder(NAME, catalogue.home())
-    unet = load_unet(folder / SD / "unet")
+    sd = folder / catalogue.SYSTEM_SD
+    unet = load_unet(sd / "unet")
     merge_scr(unet, folder / catalogue.SCR_FILE, dtype)
-    network = Scr(unet, load_vae(folder / SD / "vae"))
-    return ScrRestorer(network, ClassPrompts(folder / SD), place, dtype)
+    return ScrRestorer(Scr(unet, load_vae(sd / "vae")), ClassPrompts(sd), place, dtype)
