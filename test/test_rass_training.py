@@ -153,7 +153,7 @@ def test_the_defaults_are_the_published_ones_and_written_out() -> None:
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ("crop.side=100", "crop.side: expected a multiple of 64 px, got 100"),
+        ("crop.side=100", "crop.side: expected a multiple of 64, got 100"),
         ("crop.scale=[2, 1]", "crop.scale: expected the smaller number first, got [2.0, 1.0]"),
         ("rass.rates.heads=1", "rass.rates.heads: unknown key, expected one of head, backbone"),
         ("scr.rank=0", "scr.rank: expected greater than or equal to 1, got 0"),

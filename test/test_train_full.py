@@ -147,8 +147,8 @@ def test_the_defaults_are_the_papers_and_written_out() -> None:
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ("side=1000", "side: expected a multiple of 128 px, got 1000"),
-        ("crop.side=510", "crop.side: expected a multiple of 4 px, got 510"),
+        ("side=1000", "side: expected a multiple of 128, got 1000"),
+        ("crop.side=510", "crop.side: expected a multiple of 4, got 510"),
         ("enhancer.timestep=1000", "enhancer.timestep: expected less than or equal to 999, got 1000"),
         ("restore.rates.lora=1", "restore.rates.lora: unknown key, expected one of enhancer, fake"),
         ("unet=sdxl", "unet: expected 'sd21-base' or 'sd15', got 'sdxl'"),

@@ -250,7 +250,7 @@ def test_clear_inputs_of_stage_1_are_their_own_target(data: Path) -> None:
     assert torch.equal(batch["images"], batch["clear"])
     # with a U-Net that says nothing and adapters that begin as nothing, nothing is to be restored
     torch.nn.init.zeros_(stage.model.enhancer.conv_out.weight)
-    stage.model.enhancer.signal = 1.0
+    stage.model.enhancer.share = 1.0
     with torch.no_grad():
         assert float(stage(batch)["restoration"]) < 1e-9
     stage = stage_of("restore", data, restore={"batch": 2, "clear": 0.0})
@@ -518,7 +518,7 @@ def test_an_ablation_begins_with_the_package_and_an_enhancer_that_changes_nothin
     with torch.no_grad():
         s4, s8, _ = nano.see(net.eval(), image)
         plain = net.trunk(s4, s8)
-        assert torch.allclose(net.enhancer(s4, s8, torch.tensor([0.5])) * net.enhancer.signal, plain, atol=1e-4)
+        assert torch.allclose(net.enhancer(s4, s8, torch.tensor([0.5])) * net.enhancer.share**0.5, plain, atol=1e-4)
     before = path.read_bytes()
     assert ablation.write_base(config, data, path).read_bytes() == before
 
