@@ -329,9 +329,11 @@ class Average:
             p.data.copy_(mean)
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
         return {"steps": self.steps, "mean": self.mean}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
         self.steps = state["steps"]
         for mean, saved in zip(self.mean, state["mean"], strict=True):
             mean.copy_(saved)
@@ -381,6 +383,134 @@ def _batches(
         yield send_to_device(batch, device)
 
 
+class _Course:
+    """A stage under way: model, optimiser, moving average, log and batches, from the step `first` on."""
+
+    def __init__(self, stage: Stage, number: int, run: Run, saved: dict[str, Any] | None) -> None:
+        """Make all ready for the first step; see `train`."""
+        settings, accelerator = stage.settings, run.accelerator
+        device = accelerator.device
+        self.stage, self.number, self.run = stage, number, run
+        # constants that a model makes on its way (grids, filters) are made where the model is
+        self.there = device if device.type != "cpu" else nullcontext()
+        stage.model.requires_grad_(False)
+        self.groups = stage.groups()
+        trained = [p for group in self.groups for p in group.parameters]
+        for p in trained:
+            p.requires_grad_(True)
+        stage.to(device)
+        # before the checkpoint's weights: what is prepared belongs to the weights that the stage began with
+        with self.there, accelerator.autocast():
+            stage.prepare(partial(_prepared, run, number))
+        optimizer = stage.optimizer([{"params": group.parameters, "lr": group.rate} for group in self.groups])
+        self.average = Average(trained, settings.ema) if settings.ema else None
+        self.first = self._restore(saved, optimizer) if saved else 0
+        self.log = Log(
+            run.out if accelerator.is_main_process else None, stage.name, settings.log_every, settings.steps,
+            self.first, saved["log"] if saved else None,
+        )
+        self.clipped = stage.clipped(self.groups)
+        self.optimizer: Any
+        self.model, self.optimizer = accelerator.prepare(stage, optimizer)
+        accelerator.gradient_accumulation_steps, accelerator.step = settings.accumulate, 0
+        stage.set_modes()
+        numbers = [(step, micro) for step in range(self.first, settings.steps) for micro in range(settings.accumulate)]
+        self.batches = _batches(run, stage.batch, (run.seed, number, TRAINING), numbers)
+
+    def take(self, step: int) -> None:
+        """One step of the optimiser, by all micro-batches of it; into the moving average and the log."""
+        self.stage.step, settings = step, self.stage.settings
+        rates = {group.name: group.rate * rate_share(step, settings) for group in self.groups}
+        for entry, rate in zip(self.optimizer.param_groups, rates.values(), strict=True):
+            entry["lr"] = rate
+        sums: dict[str, Tensor] = {}
+        for micro in range(settings.accumulate):
+            for name, value in self._micro_step(step, micro).items():
+                sums[name] = sums.get(name, 0) + value / settings.accumulate
+        if self.average:
+            self.average.update()
+        self.log.add(step, sums, rates)
+
+    def _micro_step(self, step: int, micro: int) -> dict[str, Tensor]:
+        """Forward and backward; the last one of a step clips and moves the weights. Returns the losses."""
+        accelerator, settings = self.run.accelerator, self.stage.settings
+        self.batch = next(self.batches)
+        sow(self.run.seed, self.number, CHANCE, step, micro, accelerator.process_index)
+        with accelerator.accumulate(self.model), self.there:
+            losses = self.model(self.batch)
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients and settings.clip:
+                for together in self.clipped:
+                    accelerator.clip_grad_norm_(together, settings.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return {name: value.detach() for name, value in losses.items()}
+
+    def show(self, step: int) -> None:
+        """Pictures of the last batch, every so many steps."""
+        every, accelerator = self.stage.settings.pictures_every, self.run.accelerator
+        if not every or (step + 1) % every or not accelerator.is_main_process:
+            return
+        self.stage.eval()
+        with torch.no_grad(), self.there, accelerator.autocast():
+            self.log.pictures(step, self.stage.pictures(self.batch))
+        self.stage.set_modes()
+
+    def keep(self, step: int) -> None:
+        """Write a checkpoint, every so many steps and where a signal came, but not after the last step.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        settings, stopping = self.stage.settings, self.run.stopping()
+        if step + 1 == settings.steps or not (stopping or (step + 1) % settings.checkpoint_every == 0):
+            return
+        log = self.log.state()
+        if self.run.accelerator.is_main_process:
+            self._save(step + 1, log)
+        if stopping:
+            raise Stopped
+
+    def close(self) -> None:
+        """End the log and the drawing processes; let the accelerator's memory go."""
+        self.log.close()
+        self.batches.close()
+        self.run.accelerator.free_memory()
+
+    def conclude(self) -> None:
+        """Leave the weights that are to be saved in the model."""
+        if self.average:
+            self.average.store()
+        self.stage.model.requires_grad_(False)
+        self.stage.model.eval()
+
+    def _save(self, step: int, log: dict[str, Any]) -> None:
+        scaler = self.run.accelerator.scaler
+        content = {
+            "stage": self.stage.name, "step": step, "processes": self.run.accelerator.num_processes,
+            "model": self.stage.weights(), "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state() if self.average else None,
+            "scaler": scaler.state_dict() if scaler else None, "log": log,
+        }
+        checkpoint.write(self.run.checkpoint, content)
+
+    def _restore(self, saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> int:
+        """Take over a checkpoint; the number of steps that were done."""
+        accelerator = self.run.accelerator
+        if saved["processes"] != accelerator.num_processes:
+            raise ValueError(
+                f"expected {saved['processes']} processes, with which the run was begun, got "
+                f"{accelerator.num_processes}"
+            )
+        self.stage.load_weights(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if self.average:
+            self.average.load(saved["average"])
+        if accelerator.scaler and saved["scaler"]:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        return int(saved["step"])
+
+
 def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = None) -> None:
     """All steps of a stage; at the end its model holds the weights that are to be saved.
 
@@ -395,76 +525,15 @@ def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = No
         FloatingPointError: the loss is infinite or not a number; the last checkpoint was before that.
         ValueError: `saved` is of a run with another number of processes.
     """
-    settings, accelerator = stage.settings, run.accelerator
-    device = accelerator.device
-    # constants that a model makes on its way (grids, filters) are made where the model is
-    there = device if device.type != "cpu" else nullcontext()
-    stage.model.requires_grad_(False)
-    groups = stage.groups()
-    trained = [p for group in groups for p in group.parameters]
-    for p in trained:
-        p.requires_grad_(True)
-    stage.to(device)
-    # before the checkpoint's weights: what is prepared belongs to the weights that the stage began with
-    with there, accelerator.autocast():
-        stage.prepare(partial(_prepared, run, number))
-    optimizer: Any = stage.optimizer([{"params": group.parameters, "lr": group.rate} for group in groups])
-    average = Average(trained, settings.ema) if settings.ema else None
-    first = _load(saved, stage, optimizer, average, accelerator) if saved else 0
-    log = Log(
-        run.out if accelerator.is_main_process else None, stage.name, settings.log_every, settings.steps, first,
-        saved["log"] if saved else None,
-    )
-    clipped = stage.clipped(groups)
-    model, optimizer = accelerator.prepare(stage, optimizer)
-    accelerator.gradient_accumulation_steps, accelerator.step = settings.accumulate, 0
-    stage.set_modes()
-    numbers = [(step, micro) for step in range(first, settings.steps) for micro in range(settings.accumulate)]
-    batches = _batches(run, stage.batch, (run.seed, number, TRAINING), numbers)
+    course = _Course(stage, number, run, saved)
     try:
-        for step in range(first, settings.steps):
-            stage.step = step
-            rates = {group.name: group.rate * rate_share(step, settings) for group in groups}
-            for entry, rate in zip(optimizer.param_groups, rates.values(), strict=True):
-                entry["lr"] = rate
-            sums: dict[str, Tensor] = {}
-            for micro in range(settings.accumulate):
-                batch = next(batches)
-                chance = [run.seed, number, CHANCE, step, micro, accelerator.process_index]
-                sow(*chance)
-                with accelerator.accumulate(model), there:
-                    losses = model(batch)
-                    accelerator.backward(losses["loss"])
-                    if accelerator.sync_gradients and settings.clip:
-                        for together in clipped:
-                            accelerator.clip_grad_norm_(together, settings.clip)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0) + value.detach() / settings.accumulate
-            if average:
-                average.update()
-            log.add(step, sums, rates)
-            if settings.pictures_every and (step + 1) % settings.pictures_every == 0 and accelerator.is_main_process:
-                stage.eval()
-                with torch.no_grad(), there, accelerator.autocast():
-                    log.pictures(step, stage.pictures(batch))
-                stage.set_modes()
-            stopping = run.stopping()
-            if step + 1 < settings.steps and (stopping or (step + 1) % settings.checkpoint_every == 0):
-                state = log.state()
-                if accelerator.is_main_process:
-                    _save(run, stage, optimizer, average, step + 1, state)
-                if stopping:
-                    raise Stopped
+        for step in range(course.first, stage.settings.steps):
+            course.take(step)
+            course.show(step)
+            course.keep(step)
     finally:
-        log.close()
-        batches.close()  # ends the drawing processes
-        accelerator.free_memory()
-    if average:
-        average.store()
-    stage.model.requires_grad_(False)
-    stage.model.eval()
+        course.close()
+    course.conclude()
 
 
 def complete(stage: Stage, number: int, run: Run) -> None:
@@ -492,33 +561,3 @@ def _prepared(run: Run, number: int, draw: Draw, count: int) -> Iterator[Batch]:
         if run.stopping():
             raise Stopped
         yield batch
-
-
-def _save(
-    run: Run, stage: Stage, optimizer: Any, average: Average | None, step: int, log: dict[str, Any]
-) -> None:
-    scaler = run.accelerator.scaler
-    content = {
-        "stage": stage.name, "step": step, "processes": run.accelerator.num_processes,
-        "model": stage.weights(), "optimizer": optimizer.state_dict(),
-        "average": average.state() if average else None, "scaler": scaler.state_dict() if scaler else None, "log": log,
-    }
-    checkpoint.write(run.checkpoint, content)
-
-
-def _load(
-    saved: dict[str, Any], stage: Stage, optimizer: torch.optim.Optimizer, average: Average | None,
-    accelerator: Accelerator,
-) -> int:
-    """Take over a checkpoint; the number of steps that were done."""
-    if saved["processes"] != accelerator.num_processes:
-        raise ValueError(
-            f"expected {saved['processes']} processes, with which the run was begun, got {accelerator.num_processes}"
-        )
-    stage.load_weights(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    if average:
-        average.load(saved["average"])
-    if accelerator.scaler and saved["scaler"]:
-        accelerator.scaler.load_state_dict(saved["scaler"])
-    return int(saved["step"])
