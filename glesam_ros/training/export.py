@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -96,6 +96,14 @@ class PromptGraph(nn.Module):
         return SHARPNESS * kernel_weights(out[..., :-1]), out[..., -1].sigmoid()
 
 
+class Part(NamedTuple):
+    """What a part is exported from: network, inputs to trace it with, and by input the axes of any length."""
+
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    axes: dict[str, dict[int, str]]
+
+
 def export(
     net: NanoNet, folder: Path, pictures: Sequence[np.ndarray[Any, Any]] = (), check: bool = True
 ) -> dict[str, dict[str, float]]:
@@ -116,7 +124,23 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("nano_*.onnx"), folder / WEIGHTS):
         old.unlink(missing_ok=True)
-    net = copy.deepcopy(net).eval()
+    parts = parts_of(copy.deepcopy(net).eval())
+    graphs = {name: _traced(name, part, folder / f"nano_{name}.onnx") for name, part in parts.items()}
+    feeds = calibration(graphs, pictures) if len(pictures) else {}
+    small, grids = _in_8_bits(graphs, feeds)
+    for name, graph in graphs.items():
+        split_convolutions(graph, small.get(name))
+    files = {f"nano_{name}_int8.onnx": graph for name, graph in small.items()}
+    files |= {f"nano_{name}.onnx": graph for name, graph in graphs.items()}
+    for graph in files.values():
+        store_half(graph)
+        shorten_names(graph)
+    save(files, folder, WEIGHTS)
+    return _report(folder, parts, feeds, grids) if check else {}
+
+
+def parts_of(net: NanoNet) -> dict[str, Part]:
+    """The parts of a network in evaluation mode, by their names in `glesam_ros.models.nano.PARTS`."""
     torch.manual_seed(0)
     image = torch.randint(0, 256, (1, 384, 512, 3), dtype=torch.uint8)
     stem, decoder = StemGraph(net), DecoderGraph(net)
@@ -127,49 +151,51 @@ def export(
     xy, labels = torch.rand(1, 3, 4, 2) * 2 - 1, torch.tensor([[[1, 0, 1, -1], [1, -1, -1, -1], [2, 3, 4, -1.0]]])
     latent_axes = {2: "h", 3: "w"}
     stem_axes = {"s4": {2: "h4", 3: "w4"}, "s8": {2: "h8", 3: "w8"}}
-    parts: dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]] = {
-        "stem": (stem, (image,), {"image": {1: "H", 2: "W"}}),
-        "trunk": (net.trunk, (s4, s8), stem_axes),
-        "adapted": (net.enhancer.trunk, (s4, s8), stem_axes),
-        "enhancer": (StepGraph(net), (latent, level), {"latent": latent_axes}),
-        "decoder": (decoder, (latent,), {"latent": latent_axes}),
-        "prompt": (
-            PromptGraph(net), (features, trunk, grid, xy, labels),
-            {
-                "features": {2: "h4", 3: "w4"}, "trunk": latent_axes, "grid": {2: "gh", 3: "gw"},
-                "xy": {1: "objects", 2: "points"}, "labels": {1: "objects", 2: "points"},
-            },
-        ),
+    prompt_axes = {
+        "features": {2: "h4", 3: "w4"}, "trunk": latent_axes, "grid": {2: "gh", 3: "gw"},
+        "xy": {1: "objects", 2: "points"}, "labels": {1: "objects", 2: "points"},
     }
-    graphs = {}
-    for name, (module, inputs, axes) in parts.items():
-        path = folder / f"nano_{name}.onnx"
-        taken, made = map(list, PARTS[name])
-        torch.onnx.export(
-            module.eval(), inputs, str(path), input_names=taken, output_names=made, dynamic_axes=axes,
-            opset_version=OPSET, dynamo=False,
-        )
-        graphs[name] = simplify(onnx.load(path))
-    feeds = calibration(graphs, pictures) if len(pictures) else {}
-    files: dict[str, onnx.ModelProto] = {}
+    return {
+        "stem": Part(stem, (image,), {"image": {1: "H", 2: "W"}}),
+        "trunk": Part(net.trunk, (s4, s8), stem_axes),
+        "adapted": Part(net.enhancer.trunk, (s4, s8), stem_axes),
+        "enhancer": Part(StepGraph(net), (latent, level), {"latent": latent_axes}),
+        "decoder": Part(decoder, (latent,), {"latent": latent_axes}),
+        "prompt": Part(PromptGraph(net), (features, trunk, grid, xy, labels), prompt_axes),
+    }
+
+
+def _traced(name: str, part: Part, path: Path) -> onnx.ModelProto:
+    """The fp32 graph of a part; torch writes it to `path` on the way."""
+    taken, made = map(list, PARTS[name])
+    torch.onnx.export(
+        part.module.eval(), part.inputs, str(path), input_names=taken, output_names=made, dynamic_axes=part.axes,
+        opset_version=OPSET, dynamo=False,
+    )
+    return simplify(onnx.load(path))
+
+
+def _in_8_bits(
+    graphs: dict[str, onnx.ModelProto], feeds: dict[str, list[dict[str, Any]]]
+) -> tuple[dict[str, onnx.ModelProto], Grids]:
+    """8-bit graphs of the parts in `feeds`, and the grids of what the stem hands to the others in 8 bits."""
+    small: dict[str, onnx.ModelProto] = {}
     grids: Grids = {}
     for name, feed in feeds.items():
         given = {key: grid for key, grid in grids.items() if key in feed[0]}
-        files[f"nano_{name}_int8.onnx"] = small = quantize(graphs[name], feed, KEPT.get(name, ()), given)
+        small[name] = quantize(graphs[name], feed, KEPT.get(name, ()), given)
         if name == "stem":
-            grids = hand_out_bytes(small, list(stem_axes))
-    for name, graph in graphs.items():
-        split_convolutions(graph, files.get(f"nano_{name}_int8.onnx"))
-        files[f"nano_{name}.onnx"] = graph
-    for graph in files.values():
-        store_half(graph)
-        shorten_names(graph)
-    save(files, folder, WEIGHTS)
-    if not check:
-        return {}
+            grids = hand_out_bytes(small[name], list(PARTS["trunk"][0]))
+    return small, grids
+
+
+def _report(
+    folder: Path, parts: dict[str, Part], feeds: dict[str, list[dict[str, Any]]], grids: Grids
+) -> dict[str, dict[str, float]]:
+    """What `export` returns, of the files in `folder`."""
     report = {"torch": {
-        name: compare(folder / f"nano_{name}.onnx", module, inputs, list(PARTS[name][0]))
-        for name, (module, inputs, _) in parts.items()
+        name: compare(folder / f"nano_{name}.onnx", part.module, part.inputs, list(PARTS[name][0]))
+        for name, part in parts.items()
     }}
     if feeds:
         report["int8"] = {name: drift(folder, name, feed, grids) for name, feed in feeds.items()}
@@ -251,7 +277,7 @@ def sources_of(checkpoint: Path) -> tuple[SourceConfig, ...]:
 
 
 def calibration_pictures(
-    data: Path, pairs: int = PAIRS, seed: int = 0, sources: Sequence[SourceConfig] = Config().sources
+    data: Path, pairs: int = PAIRS, sources: Sequence[SourceConfig] = Config().sources
 ) -> list[np.ndarray[Any, Any]]:
     """Crops of training photographs as the default recipe draws them: all of them clear, then the same degraded.
 
@@ -262,7 +288,7 @@ def calibration_pictures(
         FileNotFoundError: `data` lacks one of the sources.
     """
     config = Config()
-    drawn = draw_pairs(load_scenes(tuple(sources), data), np.random.default_rng(seed), config, pairs)
+    drawn = draw_pairs(load_scenes(tuple(sources), data), np.random.default_rng(0), config, pairs)
     return [picture for kind in ("clear", "degraded") for picture in drawn[kind].numpy()]
 
 
