@@ -28,7 +28,6 @@ from glesam_ros.models.rass.scr import (
     NAME as SCR_NAME,
 )
 from glesam_ros.models.rass.scr import (
-    SD,
     ClassPrompts,
     Scr,
     add_scr,
@@ -58,6 +57,7 @@ from glesam_ros.training.loop import (
 from glesam_ros.training.random_sd import write_random_sd
 from glesam_ros.training.rass_config import RASS_STAGES, RassTrainingConfig, ScrConfig, SegmentConfig
 from glesam_ros.training.semantic_constraint import AttentionMaps, restoration_loss, semantic_constraint
+from glesam_ros.whole_files import write_whole
 
 RANDOM_HEAD: dict[str, int] = {
     "projection": 256, "width": 64, "queries": 8, "heads": 4, "pixel_layers": 1, "layers": 2, "feedforward": 64,
@@ -264,8 +264,8 @@ def sd_of(config: RassTrainingConfig, out: Path) -> Path:
         FileNotFoundError: a part of it is missing; names the command that gets it.
     """
     if config.sd_folder is None and config.random:
-        return write_random_sd(out / SD, config.seed)
-    folder = catalogue.home() / SD if config.sd_folder is None else Path(config.sd_folder)
+        return write_random_sd(out / catalogue.SYSTEM_SD, config.seed)
+    folder = catalogue.home() / catalogue.SYSTEM_SD if config.sd_folder is None else Path(config.sd_folder)
     for part in ("unet", "vae", "text_encoder", "tokenizer"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(
@@ -321,14 +321,8 @@ def train_rass(
     with accelerator.main_process_first():  # which writes a random one
         folder = sd_of(config, out)
     stages = stages_of(config)
-    merged = None if "scr" in stages else scr_file_of(config)
-    scr = Scr(load_unet(folder / "unet"), load_vae(folder / "vae"))
-    if merged is not None:
-        merge_scr(scr.unet, merged)
-    if config.gradient_checkpointing:
-        scr.unet.enable_gradient_checkpointing()
-        scr.vae.enable_gradient_checkpointing()
-    scr = scr.to(accelerator.device)
+    merged = out / catalogue.SCR_FILE if "scr" in stages else scr_file_of(config)
+    scr = _load_scr(config, folder, None if "scr" in stages else merged).to(accelerator.device)
     claim(out, config, accelerator)  # not before the weights are known to be there
     written: list[Path] = []
     with (stop := Stop()).signals():
@@ -336,25 +330,53 @@ def train_rass(
         for name in stages:
             if RASS_STAGES.index(name) > RASS_STAGES.index(until):
                 break
-            file = out / (catalogue.SCR_FILE if name == "scr" else catalogue.RASS_FILE)
-            # written once: rass.pth names the checksum of its scr.pkl
-            new = accelerator.is_main_process and not ((out / f"{name}.pt").exists() and file.is_file())
             if name == "scr":
-                restore = make_scr(scr, load_text_encoder(folder), config, scenes)
-                complete(restore, RASS_STAGES.index(name), run)
-                restore.close()
-                if new:
-                    write_scr(scr_weights(scr.unet), file)
-                merge_lora(scr.unet)
-                merged = file
+                written.append(_train_restorer(scr, folder, config, scenes, run))
             else:
-                segment = make_rass(scr, ClassPrompts(folder)(scenes.classes), config, scenes)
-                complete(segment, RASS_STAGES.index(name), run)
-                if new and merged is not None:
-                    if merged != out / catalogue.SCR_FILE:
-                        file.parent.mkdir(exist_ok=True)
-                        shutil.copyfile(merged, out / catalogue.SCR_FILE)
-                    write_rass(segment.model, file, scenes.palette, sha256(merged))
-            written.append(file)
+                written.append(_train_segmenter(scr, merged, folder, config, scenes, run))
     accelerator.wait_for_everyone()
     return written
+
+
+def _load_scr(config: RassTrainingConfig, folder: Path, merged: Path | None) -> Scr:
+    """U-Net and VAE of a Stable Diffusion, with the SCR of a file merged in, or plain."""
+    scr = Scr(load_unet(folder / "unet"), load_vae(folder / "vae"))
+    if merged is not None:
+        merge_scr(scr.unet, merged)
+    if config.gradient_checkpointing:
+        scr.unet.enable_gradient_checkpointing()
+        scr.vae.enable_gradient_checkpointing()
+    return scr
+
+
+def _train_restorer(scr: Scr, folder: Path, config: RassTrainingConfig, scenes: LabelledScenes, run: Run) -> Path:
+    """The stage scr on a plain `scr`, which is merged in the end; the file of what was trained."""
+    file = run.out / catalogue.SCR_FILE
+    new = _is_new(run, "scr", file)
+    stage = make_scr(scr, load_text_encoder(folder), config, scenes)
+    complete(stage, RASS_STAGES.index("scr"), run)
+    stage.close()
+    if new:
+        write_scr(scr_weights(scr.unet), file)
+    merge_lora(scr.unet)
+    return file
+
+
+def _train_segmenter(
+    scr: Scr, merged: Path, folder: Path, config: RassTrainingConfig, scenes: LabelledScenes, run: Run
+) -> Path:
+    """The stage rass on a merged `scr`; the file of what was trained, beside which the SCR lies that was `merged`."""
+    file, beside = run.out / catalogue.RASS_FILE, run.out / catalogue.SCR_FILE
+    new = _is_new(run, "rass", file)
+    stage = make_rass(scr, ClassPrompts(folder)(scenes.classes), config, scenes)
+    complete(stage, RASS_STAGES.index("rass"), run)
+    if new:
+        if merged != beside:
+            write_whole(beside, lambda part: shutil.copyfile(merged, part))
+        write_rass(stage.model, file, scenes.palette, sha256(merged))
+    return file
+
+
+def _is_new(run: Run, name: str, file: Path) -> bool:
+    """Whether this process is to write the file of a stage: once, as rass.pth names the checksum of its scr.pkl."""
+    return run.accelerator.is_main_process and not ((run.out / f"{name}.pt").exists() and file.is_file())
