@@ -33,6 +33,8 @@ GENERALIZED_BETA = (0.5, 4.0)
 PLATEAU_BETA = (1.0, 2.0)
 INTERPOLATIONS = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}
 
+LONE = (1, 1)
+"""A picture of one pixel, which OpenCV 4.5 can neither convert nor resize nor filter; mirrored, it lies amid itself."""
 _NEGLIGIBLE_MASS = 2e-4  # of a kernel's margin; shifts a pixel by less than 0.1 of 255
 
 
@@ -139,7 +141,7 @@ def _chain(
 ) -> tuple[UInt8Array, dict[str, Any]]:
     height, width = image.shape[:2]
     parameters: dict[str, Any] = {"rate": rate}
-    out: Picture = cv2.cvtColor(image, cv2.COLOR_RGB2BGR).astype(np.float32)  # BGR, 0..255: what the JPEG codec takes
+    out: Picture = _swapped(image).astype(np.float32)  # BGR, 0..255: what the JPEG codec takes
     for name, order, divisor in (("first", first, 1), ("second", SECOND, rate)):
         sampled: dict[str, Any] = {}
         parameters[name] = sampled
@@ -154,7 +156,14 @@ def _chain(
     else:
         compressed = _jpeg(out, SECOND, rng, sampled).astype(np.float32)
         result = _to_uint8(_resize_back(compressed, (height, width), rng, sampled))
-    return np.asarray(cv2.cvtColor(result, cv2.COLOR_BGR2RGB), np.uint8), parameters
+    return _swapped(result), parameters
+
+
+def _swapped(image: UInt8Array) -> UInt8Array:
+    """RGB (H, W, 3) uint8 -> BGR, and back."""
+    if image.shape[:2] == LONE:
+        return image[..., ::-1].copy()
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), np.uint8)
 
 
 def gaussian_kernel(
@@ -236,6 +245,8 @@ def _sample_kernel(order: Order, rng: np.random.Generator, sampled: dict[str, An
 
 def _filter(image: Picture, kernel: FloatArray) -> Picture:
     """Correlate each channel; margins that hold nothing are cut and separable kernels run as two passes."""
+    if image.shape[:2] == LONE:
+        return image
     mass = np.abs(kernel)
     for margin in range(kernel.shape[0] // 2, 0, -1):
         inner = mass[margin:-margin, margin:-margin]
@@ -246,6 +257,13 @@ def _filter(image: Picture, kernel: FloatArray) -> Picture:
     if np.abs(np.outer(column, row) - kernel).max() < 1e-6:
         return cv2.sepFilter2D(image, -1, row, column)
     return cv2.filter2D(image, -1, kernel)
+
+
+def _resized(image: Picture, size: tuple[int, int], interpolation: int) -> Picture:
+    """`cv2.resize` of an image (H, W, 3) float32 to the (width, height) `size`, also of a lone pixel."""
+    if image.shape[:2] == LONE:
+        return np.tile(image, (size[1], size[0], 1))
+    return cv2.resize(image, size, interpolation=interpolation)
 
 
 def _blur(image: Picture, order: Order, rng: np.random.Generator, sampled: dict[str, Any]) -> Picture:
@@ -263,7 +281,7 @@ def _resize(
     mode = str(rng.choice(tuple(INTERPOLATIONS)))
     sampled.update(resize=kind, factor=factor, interpolation=mode)
     height, width = (max(1, int(side / divisor * factor)) for side in size)
-    return cv2.resize(image, (width, height), interpolation=INTERPOLATIONS[mode])
+    return _resized(image, (width, height), interpolation=INTERPOLATIONS[mode])
 
 
 def _resize_back(
@@ -271,7 +289,7 @@ def _resize_back(
 ) -> Picture:
     mode = str(rng.choice(tuple(INTERPOLATIONS)))
     sampled["last_interpolation"] = mode
-    out = cv2.resize(image, (size[1], size[0]), interpolation=INTERPOLATIONS[mode])
+    out = _resized(image, (size[1], size[0]), interpolation=INTERPOLATIONS[mode])
     sampled["final_sinc"] = bool(rng.random() < FINAL_SINC_PROBABILITY)
     if not sampled["final_sinc"]:
         return out

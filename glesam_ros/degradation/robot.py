@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glesam_ros.degradation.h264 import h264
-from glesam_ros.degradation.lqseg import Degraded, degrade_lqseg, jpeg
+from glesam_ros.degradation.lqseg import LONE, Degraded, degrade_lqseg, jpeg
 from glesam_ros.validation import UInt8Array, check_image
 
 Array = NDArray[Any]
@@ -488,4 +488,6 @@ def _smooth_noise(rng: Rng, size: tuple[int, int], cells: int) -> Array:
 
 
 def _filter_linear(image: UInt8Array, psf: Array) -> UInt8Array:
-    return _to_srgb(cv2.filter2D(_to_linear(image), -1, psf, borderType=cv2.BORDER_REFLECT))
+    linear = _to_linear(image)
+    lone = image.shape[:2] == LONE
+    return _to_srgb(linear if lone else cv2.filter2D(linear, -1, psf, borderType=cv2.BORDER_REFLECT))
