@@ -179,6 +179,34 @@ def test_a_subscription_destroyed_before_it_is_taken_frees_its_group(spun):
     assert not lost
 
 
+class Refusing(PooledExecutor):
+    """Cannot take the first message, as where it is not what its type says."""
+
+    has_refused = False
+
+    def _take_subscription(self, subscription):
+        if not self.has_refused:
+            self.has_refused = True
+            raise RuntimeError("cannot be taken")
+        return super()._take_subscription(subscription)
+
+
+def test_a_message_that_cannot_be_taken_frees_its_group(spun):
+    group, one, other = MutuallyExclusiveCallbackGroup(), [], []
+    spun.node.create_subscription(String, "one", one.append, 1, callback_group=group)
+    spun.node.create_subscription(String, "other", other.append, 1, callback_group=group)
+    publishers = [spun.node.create_publisher(String, name, 1) for name in ("one", "other")]
+    spun(lambda context: Refusing(2, spun.failures.append, context))
+    wait_for(lambda: all(p.get_subscription_count() for p in publishers), "the subscriptions")
+    publishers[0].publish(String())
+    wait_for(lambda: spun.failures, "the report")
+    publishers[1].publish(String(data="newest"))
+    wait_for(lambda: other, "a message of the other subscription of the group")
+    publishers[0].publish(String(data="again"))
+    wait_for(lambda: one, "a message of the same subscription")
+    assert [str(error) for error in spun.failures] == ["cannot be taken"]
+
+
 def test_an_invalid_handle_in_a_callback_ends_its_turn_once(spun):
     turns = Turns()
 

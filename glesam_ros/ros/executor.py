@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rclpy.context import Context
-from rclpy.exceptions import InvalidHandle
 from rclpy.executors import Executor, ShutdownException, TimeoutException
 
 
@@ -57,14 +56,14 @@ class PooledExecutor(Executor):
         begun.set()
         task()
         if task.done() and (error := task.exception()) is not None:
-            if isinstance(error, InvalidHandle):
-                self._end_turn(entity)
+            self._end_turn(entity)
             self._failed(error)
 
     def _end_turn(self, entity: Any) -> None:
-        """Free the callback group of what was destroyed before it was taken.
+        """Free the callback group of what could not be taken, because it was destroyed before or anything else failed.
 
-        rclpy does not: of messages, timers and services in Humble (rclpy issue 1150), of QoS events in Jazzy, too.
+        rclpy does not: of messages, timers and services in Humble (rclpy issue 1150), of QoS events in Jazzy, too, and
+        with another fault than an invalid handle of none of them in any.
 
         Args:
             entity: subscription, timer, event or the like; None of a task that belongs to none.
@@ -72,6 +71,7 @@ class PooledExecutor(Executor):
         # rclpy marks it until it is taken; afterwards the turn ends by itself
         if entity is None or not entity._executor_event:
             return
+        entity._executor_event = False  # else it would not be waited for again
         with contextlib.suppress(AssertionError):  # its turn has ended
             entity.callback_group.ending_execution(entity)
         self.wake()
