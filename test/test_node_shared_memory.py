@@ -17,7 +17,7 @@ def enlarged(monkeypatch):
     """`enlarged(VARIABLE=value, ...)`: the profiles after `enlarge` in an environment with these variables alone."""
 
     def enlarge(**variables: str) -> dict[str, str]:
-        for name in (*shared_memory.VARIABLES, *NETWORK):
+        for name in (*shared_memory.VARIABLES, *NETWORK, "ROS_DISTRO"):
             # set first, so that what `enlarge` sets is taken back, too
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
@@ -37,6 +37,11 @@ def enlarged(monkeypatch):
 def test_where_nothing_is_chosen_the_profile_is_ours(enlarged, variables):
     assert shared_memory.PROFILE.is_file()
     assert enlarged(**variables) == OURS
+
+
+@pytest.mark.parametrize(("distro", "names"), [("humble", 2), ("jazzy", 2), ("kilted", 1), ("rolling", 1)])
+def test_fast_dds_3_gets_no_variable_that_it_warns_of(enlarged, distro, names):
+    assert enlarged(ROS_DISTRO=distro) == {name: OURS[name] for name in shared_memory.VARIABLES[-names:]}
 
 
 @pytest.mark.parametrize("name", shared_memory.VARIABLES)

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 PROFILE = Path(__file__).parents[1] / "demo" / "fastdds.xml"
-VARIABLES = ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE")
-"""The first for Fast DDS 2, the second from 2.14 on."""
+FAST_DDS_2, FAST_DDS_3 = VARIABLES = ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE")
+WITH_FAST_DDS_2 = (None, "humble", "iron", "jazzy")
+"""$ROS_DISTRO there; it is not set where ROS is wheels."""
 
 
 def enlarge() -> None:
@@ -17,7 +18,10 @@ def enlarge() -> None:
     as soon as the machine is busy. A profile or a network that the user has chosen stays.
     """
     if not any(name in os.environ for name in VARIABLES) and not _is_network_chosen():
-        os.environ.update(dict.fromkeys(VARIABLES, str(PROFILE)))
+        os.environ[FAST_DDS_3] = str(PROFILE)
+        # Fast DDS 3 reads this one, too, and warns each time
+        if os.environ.get("ROS_DISTRO") in WITH_FAST_DDS_2:
+            os.environ[FAST_DDS_2] = str(PROFILE)
 
 
 def _is_network_chosen() -> bool:
