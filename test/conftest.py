@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# before rclpy starts: a domain of this test run, and no traffic beyond this machine
+# before rclpy starts: a domain of this test run, and no traffic beyond this machine (Humble knows no such range)
 os.environ.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))
 os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
+onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 pytest.importorskip("sam2")
 
+from onnx import TensorProto, helper  # noqa: E402
 from test_glesam_model import TinyBase, home, picture  # noqa: E402, F401
 
 from glesam_ros.cli.main import main  # noqa: E402

@@ -86,7 +86,7 @@ def test_each_pixel_has_the_colour_of_its_class(dtype: Any) -> None:
     found = semantic_map(np.array([[0, 1, 2], [2, 2, 0]], dtype))
     colours = found.colours()
     assert colours.dtype == np.uint8
-    assert colours.tolist() == PALETTE[[[0, 1, 2], [2, 2, 0]]].tolist()
+    assert colours.tolist() == PALETTE[np.array([[0, 1, 2], [2, 2, 0]])].tolist()
     assert found.size == (2, 3)
 
 
