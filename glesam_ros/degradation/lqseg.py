@@ -259,7 +259,7 @@ def _filter(image: Picture, kernel: FloatArray) -> Picture:
     return cv2.filter2D(image, -1, kernel)
 
 
-def _resized(image: Picture, size: tuple[int, int], interpolation: int) -> Picture:
+def _to_size(image: Picture, size: tuple[int, int], interpolation: int) -> Picture:
     """`cv2.resize` of an image (H, W, 3) float32 to the (width, height) `size`, also of a lone pixel."""
     if image.shape[:2] == LONE:
         return np.tile(image, (size[1], size[0], 1))
@@ -281,7 +281,7 @@ def _resize(
     mode = str(rng.choice(tuple(INTERPOLATIONS)))
     sampled.update(resize=kind, factor=factor, interpolation=mode)
     height, width = (max(1, int(side / divisor * factor)) for side in size)
-    return _resized(image, (width, height), interpolation=INTERPOLATIONS[mode])
+    return _to_size(image, (width, height), interpolation=INTERPOLATIONS[mode])
 
 
 def _resize_back(
@@ -289,7 +289,7 @@ def _resize_back(
 ) -> Picture:
     mode = str(rng.choice(tuple(INTERPOLATIONS)))
     sampled["last_interpolation"] = mode
-    out = _resized(image, (size[1], size[0]), interpolation=INTERPOLATIONS[mode])
+    out = _to_size(image, (size[1], size[0]), interpolation=INTERPOLATIONS[mode])
     sampled["final_sinc"] = bool(rng.random() < FINAL_SINC_PROBABILITY)
     if not sampled["final_sinc"]:
         return out
