@@ -206,8 +206,12 @@ def test_another_file_under_the_same_name_is_noticed(server, home):
 
 
 def lora(width: int, rank: int = 4) -> dict:
-    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora"
-    return {f"{key}.down.weight": torch.zeros(rank, width), f"{key}.up.weight": torch.zeros(64, rank)}
+    key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora"
+    other = "unet.conv_in.lora"
+    return {
+        f"{key}.down.weight": torch.zeros(rank, width), f"{key}.up.weight": torch.zeros(64, rank),
+        f"{other}_A.weight": torch.zeros(rank, 256, 3, 3), f"{other}_B.weight": torch.zeros(64, rank, 1, 1),
+    }
 
 
 def released(folder: Path, width: int) -> Path:
@@ -406,6 +410,30 @@ def test_the_released_decoder_is_one_of_sam(tmp_path):
     assert (tmp_path / "ft-decoder.pth").stat().st_size == pytest.approx(size, rel=0.001)
     load_exactly(other, decoder_state(read_tensors(tmp_path / "ft-decoder.pth")), "ft-decoder.pth")
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in decoder.state_dict().items())
+
+
+def test_the_released_lora_is_as_diffusers_saves_one_of_sd21(tmp_path):
+    """Its published size is that of the names and shapes that diffusers' own conversion gives, and those are read."""
+    pytest.importorskip("glesam_ros.models.glesam.torchvision_ops").allow_import_without_operators()
+    diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
+    from glesam_ros.models.glesam.enhancer import LORA_TARGETS, UNETS, replicate_channels
+    from glesam_ros.models.glesam.weights import lora_to_peft
+
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(**UNETS["sd21-base"])
+        replicate_channels(unet, 256)
+        unet.add_adapter(peft.LoraConfig(r=8, lora_alpha=8, target_modules=LORA_TARGETS))
+    state = diffusers.utils.convert_state_dict_to_diffusers(peft.utils.get_peft_model_state_dict(unet))
+    published = {f"unet.{key}": torch.zeros(value.shape) for key, value in state.items()}
+    lora, decoder = catalogue.RELEASED["sam_vit_h+glesam"]
+    file = tmp_path / Path(lora.path).name
+    safetensors.save_file(published, file, {"format": "pt"})
+    assert file.stat().st_size == lora.size
+    torch.save({"module.mask_decoder.iou_token.weight": torch.ones(1, 8)}, tmp_path / Path(decoder.path).name)
+    about, _ = download._released_parts(file, tmp_path / Path(decoder.path).name)
+    assert (about["unet"], about["rank"]) == ("sd21-base", 8)
+    own = {key for key, _ in unet.named_parameters() if ".lora_" in key}
+    assert lora_to_peft(published).keys() == own and len(own) == 2 * 280
 
 
 def diffusers_folder(folder: Path, width: int) -> Path:

@@ -1046,6 +1046,22 @@ def test_the_mask_decoder_of_stage_2_takes_the_place_of_the_official_one(
 
 
 @ONE_FAMILY
+def test_masks_that_stage_2_wore_away_are_the_official_ones(
+    home: tuple[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The released recipe trains the first mask alone; its L2 term takes the layers of the others to nearly zero."""
+    base, folder = home
+    name, heads = f"{base}+glesam", "output_hypernetworks_mlps."
+    before = load_glesam(name, "cpu")._base.mask_decoder.state_dict()
+    worn = [key for key in before if key.startswith((f"{heads}1.", f"{heads}3."))]
+    tuned = {key: value * (0.1 if key in worn else 0.9) for key, value in before.items()}
+    save_file(tuned, folder / name / catalogue.DECODER_FILE)
+    after = load_glesam(name, "cpu")._base.mask_decoder.state_dict()
+    assert worn and all(torch.equal(after[key], before[key] if key in worn else tuned[key]) for key in before)
+    assert "layers of masks [1, 3] are worn away" in caplog.text
+
+
+@ONE_FAMILY
 def test_lack_of_memory_at_load_says_what_to_do_and_leaves_nothing(
     home: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

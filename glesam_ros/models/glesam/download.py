@@ -48,7 +48,10 @@ BYTES_SHOWN = 40
 """Of an answer that is not the file, for the error."""
 TIMEOUT_S = 60
 GAMMAS = {"sd21-base": 5.0, "sd15": 3.0}
-"""FDA scale of the released weights: of the paper and the README, and of the demo script for SD 1.5."""
+"""FDA scale of the released weights: that of the demo script for SD 1.5; for SD 2.1 none is named, 5 is that of the
+paper and of the training scripts."""
+LORA_OF_TEXT = tuple(f".attn2.to_k.{name}.weight" for name in ("lora.down", "lora_A", "lora_A.default"))
+"""Ends the names of the matrices that read the text embedding: (rank, width of the embedding)."""
 WIDTHS = {width: unet for unet, width in TEXT_WIDTHS.items()}
 """Width of the embedded text to the diffusion model that takes it."""
 
@@ -396,7 +399,8 @@ def _released_parts(lora: Path, decoder: Path) -> tuple[dict[str, Any], dict[str
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{lora}: expected a safetensors file, cannot read it: {error}") from error
-    keys = [shape for key, shape in shapes.items() if "attn2.to_k." in key and ("down" in key or "lora_A" in key)]
+    # endings: blocks of the U-Net are called down, too
+    keys = [shape for key, shape in shapes.items() if key.endswith(LORA_OF_TEXT)]
     ranks, widths = {shape[0] for shape in keys}, {shape[1] for shape in keys}
     if len(ranks) != 1 or len(widths) != 1 or not widths <= set(WIDTHS):
         raise ValueError(

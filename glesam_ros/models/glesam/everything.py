@@ -1,9 +1,10 @@
 """Everything mode of SAM and SAM 2: a grid of points over the image and its crops, the best masks of them all.
 
-After segment-anything's automatic masks (Kirillov et al. 2023, appendix B), with three differences. Each crop is
+After segment-anything's automatic masks (Kirillov et al. 2023, appendix B), with these differences. Each crop is
 enhanced as the whole image is. Masks stay at the resolution of the logits. Memory is bounded: a batch of prompts on
 the device, and `limit` masks of the crop at hand and `limit` of those before it on the host; the result does not depend
-on the size of the batch.
+on the size of the batch. Finer crops have fewer points a side (`GRID_DOWNSCALE`; upstream's default is 1). What is left
+goes through the pipeline's suppression by mask IoU, too.
 """
 
 from __future__ import annotations

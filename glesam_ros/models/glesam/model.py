@@ -26,7 +26,7 @@ from glesam_ros.models.glesam.runtime import (
     loading,
     memory_errors,
 )
-from glesam_ros.models.glesam.weights import decoder_state, load_exactly, read_tensors
+from glesam_ros.models.glesam.weights import decoder_state, load_exactly, read_tensors, with_all_masks
 from glesam_ros.models.nano import Nano
 from glesam_ros.validation import FloatArray, UInt8Array
 
@@ -231,7 +231,10 @@ def load_parts(name: str, folder: Path) -> tuple[Sam | Sam2, Enhancer | SmallEnh
     enhancer = load_enhancer(own, folder)
     base = load_base(base_name, folder)
     if (decoder := own / catalogue.DECODER_FILE).is_file():
-        load_exactly(base.mask_decoder, decoder_state(read_tensors(decoder)), str(decoder))
+        state, worn = with_all_masks(decoder_state(read_tensors(decoder)), base.mask_decoder.state_dict())
+        if worn:
+            _LOG.warning("%s: layers of masks %s are worn away, the official ones take their place", decoder, worn)
+        load_exactly(base.mask_decoder, state, str(decoder))
     else:
         _LOG.warning("%s: no fine-tuned mask decoder (stage 2) at %s, the official one takes its place", name, decoder)
     return base, enhancer

@@ -18,6 +18,8 @@ NAMES_SHOWN = 8
 """Keys that an error lists before it counts the rest."""
 LORA_SPELLINGS = {"lora.down": "lora_A", "lora.up": "lora_B", "lora_A": "lora_A", "lora_B": "lora_B"}
 """Ends of module names in diffusers' older and newer layout, and what peft calls them."""
+WORN = 0.5
+"""Share of its official length below which a layer counts as worn away: fine-tuning changes it by far less."""
 SAM_PARTS = ("image_encoder", "prompt_encoder", "pixel_mean", "pixel_std")
 """What a state dict of SAM has beside its mask decoder."""
 SAM2_VIDEO_PARTS = (
@@ -206,6 +208,29 @@ def decoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not any(key.startswith("iou_prediction_head.") for key in bare):
         raise ValueError(f"expected the keys of a mask decoder, mask_decoder.*; got {_listed(sorted(bare))}")
     return bare
+
+
+def with_all_masks(tuned: Mapping[str, Tensor], official: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
+    """A fine-tuned mask decoder with the layers of the second to fourth mask that fine-tuning wore away.
+
+    The released stage 2 trains the first mask alone and lets an L2 term take the layers of the others to zero, while
+    the frozen head goes on to rate them: a lone point and everything mode, which need them, would find empty masks.
+
+    Args:
+        tuned, official: mask decoders of one layout.
+
+    Returns:
+        `tuned`, with layers of `official` for the masks returned beside it, 1 to 3: those whose weights have less than
+        `WORN` of the official ones' length.
+    """
+    state, worn = dict(tuned), []
+    for mask in (1, 2, 3):
+        own = [key for key in official if key.startswith(f"output_hypernetworks_mlps.{mask}.") and key in tuned]
+        lengths = [float(sum(x[key].float().square().sum() for key in own)) ** 0.5 for x in (tuned, official)]
+        if own and lengths[0] < WORN * lengths[1]:
+            state.update({key: official[key] for key in own})
+            worn.append(mask)
+    return state, worn
 
 
 def sam_from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
