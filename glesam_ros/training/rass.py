@@ -231,10 +231,9 @@ class Segment(RassStage):
 
 
 def undecayed(module: nn.Module) -> set[int]:
-    """Ids of the parameters of norms and embeddings."""
+    """Ids of the parameters of norms and embeddings, as in Mask2Former's training: a level's bare parameter decays."""
     kinds = (nn.GroupNorm, nn.LayerNorm, nn.Embedding)
-    inside = [p for part in module.modules() if isinstance(part, kinds) for p in part.parameters()]
-    return {id(p) for p in inside} | {id(p) for name, p in module.named_parameters() if name.endswith("level_embed")}
+    return {id(p) for part in module.modules() if isinstance(part, kinds) for p in part.parameters()}
 
 
 def make_scr(scr: Scr, text: tuple[Any, Any], config: RassTrainingConfig, scenes: LabelledScenes) -> Restore:
