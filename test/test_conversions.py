@@ -142,7 +142,7 @@ def mosaic(pattern: str, colour: tuple[int, int, int], size: tuple[int, int]) ->
     return np.array(colour, np.uint8)[filters]
 
 
-@pytest.mark.parametrize("size", [(6, 8), (5, 7), (2, 2)])
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (3, 3), (2, 2), (2, 6), (6, 2)])
 @pytest.mark.parametrize("colour", [RED, GREEN, BLUE, (200, 90, 30)])
 @pytest.mark.parametrize("encoding", BAYERS)
 def test_bayer_of_solid_colours(encoding: str, colour: tuple[int, int, int], size: tuple[int, int]) -> None:
@@ -311,6 +311,13 @@ def test_every_truncation_is_refused(kind: str) -> None:
                 # the PNG's last byte is no zero, so zeros instead of the tail break its checksum
                 compressed_to_rgb(compressed(whole[:cut] + filling, "png" if kind == "png" else "jpeg"))
             assert caught.value.reason == "corrupt_image"
+
+
+def test_a_png_without_its_end_chunk_is_refused() -> None:
+    for cut in (PNG[:-12], PNG[:-1]):
+        with pytest.raises(ConversionError, match="without its end chunk IEND; the message was truncated") as caught:
+            compressed_to_rgb(compressed(cut, "png"))
+        assert caught.value.reason == "corrupt_image"
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])

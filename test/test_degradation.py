@@ -247,6 +247,17 @@ def test_sampled_parameters_are_in_the_published_ranges_and_shares() -> None:
         (np.mean([q["final_sinc"] for q in second]), 0.8),
     ):
         assert share == pytest.approx(published, abs=4 * math.sqrt(published * (1 - published) / 450))
+    turned = [q["rotation"] for q in (*first, *blurred) if q["kernel"].endswith("aniso")]
+    assert min(turned) >= -math.pi and max(turned) <= math.pi and len(turned) > 200
+    assert np.mean(turned) == pytest.approx(0, abs=0.5) and np.std(turned) == pytest.approx(math.pi / 3**0.5, rel=0.15)
+    assert {q["rotation"] for q in first if q["kernel"].endswith("_iso") or q["kernel"] == "iso"} == {0.0}
+    shapes = {
+        family: [q["beta"] for q in (*first, *blurred) if q["kernel"].startswith(family)]
+        for family in ("generalized", "plateau")
+    }
+    # half of them below 1, where that is allowed, and half above
+    assert np.mean(np.array(shapes["generalized"]) < 1) == pytest.approx(0.5, abs=0.15)
+    assert np.mean(np.array(shapes["plateau"]) == 1) == pytest.approx(0.5, abs=0.15)
     assert any(a["kernel_size"] != b["kernel_size"] for a, b in zip(first, second) if b["blur"])  # kernel of its own
 
 
@@ -331,6 +342,51 @@ def test_point_spread_functions_sum_to_one() -> None:
     line = robot.trajectory_psf(21.0, 0.0, 0.0)
     assert line.sum(1).argmax() == line.shape[0] // 2
     assert np.count_nonzero(line.sum(0) > 1e-6) == pytest.approx(22, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("motion_blur", "length"), ("defocus", "radius"), ("rolling_shutter", "shift")]
+)
+def test_strengths_in_pixels_grow_with_the_long_side(name: str, key: str) -> None:
+    wide, tall, large = (
+        degrade(scene(0, *size), name, 3, 1).parameters[key] for size in ((90, 640), (640, 320), (180, 1280))
+    )
+    assert tall == pytest.approx(wide) and large == pytest.approx(2 * wide)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("name", ["rain", "snow"])
+def test_rain_and_snow_veil_what_is_between_their_drops(name: str, level: int) -> None:
+    image = np.full((240, 320, 3), 60, np.uint8)
+    image[:, 160:] = 150
+    degraded = degrade(image, name, level, 3)
+    veil = degraded.parameters["veil"]
+    kept = (1 - veil) * (1 - 0.4 * veil if name == "rain" else 1)
+    dark, bright = (np.median(robot._to_linear(degraded.image)[:, part]) for part in np.s_[:160, 160:])
+    full = robot._to_linear(image)[0, 200, 0] - robot._to_linear(image)[0, 0, 0]
+    assert bright - dark == pytest.approx(kept * full, rel=0.06)
+    if name == "snow":  # the veil is as bright as the brightest of the scene, which stays
+        assert bright == pytest.approx(robot._to_linear(image)[0, 200, 0], rel=0.06)
+
+
+@pytest.mark.parametrize("name", ["gaussian_noise", "dead_pixels"])
+def test_black_stays_black_where_noise_would_make_it_darker(name: str) -> None:
+    out = degrade(np.zeros((200, 200, 3), np.uint8), name, 1, 0).image
+    assert 0.5 < (out == 0).mean() < 0.7
+
+
+@pytest.mark.parametrize("radius", [2.0, 4.0, 7.0])
+def test_a_point_out_of_focus_is_a_disc_of_the_radius(radius: float) -> None:
+    psf = robot.disc_psf(radius)
+    assert psf.max() == pytest.approx(1 / (math.pi * radius**2), rel=0.05)
+    assert np.count_nonzero(psf) == pytest.approx(math.pi * (radius + 0.5) ** 2, rel=0.1)
+
+
+@pytest.mark.parametrize(("length", "angle", "bend"), [(21.0, 0.7, 0.2), (36.0, 2.0, -0.3), (10.0, 0.0, 0.15)])
+def test_blur_by_motion_leaves_the_picture_where_it_is(length: float, angle: float, bend: float) -> None:
+    psf = robot.trajectory_psf(length, angle, bend)
+    place = np.arange(len(psf)) - len(psf) // 2
+    assert (psf.sum(0) @ place, psf.sum(1) @ place) == pytest.approx((0, 0), abs=0.15)
 
 
 def test_gaussian_noise_has_its_sigma() -> None:
@@ -435,6 +491,7 @@ def test_a_hot_site_is_seen_through_its_colour_filter_and_spread_by_demosaicing(
         if 0 < y < 319 and 0 < x < 319:
             share = {0: 0.5, 1: 0.25, 2: 0.5}[int(channel)]
             assert out[y, x - 1, channel] == pytest.approx(100 + 155 * share, abs=8)
+            assert out[y - 1, x - 1, channel] == pytest.approx(100 if channel == 1 else 100 + 155 / 4, abs=8)
             assert np.abs(np.delete(out[y, x], channel) - 100).max() < 8  # the other colours come from sound sites
             seen.add(int(channel))
     assert seen == {0, 1, 2}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import operator
 import re
+import sys
 from functools import partial
 
 import numpy as np
@@ -122,6 +123,19 @@ def test_the_annotator_that_fits_best_counts_in_everything_mode() -> None:
     assert len(found.values["off", "points_iou"]) == 2 and np.mean(found.values["off", "points_iou"]) < 0.9
 
 
+def test_the_tenth_mask_counts_for_the_smaller_recall_and_the_hundredth_for_the_larger() -> None:
+    photograph = rectangles()
+    region = photograph.layers[0] == 1
+    for place, ar10, ar100 in ((10, 1.0, 1.0), (11, 0.0, 1.0), (100, 0.0, 1.0), (101, 0.0, 0.0)):
+        found = np.zeros((101, *region.shape), bool)
+        found[:, 150, :3], found[place - 1] = True, region
+        target = protocol.make_target(case(photograph), seed=0)
+        scores = protocol._everything_scores(found, target)
+        assert scores == {
+            "everything_best_iou": [1.0], "everything_ar10": [ar10], "everything_ar100": [ar100]
+        }
+
+
 def test_regions_of_exactly_a_thousand_pixels_count() -> None:
     photograph = rectangles()
     for width, counts in ((50, True), (49, False)):
@@ -197,6 +211,17 @@ def test_weights_of_nano_are_not_for_other_models(tmp_path) -> None:
         protocol.open_evaluator(Settings(model=bright_model.register()), Options(), weights=tmp_path)
 
 
+def test_torch_is_needed_for_learned_baselines_only(monkeypatch) -> None:
+    import bright_model
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    name = bright_model.register()
+    opened = protocol.open_evaluator(Settings(model=name), Options(baselines=("classical", "grabcut")))
+    assert opened.pipe.model.name == name and set(opened.restorers) == {"classical"}
+    with pytest.raises(ModuleNotFoundError, match="torch"):
+        protocol.open_evaluator(Settings(model=name), Options(baselines=("zero_dce",)))
+
+
 # what the measurements add up to
 
 
@@ -226,6 +251,12 @@ def test_summary_by_hand() -> None:
     json.dumps(found, allow_nan=False)
 
 
+def test_regions_of_everything_mode_alone_are_not_counted() -> None:
+    # which annotator's they are is not said
+    found = summary.summarise([measurement(1, NIGHT, {("off", "everything_best_iou"): [0.5, 0.7]})], 0)
+    assert found["counts"] == {"made": {"photographs": 1, "regions": 0}}
+
+
 def test_a_gain_over_nothing_has_no_relative_figure() -> None:
     values = {("off", "points_iou"): [0.0], ("always", "points_iou"): [0.5]}
     [gain] = summary.summarise([measurement(1, NIGHT, values)], 0)["gains"]
@@ -253,6 +284,8 @@ def test_rank_correlation_of_levels() -> None:
     assert values["up", "lq"] == pytest.approx(0.9759, abs=1e-4)
     assert values["down", "lq"] == pytest.approx(-0.9759, abs=1e-4)
     assert abs(values["all", "lq"]) < 0.1
+    # where there is one set, all sets are no row of their own
+    assert [row["set"] for row in summary.rank_correlations(found[:8])] == ["up"]
 
 
 def reported(measurements: list[Measurement]) -> str:

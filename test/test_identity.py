@@ -85,6 +85,49 @@ def test_a_thin_object_of_a_large_image_keeps_its_id_while_it_moves(parts: Calla
         assert keeper.update(one).ids.tolist() == [1]
 
 
+def test_a_thin_bar_of_a_large_image_keeps_its_id_while_it_falls() -> None:
+    keeper = IdKeeper()
+    for y in range(300, 330):
+        assert ids(keeper, (700, y, 1200, y + 6), size=(1080, 1920)) == [1]
+
+
+@pytest.mark.parametrize("edge", [(0, 2, 1, 6), (3, 0, 7, 1)])
+def test_what_stands_at_the_edge_of_a_small_image_keeps_its_id(edge: Box) -> None:
+    keeper = IdKeeper()
+    assert [ids(keeper, edge, size=(8, 8)) for _ in range(2)] == [[1]] * 2
+    # a box may begin before the image
+    keeper, inside = IdKeeper(), seen((0, 0, 5, 5), size=(8, 8))
+    inside = dataclasses.replace(inside, boxes=np.float32([[-2, -3, 5, 5]]))
+    assert [keeper.update(inside).ids.tolist() for _ in range(2)] == [[1]] * 2
+
+
+def test_a_low_wide_image_is_compared_as_finely_as_its_short_side_asks_for() -> None:
+    keeper, size = IdKeeper(), (130, 1920)
+    assert ids(keeper, (101, 20, 102, 90), size=size) == [1]
+    assert ids(keeper, (101, 20, 102, 90), size=size) == [1]
+    assert ids(keeper, (103, 20, 104, 90), size=size) == [2]
+
+
+def test_the_place_where_an_object_was_before_the_last_frame_is_free() -> None:
+    keeper = IdKeeper()
+    for step in range(3):
+        assert ids(keeper, moved(LEFT, 20 * step)) == [1]
+    # another one comes to the first place, the object is still near its last one
+    assert ids(keeper, LEFT, moved(LEFT, 50)) == [2, 1]
+
+
+def test_masks_count_and_not_their_boxes() -> None:
+    keeper, box = IdKeeper(), (40, 40, 140, 140)
+    y, x = np.mgrid[:SIZE[0], :SIZE[1]] - 40
+    upper, lower = seen(box), seen(box)
+    # halves of a square that share a band along its diagonal: IoU about 0.2
+    upper.masks[0] &= x + y < 110
+    lower.masks[0] &= x + y > 90
+    assert keeper.update(upper).ids.tolist() == [1]
+    assert keeper.update(lower).ids.tolist() == [2]
+    assert keeper.update(upper).ids.tolist() == [1]
+
+
 def test_nothing_but_ids_changes() -> None:
     keeper = IdKeeper()
     keeper.update(seen(RIGHT))
@@ -177,3 +220,5 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     # the three seen last beside the newest are known, older ones are not
     assert ids(keeper, places[11], places[10], places[9], places[8]) == [12, 11, 10, 9]
     assert ids(keeper, places[0]) == [13]
+    # more objects in one frame are all known, and nothing besides
+    assert len(ids(keeper, *places[:6])) == len(keeper._ids) == 6

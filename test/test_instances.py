@@ -40,6 +40,8 @@ def test_empty() -> None:
     assert none.areas.shape == (0,) and none.areas.dtype == np.int64
     assert none.label_map().shape == (8, 10) and not none.label_map().any()
     assert none.confidence_map().dtype == np.float32 and not none.confidence_map().any()
+    plain = Instances.empty((8, 10))
+    assert (plain.degradation, plain.enhanced) == (0.0, False)
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
@@ -137,7 +139,7 @@ def test_fields_cannot_be_replaced() -> None:
         Instances(**fields()).degradation = 0.9  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("count", [3, 300])
+@pytest.mark.parametrize("count", [3, 255, 256, 300])
 def test_confidence_is_right_for_few_and_for_more_than_255_instances(count: int) -> None:
     # one row of pixels an instance
     masks = np.eye(count, dtype=bool)[:, :, None].repeat(4, 2)

@@ -189,6 +189,17 @@ class TestClimbing:
             memory.went_well()
         assert now(memory) == (1024, 64)
 
+    def test_a_trial_that_costs_several_rungs_has_failed_once(self) -> None:
+        memory = ladder()
+        lack(memory, "encode", 2)
+        for _ in range(GOOD_FRAMES):
+            memory.went_well()
+        # back from the trial of 896 and further down
+        assert lack(memory, "encode", 3) == [(768, 64), (640, 64), (512, 64)]
+        for _ in range(2 * GOOD_FRAMES):
+            memory.went_well()
+        assert now(memory) == (640, 64)
+
     def test_other_numbers_begin_anew_the_same_ones_do_not(self) -> None:
         memory = ladder()
         lack(memory, "encode", 3)

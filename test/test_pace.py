@@ -36,13 +36,14 @@ def square(at_512: float) -> Callable[[int], float]:
 @pytest.mark.parametrize(("size", "own", "step", "lower"), [
     (512, 512, 64, 448), (400, 512, 64, 384), (300, 512, 64, 256), (256, 512, 64, 256), (200, 512, 64, 200),
     (512, 512, 128, 384), (1024, 1024, 128, 896), (1000, 1024, 128, 896), (640, 1024, 128, 512), (400, 1024, 128, 400),
+    (449, 512, 64, 448),
 ])
 def test_sizes_below(size: int, own: int, step: int, lower: int) -> None:
     assert smaller(size, own, step) == lower
 
 
 @pytest.mark.parametrize(("at_512", "limit_ms", "settles_at"), [
-    (0.05, 60, 512), (0.075, 60, 448), (0.1, 60, 384), (0.15, 60, 320), (0.9, 60, 256), (0.2, 0, 512),
+    (0.05, 60, 512), (0.06, 60, 512), (0.075, 60, 448), (0.1, 60, 384), (0.15, 60, 320), (0.9, 60, 256), (0.2, 0, 512),
 ])
 def test_it_settles_at_the_largest_size_that_keeps_within_the_limit(
     at_512: float, limit_ms: int, settles_at: int
@@ -107,6 +108,28 @@ def test_too_slow_even_at_the_least_size_is_said_until_it_is_not() -> None:
     assert pace.is_late and str(pace) == "processing size 256 of 512"
     run(pace, square(0.1), FRAMES)
     assert not pace.is_late
+
+
+def test_without_a_limit_no_frame_is_late() -> None:
+    pace = paced(0)
+    assert not pace.is_late
+    run(pace, square(9.0), 200)
+    assert not pace.is_late and pace.now == 512
+
+
+def test_a_log_line_at_each_step_and_none_at_other_frames(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    pace = paced(60)
+    # down by two steps, then up by one; a message of what was at its time
+    for at_512, frames, expected in ((0.1, 200, ["448", "384"]), (0.07, 200, ["448"])):
+        caplog.clear()
+        run(pace, square(at_512), frames)
+        sizes = [record.message.partition("processing size ")[2] for record in caplog.records]
+        assert sizes == [f"{size} of 512 from now on" for size in expected]
+    # at the least size there is no step left
+    pace, _ = paced(1), caplog.clear()
+    run(pace, square(1.0), 200)
+    assert pace.now == 256 and len(caplog.records) == 4
 
 
 def test_other_numbers_begin_anew_the_same_ones_do_not() -> None:

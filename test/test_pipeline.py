@@ -220,6 +220,13 @@ class TestEverything:
         assert found.areas.tolist() == [400]
         assert found.masks.sum() == 400
 
+    @pytest.mark.parametrize("small", [(40, 2, 44, 3), (3, 30, 4, 34), (60, 44, 63, 45)])
+    def test_of_a_small_one_that_is_left_out_no_pixel_stays(self, small: tuple[int, int, int, int]) -> None:
+        model = Known(rectangles(small, (10, 10, 30, 30)), [0.9, 0.8])
+        found = pipeline(model, min_area=5).segment(picture())
+        assert found.boxes.tolist() == [[10, 10, 30, 30]]
+        assert found.masks.sum() == found.masks[0, 10:30, 10:30].sum() == 400
+
     def test_at_most_max_instances_best_first(self) -> None:
         windows = [(8 * k, 0, 8 * k + 6, 6) for k in range(6)]
         scores = [0.6, 0.9, 0.7, 0.95, 0.8, 0.65]
@@ -471,6 +478,20 @@ class TestLoading:
         assert pipe.model.is_closed  # type: ignore[attr-defined]
         with pytest.raises(ValueError, match="'known' is registered already"):
             register_model("known", lambda device, precision: Known())
+
+    def test_the_model_and_the_settings_get_what_was_asked_for(self) -> None:
+        asked = []
+        register_model("known", lambda *arguments: asked.append(arguments) or Known())
+        chosen = load_pipeline("known", enhancement="off", device="cpu", precision="fp32").settings
+        assert asked == [("cpu", "fp32")]
+        assert (chosen.model, chosen.enhancement, chosen.device, chosen.precision) == ("known", "off", "cpu", "fp32")
+
+    def test_warm_up_goes_through_everything_mode_and_a_prompt_inside_the_image(self) -> None:
+        pipe = pipeline(model := Known(), score_threshold=0.4, max_instances=8)
+        pipe.warm_up(picture())
+        size, everything, (points, labels) = model.asked
+        assert size == 0 and everything == (0.4, 32)
+        assert points.shape == (1, 1, 2) and (points < (WIDTH, HEIGHT)).all() and labels.tolist() == [[1]]
 
     @pytest.mark.parametrize(
         ("arguments", "words"),

@@ -233,6 +233,14 @@ def test_nothing_comes_of_nothing(scores: list[float], limit: int) -> None:
     assert chosen.shape == (0, 2) and got.shape == rank.shape == (0,)
 
 
+def test_masks_of_a_single_cell_are_stable_and_compared_like_others() -> None:
+    cell = slice(3, 4), slice(5, 6)
+    weights, features = candidates([cell, cell, APART[2]])
+    chosen, got, rank = choose(weights, np.array([0.6, 0.9, 0.7], np.float32), features, 0.2, 0.9, 0.7, 10)
+    assert got.tolist() == rank.tolist() == pytest.approx([0.9, 0.7])
+    assert chosen == pytest.approx(np.float32([[0.4, 0.6, 0], [0, 0, 1]]), abs=1e-6)
+
+
 def test_candidates_without_a_mask_are_left_out() -> None:
     weights, features = candidates(APART[:2])
     chosen, got, _ = choose(-weights * [[0], [1]], np.ones(2, np.float32), -np.abs(features), 0.0, 0.0, 0.7, 5)

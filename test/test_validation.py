@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glesam_ros.validation import check_boxes, check_image, check_points
+from glesam_ros.validation import check_boxes, check_classes, check_image, check_points
 
 SIZE = (48, 64)
 
@@ -100,6 +100,7 @@ BOXES: dict[str, tuple[Any, str]] = {
     "corners": (np.zeros((1, 2, 2)), r"got \(1, 2, 2\)"),
     "xywh": ([(20, 20, 10, 10)], r"x1 < x2 and y1 < y2 \(xyxy\), got \(20, 20, 10, 10\)"),
     "no height": ([(1, 5, 9, 5)], "x1 < x2 and y1 < y2"),
+    "no width": ([(5, 1, 5, 9)], "x1 < x2 and y1 < y2"),
     "right of the image": ([(64, 1, 70, 9)], r"touches the 64x48 image, got \(64, 1, 70, 9\)"),
     "above the image": ([(1, -9, 5, 0)], "touches the 64x48 image"),
     "nan": ([(1, 2, np.nan, 4)], "boxes: expected finite"),
@@ -111,3 +112,10 @@ def test_boxes_refused(name: str) -> None:
     boxes, words = BOXES[name]
     with pytest.raises(ValueError, match=words):
         check_boxes(boxes, SIZE)
+
+
+def test_a_label_map_of_16_bits_has_room_for_65535_classes_and_a_void() -> None:
+    names, palette = [f"class {k}" for k in range(65536)], np.zeros((65536, 3), np.uint8)
+    check_classes(names[:65535], palette[:65535])
+    with pytest.raises(ValueError, match=r"classes: expected 1\.\.65535 names, got 65536"):
+        check_classes(names, palette)
