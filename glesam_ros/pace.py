@@ -94,8 +94,9 @@ class Pace:
                 return
             typical = statistics.median(self._times)
             changed = self._slower() if typical > limit else self._faster(typical, limit)
+            text = str(self)
         if changed:
-            _LOG.info("frames of %.0f ms, limit %.0f ms: %s from now on", 1e3 * typical, 1e3 * limit, self)
+            _LOG.info("frames of %.0f ms, limit %.0f ms: %s from now on", 1e3 * typical, 1e3 * limit, text)
 
     def _slower(self) -> bool:
         lower = smaller(self.now, self._own_size, self._own_size // STEPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def check_classes(classes: Any, palette: Any) -> None:
     if not 1 <= len(classes) <= MOST_CLASSES:
         raise ValueError(f"classes: expected 1..{MOST_CLASSES} names, got {len(classes)}")
     if len(set(classes)) != len(classes):
-        twice = sorted({name for name in classes if list(classes).count(name) > 1})
+        twice = sorted(name for name, count in Counter(classes).items() if count > 1)
         raise ValueError(f"classes: expected each name once, got {', '.join(twice)} again; give each a name of its own")
     if not isinstance(palette, np.ndarray) or palette.shape != (len(classes), 3) or palette.dtype != np.uint8:
         got = f"{palette.shape} {palette.dtype}" if isinstance(palette, np.ndarray) else type(palette).__name__

@@ -277,7 +277,6 @@ def _mirrored(xy: FloatArray, labels: FloatArray) -> FloatArray:
 
 
 def _enlarged(logits: FloatArray, size: tuple[int, ...]) -> FloatArray:
-    """(K, h, w) -> (K, *size), bilinear."""
+    """(K, h, w) -> (K, *size), bilinear; K at least 1."""
     height, width = size
-    large = [cv2.resize(one, (width, height), interpolation=cv2.INTER_LINEAR) for one in logits]
-    return np.stack(large) if large else np.zeros((0, height, width), np.float32)
+    return np.stack([cv2.resize(one, (width, height), interpolation=cv2.INTER_LINEAR) for one in logits])
