@@ -11,6 +11,7 @@ import yaml
 from ament_index_python.packages import PackageNotFoundError, get_package_prefix, get_package_share_directory
 from launch import Action, LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction, TimerAction
+from launch.logging import get_logger
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode, Node
 from launch_ros.utilities import make_namespace_absolute, prefix_namespace
@@ -148,6 +149,8 @@ def _value(name: str, text: str) -> str | bool | list[str]:
 def _of_file(path: str, node: str) -> dict[str, Any]:
     """What the parameter file `path` has of `WIRED` for `node`, its full name; the last value counts, as for the node.
 
+    Warns where the file has sections, but none for `node`.
+
     Raises:
         ValueError: no such file, no YAML, or a value that the node would refuse.
     """
@@ -156,15 +159,26 @@ def _of_file(path: str, node: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"params_file: expected a YAML file of parameters, cannot read {path}: {error}") from error
     found: dict[str, Any] = {}
+    sections: dict[str, bool] = {}  # by their names in the file: is it for the node?
 
-    def search(tree: Any, tokens: list[str]) -> None:
+    def search(tree: Any, keys: list[str]) -> None:
         for key, below in tree.items() if isinstance(tree, dict) else ():
             if key != "ros__parameters":
-                search(below, tokens + str(key).strip("/").split("/"))
-            elif isinstance(below, dict) and re.fullmatch("".join(map(_pattern, tokens)), node):
+                search(below, [*keys, str(key)])
+                continue
+            tokens = [token for name in keys for token in name.strip("/").split("/")]
+            section = "/".join(keys)
+            sections[section] = re.fullmatch("".join(map(_pattern, tokens)), node) is not None
+            if sections[section] and isinstance(below, dict):
                 found.update({name: below[name] for name in WIRED if name in below})
 
     search(content, [])
+    if sections and not any(sections.values()):
+        # the node takes such a file without a word
+        get_logger("launch.user").warning(
+            f"params_file {path} has nothing for {node}; its sections: {', '.join(sections)}; "
+            f"name the section {node}, or /** for every node"
+        )
     for name, value in found.items():
         if name != CLOCK:
             settings.check_value(name, value)

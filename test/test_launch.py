@@ -169,6 +169,32 @@ def test_cameras_and_compressed_of_the_params_file_wire_topics_and_demo_camera(l
     assert {"demo_camera_left", "demo_camera_arm_wrist"} <= set(client.node.get_node_names())
 
 
+@pytest.mark.parametrize(("text", "sections"), [
+    ("perception:\n  ros__parameters:\n    model: absent\n", "perception"),
+    ("perception_node:\n  ros__parameters: {}\n", "perception_node"),
+    ("/glesam/perception:\n  ros__parameters: {}\nfront:\n  camera:\n    ros__parameters: {}\n",
+     "/glesam/perception, front/camera"),
+    ("/front/camera:\n  ros__parameters: {}\n/*/perception:\n  ros__parameters: {}\n", None),
+    ("launch_robot2:\n  perception:\n    ros__parameters: {}\n", None),
+    ("", None),
+    ("perception:\n", None),
+])
+def test_a_params_file_without_a_section_for_the_node_is_warned_of(_ros, prefix, tmp_path, text, sections):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    arguments = {"model": "bright", "autostart": "false", "namespace": "launch_robot2", "params_file": str(file)}
+    process = LaunchProcess(prefix, arguments)
+    try:
+        wait_for(lambda: "process started" in process.output or process.process.poll() is not None, "a start")
+        if sections:
+            warning = f"params_file {file} has nothing for /launch_robot2/perception; its sections: {sections}; name"
+            assert warning in process.output
+        else:
+            assert "has nothing for" not in process.output
+    finally:
+        process.end()
+
+
 def test_autostart_off_waits_and_use_sim_time_is_passed_on(launched):
     client = launched("launch_wait", autostart="false", use_sim_time="true")
     client.wait_state("unconfigured")
