@@ -73,6 +73,25 @@ def test_a_set_is_taken_or_refused_as_a_whole(client):
     assert client.set_atomically(enhance_below=0.15, enhance_above=0.25).successful
 
 
+def test_a_start_parameter_that_the_node_does_not_have_is_named_with_the_nearest(launch, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(
+        "/**:\n  ros__parameters:\n    overlay_alfa: 0.8\n    use_sim_time: false\n    max_instances: 7\n"
+        "    qos_overrides./image.subscription.depth: 2\n    start_type_description_service: true\n"
+    )
+    client = launch(colour="red", overlay_alpha=0.75, arguments=["--params-file", str(file)])
+    line = client.wait_log("does not have are ignored: ")
+    assert ": colour, overlay_alfa (did you mean overlay_alpha?); " in line
+    assert f"`ros2 param list /{client.namespace}/perception`" in line
+    assert len(client.logged("does not have")) == 1
+
+
+def test_start_parameters_that_the_node_has_are_not_named(launch):
+    client = launch(overlay_alpha=0.75, arguments=["-p", "qos_overrides./{namespace}/image.subscription.depth:=2"])
+    client.wait_log("activate done")
+    assert not client.logged("does not have")
+
+
 def test_max_instances_takes_effect_on_the_next_frames(launch):
     client = launch()
     masks = client.subscribe(Image, "masks")

@@ -79,6 +79,8 @@ class PerceptionNode(LifecycleNode):
     def __init__(self) -> None:
         super().__init__(NODE_NAME, namespace=DEFAULT_NAMESPACE)
         self.settings = parameters.declare(self)
+        if ignored := parameters.unknown(self):
+            self.get_logger().warning(ignored)
         self.add_on_set_parameters_callback(self._on_parameters)
 
         self._pipeline: Pipeline | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,9 @@ from rclpy.parameter import Parameter
 
 from glesam_ros import settings as catalogue
 from glesam_ros.settings import Settings
+
+OF_RCLPY = frozenset({"use_sim_time", "start_type_description_service"})
+"""Declared by rclpy, the second one not by all of its versions."""
 
 
 def descriptor(name: str) -> ParameterDescriptor:
@@ -49,6 +53,25 @@ def declare(node: Node) -> Settings:
             raise
         raise ValueError(f"{error}; ROS reads a plain off as a bool, put it in quotes: -p 'NAME:=\"off\"'") from error
     return Settings(**{name: node.get_parameter(name).value for name in catalogue.names()})
+
+
+def unknown(node: Node) -> str:
+    """What `node` was started with and does not have, with the nearest names that it has; "" where there is nothing.
+
+    rclpy drops such values in silence. Those of topics (`qos_overrides`) are declared with their topics, later.
+    """
+    names = sorted(
+        name for name in node._parameter_overrides
+        if not (node.has_parameter(name) or name in OF_RCLPY or name.startswith("qos_overrides."))
+    )
+    if not names:
+        return ""
+    near = {name: difflib.get_close_matches(name, catalogue.names(), 1) for name in names}
+    listed = ", ".join(f"{name} (did you mean {near[name][0]}?)" if near[name] else name for name in names)
+    return (
+        f"parameters that this node does not have are ignored: {listed}; `ros2 param list "
+        f"{node.get_fully_qualified_name()}` has all of its names"
+    )
 
 
 def changed(settings: Settings, parameters: Iterable[Parameter]) -> Settings:
