@@ -13,7 +13,7 @@ from launch import Action, LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction, TimerAction
 from launch.logging import get_logger
 from launch.substitutions import LaunchConfiguration
-from launch_ros.actions import LifecycleNode, Node
+from launch_ros.actions import Node
 from launch_ros.utilities import make_namespace_absolute, prefix_namespace
 
 from glesam_ros import settings
@@ -90,7 +90,8 @@ def _start(context: LaunchContext) -> list[Action]:
     respawn = {"respawn": True, "respawn_delay": RESPAWN_DELAY_S} if asked["respawn"] else {}
 
     nodes: list[Action] = [
-        LifecycleNode(
+        # not LifecycleNode: the node starts by itself, and that action at times hangs launch after two quick Ctrl-C
+        Node(
             package="glesam_ros",
             executable="perception_node",
             name=NODE_NAME,

@@ -298,6 +298,13 @@ def test_demo_camera_feeds_the_node(launched):
     assert (masks.last.width, masks.last.height) == (640, 480)
 
 
+def test_launch_has_no_ros_node_that_could_hold_up_its_end(launched):
+    client = launched("launch_plain")
+    client.wait_state("active")
+    assert client.node.count_publishers("/launch_plain/perception/transition_event") == 1
+    assert client.node.count_subscribers("/launch_plain/perception/transition_event") == 0
+
+
 def test_respawn_brings_the_node_back(launched):
     client = launched("launch_again", respawn="true")
     client.wait_state("active")
