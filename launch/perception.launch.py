@@ -24,6 +24,8 @@ VIEW_NAMESPACE = "/glesam"
 RESPAWN_DELAY_S = 2.0
 RQT_DELAY_S = 5.0
 """rqt shows the sliders of the nodes that are there when it starts; later ones wait for its Refresh button."""
+RQT_PACKAGES = ("rqt_gui", "rqt_image_view", "rqt_plot", "rqt_reconfigure", "rqt_runtime_monitor")
+"""rqt and the plugins of our perspective; where one of them is missing it opens without the settings of the others."""
 CONFIG = Path(get_package_share_directory("glesam_ros")) / "config"
 
 MIRRORED = ("model", "device", "precision", "semantic", "restorer", "cameras", "compressed", "autostart")
@@ -120,12 +122,14 @@ def _start(context: LaunchContext) -> list[Action]:
         ]
     shown = "/".join(part for part in (base.strip("/"), cameras[0]) if part)
     if asked["rqt"]:
-        _require("rqt", "rqt_gui", "rqt ros-$ROS_DISTRO-rqt-common-plugins ros-$ROS_DISTRO-rqt-runtime-monitor")
+        _require("rqt", *RQT_PACKAGES)
         view = _view("perception.perspective", base, shown)
-        rqt = Node(package="rqt_gui", executable="rqt_gui", arguments=["--perspective-file", view])
+        # rqt remembers which plugins there were: one that was installed since would stay "not available"
+        arguments = ["--perspective-file", view, "--force-discover"]
+        rqt = Node(package="rqt_gui", executable="rqt_gui", arguments=arguments)
         nodes.append(TimerAction(period=RQT_DELAY_S, actions=[rqt]))
     if asked["rviz"]:
-        _require("rviz", "rviz2", "rviz2")
+        _require("rviz", "rviz2")
         view = _view("perception.rviz", base, shown)
         nodes.append(Node(package="rviz2", executable="rviz2", arguments=["-d", view], parameters=_some(clock_of_all)))
     return nodes
@@ -233,11 +237,21 @@ def _remappings(camera: str, topic: str) -> list[tuple[str, str]]:
     return [(old, new) for old, new in ((name, raw), (f"{name}/compressed", f"{raw}/compressed")) if old != new]
 
 
-def _require(argument: str, package: str, apt: str) -> None:
-    try:
-        get_package_prefix(package)
-    except PackageNotFoundError as error:
-        raise RuntimeError(f"{argument}:=true needs {package}: sudo apt install ros-$ROS_DISTRO-{apt}") from error
+def _require(argument: str, *packages: str) -> None:
+    """See that what `argument` starts is installed.
+
+    Raises:
+        RuntimeError: some of `packages` are not; says which, and how to install them.
+    """
+    missing = []
+    for package in packages:
+        try:
+            get_package_prefix(package)
+        except PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        apt = " ".join(f"ros-$ROS_DISTRO-{package.replace('_', '-')}" for package in missing)
+        raise RuntimeError(f"{argument}:=true needs {', '.join(missing)}: sudo apt install {apt}")
 
 
 def _view(name: str, base: str, shown: str) -> str:

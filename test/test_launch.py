@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import shutil
 import signal
@@ -19,6 +21,7 @@ from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH_FILE = ROOT / "launch/perception.launch.py"
+RQT_PLUGINS = ("rqt_image_view", "rqt_plot", "rqt_reconfigure", "rqt_runtime_monitor")
 SQUARE = (20, 20, 60, 60)
 DEMO = {"demo_camera": "true"}
 RUNNER = """
@@ -58,20 +61,27 @@ def prefix(tmp_path_factory) -> Path:
     return root
 
 
+def pretend_installed(prefix: Path, *packages: str) -> None:
+    """Name `packages` in the index of an ament prefix."""
+    index = prefix / "share/ament_index/resource_index/packages"
+    index.mkdir(parents=True, exist_ok=True)
+    for package in packages:
+        (index / package).touch()
+
+
 @pytest.fixture(scope="module")
 def viewers(tmp_path_factory) -> Path:
-    """An ament prefix of an RViz and an rqt that write the files that they are started with to `seen/<package>`."""
+    """An ament prefix of an RViz and an rqt that write their arguments, and the files in them, to `seen/<package>`."""
     root = tmp_path_factory.mktemp("viewers")
     (root / "seen").mkdir()
+    pretend_installed(root, *RQT_PLUGINS, "rviz2", "rqt_gui")
     for package in ("rviz2", "rqt_gui"):
-        index, programs = root / "share/ament_index/resource_index/packages", root / "lib" / package
-        for folder in (index, programs):
-            folder.mkdir(parents=True, exist_ok=True)
-        (index / package).touch()
+        programs = root / "lib" / package
+        programs.mkdir(parents=True)
         script, seen = programs / package, root / "seen" / package
         # moved when it is whole, as a test waits for it
         script.write_text(
-            f'#!/bin/sh\nfor file in "$@"; do [ -f "$file" ] && cat "$file"; done >"{seen}.part"\n'
+            f'#!/bin/sh\n{{ echo "$@"; for file in "$@"; do [ -f "$file" ] && cat "$file"; done; }} >"{seen}.part"\n'
             f'mv "{seen}.part" "{seen}"\n'
         )
         script.chmod(0o755)
@@ -278,6 +288,7 @@ def test_views_show_the_resulting_names(_ros, prefix, viewers, parent, arguments
         process.end()
     assert f"Value: {shown}/overlay\n" in rviz and "use_sim_time: true" in rviz
     assert f"'{shown}/overlay'" in rqt and f"'{shown}/quality/results[0]/score'" in rqt
+    assert "--force-discover" in rqt.splitlines()[0]
     assert f"['{base}/perception']" in rqt and f"['{base or '/'}']" in rqt
     if "/glesam" not in base:
         assert "/glesam" not in rviz + rqt
@@ -335,12 +346,24 @@ def test_wrong_arguments_are_refused_with_the_reason(prefix, arguments, reason):
     assert "process started" not in process.output
 
 
-@pytest.mark.parametrize(("argument", "package"), [("rqt", "rqt_gui"), ("rviz", "rviz2")])
-def test_a_missing_viewer_is_named_with_its_package(prefix, argument, package):
+@pytest.mark.parametrize(("argument", "there", "missing"), [
+    ("rqt", (), ("rqt_gui", *RQT_PLUGINS)),
+    ("rqt", ("rqt_gui", "rqt_plot", "rqt_image_view"), ("rqt_reconfigure", "rqt_runtime_monitor")),
+    ("rviz", (), ("rviz2",)),
+])
+def test_missing_packages_of_a_viewer_are_named(prefix, tmp_path, argument, there, missing):
     from ament_index_python.packages import get_packages_with_prefixes
 
-    if package in get_packages_with_prefixes():
-        pytest.skip(f"{package} is installed")
-    process = LaunchProcess(prefix, {argument: "true"})
+    if installed := set(missing) & set(get_packages_with_prefixes()):
+        pytest.skip(f"installed: {', '.join(sorted(installed))}")
+    pretend_installed(tmp_path, *there)
+    process = LaunchProcess(os.pathsep.join((str(tmp_path), str(prefix))), {argument: "true"})
     assert process.wait() != 0
-    assert f"{argument}:=true needs {package}: sudo apt install" in process.output
+    apt = " ".join(f"ros-$ROS_DISTRO-{package.replace('_', '-')}" for package in missing)
+    assert f"{argument}:=true needs {', '.join(missing)}: sudo apt install {apt}\n" in process.output
+
+
+def test_the_plugins_of_the_perspective_are_those_that_are_required():
+    perspective = json.loads((ROOT / "config/perception.perspective").read_text())
+    running = perspective["groups"]["pluginmanager"]["keys"]["running-plugins"]["repr"]
+    assert sorted(name.split("/")[0] for name in ast.literal_eval(running)) == sorted(RQT_PLUGINS)
