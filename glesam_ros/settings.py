@@ -54,7 +54,7 @@ class Settings:
     """All parameters of the node; `spec(name)` gives range and help of each.
 
     Raises:
-        ValueError: on construction, when a value breaks its range, choices or type, or two values contradict.
+        ValueError: on construction, when a value breaks its range, choices or type, or a camera is named twice.
     """
 
     model: str = _param(
@@ -101,7 +101,9 @@ class Settings:
         0.25, "Auto mode switches enhancement on when the degradation level rises above this.", low=0.0, high=1.0
     )
     enhance_below: float = _param(
-        0.15, "Auto mode switches enhancement off when the degradation level falls below this.", low=0.0, high=1.0
+        0.15, "Auto mode switches enhancement off when the degradation level falls below this; more than enhance_above "
+        "counts as enhance_above.",
+        low=0.0, high=1.0,
     )
     score_threshold: float = _param(
         0.15, "Instances with a lower score (predicted IoU) are dropped in everything mode.",
@@ -168,11 +170,6 @@ class Settings:
             check_value(f.name, value)
             if kind in ("int", "float"):  # numpy's are welcome, JSON and ROS want Python's
                 object.__setattr__(self, f.name, int(value) if kind == "int" else float(value))
-        if self.enhance_below > self.enhance_above:
-            raise ValueError(
-                f"enhance_below must not exceed enhance_above: expected enhance_below <= {self.enhance_above}, "
-                f"got {self.enhance_below}; lower enhance_below or raise enhance_above"
-            )
         if len(set(self.cameras)) != len(self.cameras) or not self.cameras:
             raise ValueError(f"cameras: expected at least one name and no name twice, got {list(self.cameras)}")
 

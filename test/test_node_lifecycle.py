@@ -229,7 +229,7 @@ def test_more_signals_while_the_process_ends_change_nothing(launch):
 
 
 def test_start_parameters_that_are_not_valid_end_the_process_with_a_reason(launch):
-    client = launch(wait_active=False, enhance_above=0.1, enhance_below=0.4)
+    client = launch(wait_active=False, enhancement="sometimes")
     assert client.ros.process.wait(15) == 1
-    assert "enhance_below must not exceed enhance_above" in client.ros.output
+    assert "expected one of off, always, auto; got 'sometimes'" in client.ros.output
     assert "Traceback" not in client.ros.output

@@ -6,8 +6,8 @@ import gc
 import time
 
 import pytest
-from rcl_interfaces.srv import SetParameters
-from rclpy.parameter import Parameter
+from rcl_interfaces.srv import GetParameters, SetParameters
+from rclpy.parameter import Parameter, parameter_value_to_python
 from ros_graph import image_message, picture, pixels_of, wait_for
 from sensor_msgs.msg import Image
 
@@ -19,6 +19,12 @@ SQUARES = ((10, 10, 40, 40), (60, 10, 30, 30), (110, 10, 24, 24))
 @pytest.fixture(scope="module")
 def client(launch_shared):
     return launch_shared()
+
+
+def values_of(client, *names):
+    """What the node answers to `ros2 param get`."""
+    answer = client.call(GetParameters, "perception/get_parameters", GetParameters.Request(names=names))
+    return [parameter_value_to_python(value) for value in answer.values]
 
 
 def test_descriptors_are_those_of_the_settings(client):
@@ -39,7 +45,6 @@ def test_descriptors_are_those_of_the_settings(client):
     ("processing_size", 1025, "processing_size"),
     ("max_instances", 0, "max_instances"),
     ("enhancement", "sometimes", "expected one of off, always, auto; got 'sometimes'"),
-    ("enhance_below", 0.9, "enhance_below must not exceed enhance_above"),
     ("score_threshold", "high", "Wrong parameter type"),
     ("model", "other", "read-only"),
     ("cameras", ["left"], "read-only"),
@@ -61,16 +66,23 @@ def test_every_stop_of_a_slider_is_taken(client, name):
 
 
 def test_a_refusal_is_logged_for_those_who_do_not_see_the_answer(client):
-    assert not client.set_parameters(enhance_below=0.8)[0].successful
-    client.wait_log("parameters stay as they are", "enhance_below must not exceed enhance_above", "got 0.8")
+    assert not client.set_parameters(enhancement="AUTO")[0].successful
+    client.wait_log("parameters stay as they are", "enhancement: expected one of off, always, auto; got 'AUTO'")
 
 
 def test_a_set_is_taken_or_refused_as_a_whole(client):
-    # neither of the two would be valid alone with the defaults 0.15 and 0.25
     assert client.set_atomically(enhance_below=0.5, enhance_above=0.6).successful
-    refused = client.set_atomically(enhance_below=0.1, enhance_above=0.05)
-    assert not refused.successful and "0.05" in refused.reason
-    assert client.set_atomically(enhance_below=0.15, enhance_above=0.25).successful
+    refused = client.set_atomically(enhance_above=0.05, enhancement="AUTO")
+    assert not refused.successful and "'AUTO'" in refused.reason
+    assert values_of(client, "enhance_below", "enhance_above") == [0.5, 0.6]
+
+
+def test_a_file_is_loaded_whole_whatever_the_values_before(client):
+    """`ros2 param load` and rqt set one parameter after the other, in the order of the names."""
+    for above, below in ((0.6, 0.5), (0.25, 0.15)):
+        results = client.set_parameters(enhance_above=above, enhance_below=below)
+        assert all(result.successful for result in results)
+        assert values_of(client, "enhance_above", "enhance_below") == [above, below]
 
 
 def test_a_start_parameter_that_the_node_does_not_have_is_named_with_the_nearest(launch, tmp_path):

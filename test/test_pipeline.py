@@ -111,6 +111,11 @@ class TestGate:
         levels = [0.5, 0.59, 0.7, 0.5, 0.41, 0.55, 0.3, 0.5, 0.59]
         assert [gate.update(v, 0.6, 0.4) for v in levels] == [False] * 2 + [True] * 4 + [False] * 3
 
+    def test_where_below_is_larger_above_alone_decides(self) -> None:
+        gate = EnhancementGate()
+        levels = [0.3, 0.5, 0.7, 0.5, 0.4, 0.5]
+        assert [gate.update(v, 0.4, 0.6) for v in levels] == [v > 0.4 for v in levels]
+
 
 class TestEnhancement:
     @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The one source of the parameters: types, ranges, choices, contradictions."""
+"""The one source of the parameters: types, ranges, choices."""
 
 from __future__ import annotations
 
@@ -53,7 +53,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "infinity": ({"prompt_timeout_s": float("inf")}, "0 .. 3600 s, got inf"),
     "choice": ({"enhancement": "on"}, "enhancement: expected one of off, always, auto; got 'on'"),
     "device": ({"device": "gpu"}, "expected one of auto, cpu, cuda, tensorrt"),
-    "hysteresis upside down": ({"enhance_below": 0.5}, "expected enhance_below <= 0.25, got 0.5; lower"),
     "no camera": ({"cameras": ()}, "cameras: expected at least one name"),
     "camera twice": ({"cameras": ("a", "a")}, "no name twice"),
     "one text for cameras": ({"cameras": "front"}, "cameras: expected a list of strings, got 'front'"),
@@ -96,10 +95,15 @@ def test_replace_checks_and_leaves_the_original() -> None:
     assert old.min_area == default("min_area")
     with pytest.raises(ValueError, match="min_area"):
         old.replace(min_area=-1)
-    with pytest.raises(ValueError, match="enhance_below"):
-        old.replace(enhance_above=0.05)
     with pytest.raises(AttributeError):
         old.min_area = 3  # type: ignore[misc]
+
+
+def test_thresholds_of_the_gate_may_be_set_in_any_order() -> None:
+    """`ros2 param load` and rqt set one after the other, in the order of the names."""
+    old = Settings(enhance_above=0.6, enhance_below=0.5)
+    new = old.replace(enhance_above=0.25).replace(enhance_below=0.15)
+    assert (new.enhance_above, new.enhance_below) == (0.25, 0.15)
 
 
 def test_unknown_names() -> None:

@@ -41,7 +41,7 @@ def declare(node: Node) -> Settings:
     """Declare every parameter on `node` and read the values it was started with.
 
     Raises:
-        ValueError: values that contradict each other, or a plain `off` where a string belongs.
+        ValueError: a camera that is named twice, or a plain `off` where a string belongs.
         rclpy.exceptions.ParameterException, InvalidParameterException: a start value of wrong type or out of range.
     """
     try:
@@ -78,7 +78,7 @@ def changed(settings: Settings, parameters: Iterable[Parameter]) -> Settings:
     """`settings` with all of `parameters` that are ours.
 
     Raises:
-        ValueError: a value that breaks its range, or the whole set contradicts itself; the text is the reason.
+        ValueError: a value that breaks its range or choices; the text is the reason.
     """
     known = set(catalogue.names())
     return settings.replace(**{p.name: p.value for p in parameters if p.name in known})
