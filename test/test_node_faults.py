@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import time
 
 import cv2
 import numpy as np
@@ -186,6 +187,19 @@ def test_a_camera_that_stops_and_returns(launch):
     before = len(masks)
     client.stream(lambda: good(client), lambda: len(masks) > before and client.status().level == OK, "masks again")
     client.wait_log("camera is back")
+
+
+def test_a_camera_that_never_came_is_told_once_each(launch):
+    client = launch(cameras=["front", "rear", "side"])
+    front, rear, side = (f"/{client.namespace}/{name}/image" for name in ("front", "rear", "side"))
+    assert f"listening to {front}, {rear}, {side} (raw images)" in client.wait_log("listening to ")
+    client.node.create_publisher(Image, rear, 1)
+    client.send(good(client), "side/image")
+    client.wait_log(f"camera 'front': no publisher on {front}: start the camera")
+    client.wait_log(f"camera 'rear': no frame yet on {rear}")
+    client.wait_log("camera 'side' stopped")  # some 2 s after its only frame
+    time.sleep(2.5)
+    assert len(client.logged("no publisher on")) == len(client.logged("no frame yet on")) == 1
 
 
 @pytest.mark.parametrize(("compressed", "kind", "has", "lacks"), [

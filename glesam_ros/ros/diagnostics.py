@@ -12,6 +12,8 @@ from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 
 STOPPED_AFTER_S = 2.0
 """A camera without a frame for this long counts as stopped."""
+MISSED_AFTER_S = 5.0
+"""A camera without its first frame for this long is worth a log line."""
 FAILURES_TO_ERROR = 3
 """Failed inferences in a row that make the status ERROR."""
 RATE_WINDOW_S = 5
@@ -80,6 +82,7 @@ class CameraLedger:
         self._last_fault = ""
         self._last_arrival: float | None = None
         self._is_stopped = False
+        self._missed_at: float | None = None
         self._history: deque[tuple[float, int, int, Counter[str]]] = deque(maxlen=RATE_WINDOW_S + 1)
 
     def arrived(self, now: float) -> float | None:
@@ -101,10 +104,24 @@ class CameraLedger:
             self._is_stopped = True
             return now - self._last_arrival
 
+    def listens(self, now: float) -> None:
+        """From `now` (monotonic seconds) on frames are expected."""
+        with self._lock:
+            self._missed_at = now + MISSED_AFTER_S
+
+    def missed(self, now: float) -> str:
+        """Why there is no first frame yet, once, when it is time to tell; else ""."""
+        with self._lock:
+            if self._missed_at is None or self._last_arrival is not None or now < self._missed_at:
+                return ""
+            self._missed_at = None
+            return self._absence()
+
     def rest(self) -> None:
         """Forget rates and silence, keep the counts: the node does not listen from now on."""
         with self._lock:
             self._last_arrival, self._is_stopped, self.qos_mismatch = None, False, ""
+            self._missed_at = None
             self._failures_in_a_row = 0
             self._history.clear()
 
@@ -170,6 +187,9 @@ class CameraLedger:
         values["enhanced"] = "" if self.enhanced is None else self.enhanced
         return status(name, hardware_id, level, message, {**values, **extra})
 
+    def _absence(self) -> str:
+        return self.no_publisher or f"no frame yet on {self.topic}"
+
     def _faults(self) -> Counter[str]:
         return Counter({r: n for r, n in self._dropped.items() if r not in HARMLESS_DROPS}) + self._noticed
 
@@ -182,7 +202,7 @@ class CameraLedger:
             return DiagnosticStatus.ERROR, self.qos_mismatch
         if self._last_arrival is None:
             # no error: cameras often start after the node
-            return DiagnosticStatus.WARN, self.no_publisher or f"no frame yet on {self.topic}"
+            return DiagnosticStatus.WARN, self._absence()
         if now - self._last_arrival > STOPPED_AFTER_S:
             text = f"camera stopped: no frame for {now - self._last_arrival:.1f} s"
             return DiagnosticStatus.STALE, f"{text}; {self.no_publisher}" if self.no_publisher else text

@@ -205,6 +205,9 @@ class PerceptionNode(LifecycleNode):
         for camera in self._cameras.values():
             camera.forget_time()
             self._listen(camera)
+            camera.ledger.listens(time.monotonic())
+        topics = ", ".join(camera.ledger.topic for camera in self._cameras.values())
+        self.get_logger().info(f"listening to {topics} ({'JPEG or PNG' if self.settings.compressed else 'raw images'})")
 
     def _deactivate(self) -> None:
         for subscription in self._subscriptions_of_images + self._subscriptions_of_prompts:
@@ -463,6 +466,9 @@ class PerceptionNode(LifecycleNode):
                 camera.ledger.no_publisher = diagnostics.no_publisher(
                     camera.ledger.topic, self.settings.compressed, self.count_publishers
                 )
+                # a QoS mismatch has a line of its own
+                if (missed := camera.ledger.missed(now)) and not camera.ledger.qos_mismatch:
+                    self.get_logger().warning(f"{camera.label}: {missed}")
                 points, boxes = camera.prompts.count()
                 message.status.append(camera.ledger.status(
                     f"{name}: camera {camera.name}".rstrip(), hardware_id, now,
