@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from launch_ros.actions import Node
 from launch_ros.utilities import make_namespace_absolute, prefix_namespace
 
 from glesam_ros import settings
+from glesam_ros.whole_files import write_whole
 
 NODE_NAME = "perception"
 VIEW_NAMESPACE = "/glesam"
@@ -255,7 +256,14 @@ def _require(argument: str, *packages: str) -> None:
 
 
 def _view(name: str, base: str, shown: str) -> str:
-    """Path of a view file of the package, or of a copy for the node below `base` and the topics below `shown`."""
+    """Path of a view file of the package, or of a copy for the node below `base` and the topics below `shown`.
+
+    The copy of a namespace has a place of its own, `~/.ros/glesam_ros` (`$ROS_HOME/glesam_ros`), as rqt keeps for ever
+    what it was started with under the name of the file.
+
+    Raises:
+        RuntimeError: the copy cannot be written.
+    """
     path = CONFIG / name
     if (base, f"/{shown}") == (VIEW_NAMESPACE, VIEW_NAMESPACE):
         return str(path)
@@ -263,6 +271,11 @@ def _view(name: str, base: str, shown: str) -> str:
     text = path.read_text(encoding="utf-8").replace(f"{VIEW_NAMESPACE}/{NODE_NAME}", "\0")
     text = text.replace(f"{VIEW_NAMESPACE}/", f"/{shown}/" if shown else "/")
     text = text.replace(f"'{VIEW_NAMESPACE}'", f"'{base}'").replace("\0", node)
-    with tempfile.NamedTemporaryFile("w", suffix=path.suffix, delete=False, encoding="utf-8") as copy:
-        copy.write(text)
-    return copy.name
+    home = Path(os.environ.get("ROS_HOME") or Path.home() / ".ros")
+    copy = home / "glesam_ros" / f"{base.strip('/').replace('/', '_') or 'root'}{path.suffix}"
+    try:
+        # whole, as an rqt of the same namespace may be reading it
+        write_whole(copy, lambda beside: beside.write_text(text, encoding="utf-8"), sync=False, part=f".{os.getpid()}")
+    except OSError as error:
+        raise RuntimeError(f"expected to write {copy}, got: {error}; set ROS_HOME to a folder of yours") from error
+    return str(copy)

@@ -269,7 +269,9 @@ def test_a_namespace_of_a_parent_launch_is_kept_unless_ours_is_absolute(launched
     ("", {"namespace": "/"}, ("", "")),
     ("", {}, ("/glesam", "/glesam")),
 ])
-def test_views_show_the_resulting_names(_ros, prefix, viewers, parent, arguments, names):
+def test_views_show_the_resulting_names(_ros, prefix, viewers, tmp_path, monkeypatch, parent, arguments, names):
+    monkeypatch.setenv("ROS_HOME", str(tmp_path))
+    monkeypatch.setenv("ROS_LOG_DIR", str(tmp_path / "log"))
     base, shown = names
     for seen in (viewers / "seen").iterdir():
         seen.unlink()
@@ -291,7 +293,24 @@ def test_views_show_the_resulting_names(_ros, prefix, viewers, parent, arguments
     assert "--force-discover" in rqt.splitlines()[0]
     assert f"['{base}/perception']" in rqt and f"['{base or '/'}']" in rqt
     if "/glesam" not in base:
-        assert "/glesam" not in rviz + rqt
+        assert "/glesam" not in (rviz + rqt).replace("/glesam_ros/", "")
+    written = sorted(file.name for file in (tmp_path / "glesam_ros").glob("*"))
+    if base == "/glesam":
+        assert written == []
+    else:
+        name = base.strip("/").replace("/", "_") or "root"
+        assert written == [f"{name}.perspective", f"{name}.rviz"]
+        assert str(tmp_path / "glesam_ros" / f"{name}.rviz") in rviz.splitlines()[0]
+
+
+def test_a_view_that_cannot_be_written_is_refused_with_the_place(prefix, viewers, tmp_path, monkeypatch):
+    (tmp_path / "glesam_ros").touch()
+    monkeypatch.setenv("ROS_HOME", str(tmp_path))
+    monkeypatch.setenv("ROS_LOG_DIR", str(tmp_path / "log"))
+    arguments = {"namespace": "/robot2", "rviz": "true"}
+    process = LaunchProcess(os.pathsep.join((str(viewers), str(prefix))), arguments)
+    assert process.wait() != 0
+    assert f"expected to write {tmp_path}/glesam_ros/robot2.rviz" in process.output and "set ROS_HOME" in process.output
 
 
 def test_a_model_name_with_a_dot_and_a_plus_arrives_as_it_is(launched):
