@@ -149,7 +149,7 @@ class Settings:
         low=0, high=2,
     )
     max_frame_age_ms: int = _param(
-        500, "A frame older than this is dropped, not processed.", low=1, high=10_000, unit="ms"
+        500, "A frame older than this is dropped, not processed; 0 is no limit.", low=0, high=10_000, unit="ms"
     )
     everything: bool = _param(
         True, "While a camera has no prompt, segment everything; false: masks stay empty until one comes.",

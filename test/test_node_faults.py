@@ -162,8 +162,59 @@ def test_an_old_frame_is_not_processed(launch):
 
     client.stream(old, lambda: client.counts()["dropped_stale"] >= 3, "dropped_stale")
     assert not masks.messages
-    client.wait_log("frame dropped, stale: ", "at most 300 ms")
+    line = client.wait_log("frame dropped, stale: ", "at most 300 ms")
+    assert "too slow for this machine" in line and "use_sim_time" not in line
     client.stream(lambda: good(client), lambda: masks.messages, "masks of a fresh frame")
+
+
+def shifted(client, seconds):
+    message = good(client)
+    message.header.stamp.sec += seconds
+    return message
+
+
+def test_stamps_of_another_time_are_told_from_a_slow_model(launch):
+    client = launch()
+    client.subscribe(Image, "masks")
+    client.stream(lambda: shifted(client, -3600), lambda: client.counts()["dropped_stale"], "dropped_stale")
+    line = client.wait_log("frame dropped, stale: ", "the stamps are of another time; of a bag: ros2 bag play --clock")
+    assert "use_sim_time:=true" in line and "too slow" not in line
+
+
+def test_a_stamp_ahead_of_the_clock_is_noticed(launch):
+    client = launch()
+    masks = client.subscribe(Image, "masks")
+    client.stream(lambda: shifted(client, 5), lambda: masks.messages, "masks of frames that are ahead")
+    client.wait_log("future_stamp: the stamp is ", "synchronise the clocks, or set use_sim_time for a simulation")
+
+
+def test_without_a_limit_frames_of_any_age_are_processed(launch):
+    client = launch(max_frame_age_ms=0)
+    masks = client.subscribe(Image, "masks")
+    client.stream(lambda: shifted(client, -3600), lambda: len(masks) >= 3, "masks of old frames")
+    assert not client.logged("stale")
+
+
+def test_simulated_time_without_a_clock_is_named(launch):
+    client = launch(use_sim_time=True)
+    masks = client.subscribe(Image, "masks")
+    client.stream(lambda: good(client), lambda: masks.messages, "masks without a clock")
+    line = client.wait_log("future_stamp: use_sim_time is set and nothing came on /clock yet")
+    assert "ros2 bag play --clock" in line
+
+
+@pytest.mark.parametrize(("second", "text"), [(100, "stale: "), (10_000, "future_stamp: ")])
+def test_stamps_of_another_time_than_the_simulation(launch, second, text):
+    client = launch(use_sim_time=True)
+    client.subscribe(Image, "masks")
+
+    def frame():
+        client.send(Clock(clock=Time(sec=1000)), "/clock")
+        return image_message(picture((SQUARE,)), Time(sec=second))
+
+    # the node may get the first pictures before it gets the first /clock
+    client.stream(frame, lambda: client.logged(text, "let what publishes the images have use_sim_time, too"), text)
+    assert not client.logged("too slow") and not client.logged("or set use_sim_time for")
 
 
 def test_a_camera_that_stops_and_returns(launch):

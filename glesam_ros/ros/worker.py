@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rclpy.clock import Clock
+from rclpy.clock import Clock, ROSClock
 from sensor_msgs.msg import CompressedImage
 
 from glesam_ros.instances import Instances
@@ -23,6 +23,9 @@ from glesam_ros.ros.outputs import OF_CLASSES, OF_EMBEDDING, OF_INSTANCES, WITH_
 from glesam_ros.ros.scheduling import Frame, HandOver, NewestFrames
 from glesam_ros.semantic import Restorer, SemanticSegmenter
 from glesam_ros.validation import UInt8Array
+
+OTHER_TIME_MS = 10_000
+"""A frame that is older when it comes is no late one: its stamp is of another time than the node's clock."""
 
 Result = TypeVar("Result")
 
@@ -289,15 +292,45 @@ class Worker:
         return stamp_ns
 
     def _check_age(self, camera: Camera, stamp_ns: int, frame: Frame, limit_ms: int) -> None:
+        if limit_ms == 0:
+            return
         age_ms = self._age_ms(stamp_ns, frame)
         if age_ms > limit_ms:
+            in_node_ms = 1e3 * (time.monotonic() - frame.arrival)
             raise DroppedFrame(
                 "stale", f"expected an age of at most {limit_ms} ms (max_frame_age_ms), got {age_ms:.0f} ms; "
-                "the model is too slow for this machine, use_sim_time is not set for a bag, or two clocks disagree",
+                f"{self._why_old(age_ms - in_node_ms)}",
             )
         if age_ms < -limit_ms:
-            self._notice(camera, "future_stamp", f"the stamp is {-age_ms:.0f} ms ahead of the node's clock; "
-                         "synchronise the clocks, or set use_sim_time")
+            self._notice(camera, "future_stamp", self._why_ahead(-age_ms))
+
+    def _why_old(self, age_on_arrival_ms: float) -> str:
+        """Why a frame may be too old, and what to do."""
+        if age_on_arrival_ms <= OTHER_TIME_MS:
+            return "the model is too slow for this machine (frame_budget_ms makes it faster), or two clocks disagree"
+        if self._is_simulated():
+            return "the stamps are of another time than /clock; let what publishes the images have use_sim_time, too"
+        return "the stamps are of another time; of a bag: ros2 bag play --clock, and use_sim_time:=true here"
+
+    def _why_ahead(self, ahead_ms: float) -> str:
+        """Why a stamp may be ahead of the clock, and what to do."""
+        if not self._is_simulated():
+            return (
+                f"the stamp is {ahead_ms:.0f} ms ahead of the node's clock; synchronise the clocks, or set use_sim_time "
+                "for a simulation"
+            )
+        if self._clock.now().nanoseconds == 0:
+            return (
+                "use_sim_time is set and nothing came on /clock yet, so ages are unknown; start the simulation, play the "
+                "bag with ros2 bag play --clock, or set use_sim_time:=false"
+            )
+        return (
+            f"the stamp is {ahead_ms:.0f} ms ahead of /clock; let what publishes the images have use_sim_time, too, or "
+            "set use_sim_time:=false"
+        )
+
+    def _is_simulated(self) -> bool:
+        return isinstance(self._clock, ROSClock) and self._clock.ros_time_is_active
 
     def _age_ms(self, stamp_ns: int, frame: Frame) -> float:
         if stamp_ns == 0:
