@@ -34,6 +34,9 @@ MIRRORED = ("model", "device", "precision", "semantic", "restorer", "cameras", "
 CLOCK = "use_sim_time"
 WIRED = ("cameras", "compressed", CLOCK)
 """Parameters of the node that topics, demo camera and views depend on, wherever they are set."""
+_TOKEN = r"(?!\w*__)[A-Za-z_]\w*"
+TOPIC = re.compile(rf"(?:~?/)?{_TOKEN}(?:/{_TOKEN})*", re.ASCII)
+"""What a remapping rule of ROS takes as a topic: absolute, relative or below the node (~/), but no {node} and such."""
 YES_NO = ("true", "false")
 OR_NOT = f"{' or '.join(YES_NO)}, in any case."
 
@@ -148,8 +151,19 @@ def _value(name: str, text: str) -> str | bool | list[str]:
         value = _flag(name, text)
     elif isinstance(default, tuple):
         value = [part.strip() for part in text.split(",")]
-    settings.check_value(name, value)
+        if not all(value):
+            raise ValueError(f"{name}: expected names joined by commas, got an empty one in {text!r}; leave it out")
+    _check(name, value)
     return value
+
+
+def _check(name: str, value: Any) -> None:
+    """Refuse what the node would refuse for the parameter `name`.
+
+    Raises:
+        ValueError: with the parameter, what was expected and what came.
+    """
+    settings.Settings(**{name: value})
 
 
 def _of_file(path: str, node: str) -> dict[str, Any]:
@@ -186,10 +200,14 @@ def _of_file(path: str, node: str) -> dict[str, Any]:
             f"name the section {node}, or /** for every node"
         )
     for name, value in found.items():
-        if name != CLOCK:
-            settings.check_value(name, value)
-        elif not isinstance(value, bool):
-            raise ValueError(f"{CLOCK} in {path}: expected true or false, got {value!r}")
+        if name == CLOCK:
+            if not isinstance(value, bool):
+                raise ValueError(f"params_file {path}: {CLOCK}: expected true or false, got {value!r}")
+            continue
+        try:
+            _check(name, value)
+        except ValueError as error:
+            raise ValueError(f"params_file {path}: {error}") from error
     return found
 
 
@@ -218,11 +236,17 @@ def _topics(one: str, several: str, cameras: list[str]) -> dict[str, str]:
     """Image topic of each camera name; empty where none is given, so that the topics keep their names.
 
     Raises:
-        ValueError: both arguments are given, or their number is not that of the cameras.
+        ValueError: both arguments are given, one is no name of a topic, or their number is not that of the cameras.
     """
     if one and several:
         raise ValueError(f"expected image_topic or image_topics, got both ({one!r} and {several!r}); leave one out")
     topics = [part.strip() for part in (one or several).split(",") if part.strip()]
+    for topic in topics:
+        if not TOPIC.fullmatch(topic.removesuffix("/compressed")):
+            raise ValueError(
+                f"{'image_topic' if one else 'image_topics'}: expected names of letters, digits and single _ that do "
+                f"not begin with a digit, joined by single /, as /camera/image_raw; got {topic!r}"
+            )
     if topics and len(topics) != len(cameras):
         raise ValueError(
             f"expected one image topic for each camera, got {len(topics)} topics ({', '.join(topics)}) for "

@@ -243,12 +243,20 @@ def test_use_sim_time_of_the_params_file_counts_for_node_and_demo_camera(launche
         assert sim.bool_value is expected, node
 
 
-def test_use_sim_time_of_the_params_file_that_is_no_yes_or_no_is_refused(prefix, tmp_path):
+@pytest.mark.parametrize(("line", "reason"), [
+    ("use_sim_time: 1", "use_sim_time: expected true or false, got 1"),
+    ("cameras: []", "cameras: expected at least one name and no name twice, got []"),
+    ("cameras: [a, a]", "cameras: expected at least one name and no name twice, got ['a', 'a']"),
+    ("cameras: front", "cameras: expected a list of strings, got 'front'"),
+    ("compressed: 1", "compressed: expected a bool, got 1"),
+])
+def test_a_value_of_the_params_file_that_the_node_cannot_take_is_refused_with_the_file(prefix, tmp_path, line, reason):
     file = tmp_path / "mine.yaml"
-    file.write_text("/**:\n  ros__parameters:\n    use_sim_time: 1\n")
+    file.write_text(f"/**:\n  ros__parameters:\n    {line}\n")
     process = LaunchProcess(prefix, {"params_file": str(file)})
     assert process.wait() != 0
-    assert f"use_sim_time in {file}: expected true or false, got 1" in process.output
+    assert f"params_file {file}: {reason}" in process.output
+    assert "process started" not in process.output
 
 
 @pytest.mark.parametrize(("namespace", "below"), [
@@ -313,6 +321,17 @@ def test_a_view_that_cannot_be_written_is_refused_with_the_place(prefix, viewers
     assert f"expected to write {tmp_path}/glesam_ros/robot2.rviz" in process.output and "set ROS_HOME" in process.output
 
 
+@pytest.mark.parametrize(("topic", "full"), [
+    ("cam_1/image", "/launch_topic/cam_1/image"),
+    ("~/image", "/launch_topic/perception/image"),
+    ("/cam/_image2/compressed", "/cam/_image2"),
+])
+def test_a_topic_is_taken_by_the_rules_of_ros(launched, topic, full):
+    client = launched("launch_topic", image_topic=topic)
+    client.wait_state("active")
+    wait_for(lambda: client.node.count_subscribers(full), f"a subscriber of {full}")
+
+
 def test_a_model_name_with_a_dot_and_a_plus_arrives_as_it_is(launched):
     client = launched("launch_name", model="bright2.1_tiny+glesam")
     client.wait_state("active")
@@ -351,6 +370,16 @@ def test_respawn_brings_the_node_back(launched):
     [
         ({"image_topics": "/a,/b"}, "got 2 topics (/a, /b) for 1 cameras"),
         ({"image_topic": "/a", "image_topics": "/b"}, "leave one out"),
+        ({"cameras": "front,"}, "cameras: expected names joined by commas, got an empty one in 'front,'"),
+        ({"cameras": "front,front"}, "no name twice, got ['front', 'front']"),
+        ({"image_topic": "bad topic"}, "as /camera/image_raw; got 'bad topic'"),
+        ({"image_topic": "/a//b"}, "image_topic: expected names of letters, digits and single _ that do not begin"),
+        ({"image_topic": "/1a"}, "got '/1a'"),
+        ({"image_topic": "/a/"}, "got '/a/'"),
+        ({"image_topic": "{ns}/a"}, "got '{ns}/a'"),
+        ({"image_topic": "/a__b"}, "got '/a__b'"),
+        ({"image_topic": "/compressed"}, "got '/compressed'"),
+        ({"cameras": "a,b", "image_topics": "/a,/b-c"}, "got '/b-c'"),
         ({"device": "tpu"}, "device: expected one of auto, cpu, cuda, tensorrt; got 'tpu'"),
         ({"compressed": "perhaps"}, "compressed: expected true or false, got 'perhaps'"),
         ({"use_sim_time": "1"}, "use_sim_time: expected true or false, got '1'"),
