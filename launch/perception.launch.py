@@ -53,8 +53,12 @@ def _arguments() -> list[DeclareLaunchArgument]:
             "Namespace of node and topics; where it does not begin with / it goes below that of a parent launch.",
         ),
         _argument("params_file", str(CONFIG / "perception.yaml"), "Parameters of the node."),
-        _argument("image_topic", "", "Topic of the only camera; empty: image below the namespace."),
-        _argument("image_topics", "", "Topics of several cameras, comma separated, in the order of cameras."),
+        _argument(
+            "image_topic", "",
+            "Topic of the only camera; empty: image below the namespace. Where it does not begin with / it goes below "
+            "the namespace, too.",
+        ),
+        _argument("image_topics", "", "As image_topic of several cameras, comma separated, in the order of cameras."),
         *(_argument(name, "", _mirrored_text(name)) for name in MIRRORED),
         _argument(
             CLOCK, "", f"Take the time from /clock. {OR_NOT} Empty: as in params_file or a parent launch."
@@ -111,18 +115,20 @@ def _start(context: LaunchContext) -> list[Action]:
         )
     ]
     if asked["demo_camera"]:
+        compressed = wired.get("compressed", settings.default("compressed"))
         nodes += [
             Node(
                 package="glesam_ros",
                 executable="demo_camera",
-                name="_".join(part for part in ("demo_camera", *camera.split("/")) if part),
+                name=name,
                 namespace=base,
-                parameters=[{"compressed": wired.get("compressed", settings.default("compressed")), **clock_of_all}],
+                parameters=[{"compressed": compressed, "frame_id": name, **clock_of_all}],
                 remappings=_remappings("", topics.get(camera) or (f"{camera}/image" if camera else "image")),
                 output="screen",
                 emulate_tty=True,
             )
             for camera in cameras
+            for name in ["_".join(part for part in ("demo_camera", *camera.split("/")) if part)]
         ]
     shown = "/".join(part for part in (base.strip("/"), cameras[0]) if part)
     if asked["rqt"]:

@@ -174,6 +174,7 @@ def test_cameras_and_compressed_of_the_params_file_wire_topics_and_demo_camera(l
     for camera, topic in (("left", "/launch_l"), ("arm/wrist", "/launch_r")):
         masks = client.subscribe(Image, f"{camera}/masks")
         wait_for(lambda inbox=masks: inbox.messages, f"masks of {camera}")
+        assert masks.last.header.frame_id == f"demo_camera_{camera.replace('/', '_')}"
         kinds = dict(client.node.get_topic_names_and_types())
         assert kinds[f"{topic}/image/compressed"] == ["sensor_msgs/msg/CompressedImage"]
     assert {"demo_camera_left", "demo_camera_arm_wrist"} <= set(client.node.get_node_names())
