@@ -316,13 +316,13 @@ class Worker:
         """Why a stamp may be ahead of the clock, and what to do."""
         if not self._is_simulated():
             return (
-                f"the stamp is {ahead_ms:.0f} ms ahead of the node's clock; synchronise the clocks, or set use_sim_time "
-                "for a simulation"
+                f"the stamp is {ahead_ms:.0f} ms ahead of the node's clock; synchronise the clocks, or set "
+                "use_sim_time for a simulation"
             )
         if self._clock.now().nanoseconds == 0:
             return (
-                "use_sim_time is set and nothing came on /clock yet, so ages are unknown; start the simulation, play the "
-                "bag with ros2 bag play --clock, or set use_sim_time:=false"
+                "use_sim_time is set and nothing came on /clock yet, so ages are unknown; start the simulation, play "
+                "the bag with ros2 bag play --clock, or set use_sim_time:=false"
             )
         return (
             f"the stamp is {ahead_ms:.0f} ms ahead of /clock; let what publishes the images have use_sim_time, too, or "
