@@ -123,10 +123,32 @@ def test_a_model_that_cannot_be_loaded_fails_configure_and_says_why(launch):
     assert not client.change_state("configure")
 
 
+@pytest.mark.parametrize(("parameters", "text"), [
+    ({"model": "absent"}, "expected weights beside the model"),
+    ({"model": "nothing"}, "got 'nothing'"),
+    ({"model": "nano", "device": "cpu", "precision": "bf16"}, "precision: nano has no bf16"),
+    ({"semantic": "nothing"}, "got 'nothing'"),
+    ({"restorer": "nothing"}, "got 'nothing'"),
+])
+def test_a_choice_that_cannot_be_loaded_is_one_line_and_a_traceback_at_debug_level_alone(launch, parameters, text):
+    client = launch(wait_active=False, **parameters)
+    assert "\n" not in client.wait_log("configure failed: ", text)
+    client.wait_log("autostart stopped")
+    assert "Traceback" not in client.ros.output
+
+
+def test_at_debug_level_a_model_that_cannot_be_loaded_shows_its_traceback(launch):
+    client = launch(wait_active=False, model="absent", arguments=["--log-level", "{namespace}.perception:=debug"])
+    client.wait_log("configure failed: ")
+    wait_for(lambda: "in _absent" in client.ros.output, "the traceback")
+
+
 def test_autostart_with_a_model_that_cannot_be_loaded_says_what_to_call(launch):
     client = launch(wait_active=False, model="absent")
     line = client.wait_log("autostart stopped")
     assert f"ros2 lifecycle set /{client.namespace}/perception configure" in line
+    assert "another value of a parameter that is read at start (model, device," in line
+    assert "takes a new start of the node" in line
     assert client.state() == "unconfigured"
 
 

@@ -6,8 +6,10 @@ import gc
 import time
 
 import pytest
+from rcl_interfaces.msg import ParameterEvent
 from rcl_interfaces.srv import GetParameters, SetParameters
 from rclpy.parameter import Parameter, parameter_value_to_python
+from rclpy.qos import qos_profile_parameter_events
 from ros_graph import image_message, picture, pixels_of, wait_for
 from sensor_msgs.msg import Image
 
@@ -68,6 +70,23 @@ def test_every_stop_of_a_slider_is_taken(client, name):
 def test_a_refusal_is_logged_for_those_who_do_not_see_the_answer(client):
     assert not client.set_parameters(enhancement="AUTO")[0].successful
     client.wait_log("parameters stay as they are", "enhancement: expected one of off, always, auto; got 'AUTO'")
+
+
+def test_after_a_refusal_an_event_has_the_values_that_count(client):
+    """rqt goes on showing what it sent until an event says otherwise."""
+    events = client.subscribe(ParameterEvent, "/parameter_events", qos_profile_parameter_events)
+    assert client.set_parameters(enhance_above=0.625)[0].successful
+    assert not client.set_atomically(enhance_above=0.75, enhancement="AUTO").successful
+
+    def told():
+        return [
+            {p.name: parameter_value_to_python(p.value) for p in event.changed_parameters}
+            for event in list(events.messages) if event.node == f"/{client.namespace}/perception"
+        ]
+
+    wait_for(lambda: told()[-1:] == [{"enhance_above": 0.625, "enhancement": "auto"}], f"what counts; {told()}")
+    assert told() == [{"enhance_above": 0.625}, {"enhance_above": 0.625, "enhancement": "auto"}]
+    assert client.set_parameters(enhance_above=0.25)[0].successful
 
 
 def test_a_set_is_taken_or_refused_as_a_whole(client):

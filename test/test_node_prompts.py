@@ -162,9 +162,19 @@ def test_refused_prompts_are_counted_and_the_1st_and_the_10th_are_logged(fresh):
         fresh.point((float(x), 50.0))
         time.sleep(0.02)  # the node keeps 10
     fresh.client.wait_count("noticed_refused_prompt", 12)
-    fresh.client.wait_log("refused", "[10 so far, next note at 100]")
+    fresh.client.wait_log("refused", "[10 so far]")
     assert len(fresh.client.logged("refused")) == 2
     wait_for(lambda: "got (211, 50)" in fresh.client.values()["last_fault"], "the newest refusal in diagnostics")
+
+
+def test_a_refusal_for_another_reason_than_the_last_logged_one_is_logged(fresh):
+    fresh.point((200.0, 50.0))
+    fresh.client.wait_log("refused", "got (200, 50)")
+    for _ in range(3):
+        fresh.boxes((50, 50, 50, 60))
+    fresh.client.wait_log("refused", "x1 < x2", "[2 so far]")
+    fresh.client.wait_count("noticed_refused_prompt", 4)
+    assert len(fresh.client.logged("refused")) == 2
 
 
 def stamped(scene, age_s):

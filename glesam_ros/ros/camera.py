@@ -19,6 +19,7 @@ class Camera:
 
     Attributes:
         last_stamp_ns: stamp of the newest frame, 0 before any.
+        logged_refusal: why the last refused prompt that was logged was refused, without its numbers; "" before any.
     """
 
     def __init__(self, name: str, topic: str, outputs: Outputs) -> None:
@@ -29,6 +30,7 @@ class Camera:
         self.gate = EnhancementGate()
         self.identity = IdKeeper()
         self.last_stamp_ns = 0
+        self.logged_refusal = ""
 
     @property
     def label(self) -> str:

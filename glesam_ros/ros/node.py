@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import math
+import re
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import Point, PointStamped
 from lifecycle_msgs.srv import ChangeState
-from rcl_interfaces.msg import SetParametersResult
+from rcl_interfaces.msg import ParameterEvent, SetParametersResult
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
@@ -46,6 +48,8 @@ WARM_UP_SIZES = (480, 640), (720, 1280)
 CLICK_TOPIC = "overlay_mouse_left"
 """rqt_image_view publishes clicks on `<image topic>_mouse_left` as geometry_msgs/Point in pixels."""
 
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+
 Models = tuple[Pipeline | None, SemanticSegmenter | None, Restorer | None]
 
 
@@ -53,7 +57,11 @@ class StuckInference(RuntimeError):
     """An inference does not end, so the memory of its model cannot be freed."""
 
 
-FOR_THE_USER = (FileNotFoundError, ModuleNotFoundError, OutOfMemory, StuckInference)
+class NotLoaded(RuntimeError):
+    """A model cannot be loaded as the parameters ask for it."""
+
+
+FOR_THE_USER = (FileNotFoundError, ModuleNotFoundError, OutOfMemory, StuckInference, NotLoaded)
 """Faults of transitions whose text says what to do, so that a traceback would only hide it."""
 
 SUCCESS, FAILURE, ERROR = (
@@ -161,8 +169,12 @@ class PerceptionNode(LifecycleNode):
             action()
         except Exception as error:  # any fault of a transition is logged
             self._last_error = f"{name}: {type(error).__name__}: {error}"
-            where = "" if isinstance(error, FOR_THE_USER) else f"\n{traceback.format_exc().rstrip()}"
-            self.get_logger().error(f"{name} failed: {error}{where}")
+            text, where = f"{name} failed: {error}", traceback.format_exc().rstrip()
+            if isinstance(error, FOR_THE_USER):
+                self.get_logger().error(text)
+                self.get_logger().debug(where)
+            else:
+                self.get_logger().error(f"{text}\n{where}")
             if undo is None:
                 return ERROR
             undo()
@@ -247,7 +259,8 @@ class PerceptionNode(LifecycleNode):
             )
         settings = self.settings
         started = time.monotonic()
-        self._pipeline = load_pipeline(**dataclasses.asdict(settings))
+        with _loading():
+            self._pipeline = load_pipeline(**dataclasses.asdict(settings))
         # parameters may change while the model is loading, and while they are handed over
         while self._pipeline.settings is not self.settings:
             self._pipeline.settings = self.settings
@@ -256,11 +269,13 @@ class PerceptionNode(LifecycleNode):
         device = device_beside(settings.device)
         if settings.semantic != OFF:
             started = time.monotonic()
-            self._segmenter = load_semantic(settings.semantic, device)
+            with _loading():
+                self._segmenter = load_semantic(settings.semantic, device)
             self._log_load("semantic", settings.semantic, self._segmenter.device, started)
         if settings.restorer != OFF:
             started = time.monotonic()
-            self._restorer = load_restorer(settings.restorer, device)
+            with _loading():
+                self._restorer = load_restorer(settings.restorer, device)
             self._log_load("restorer", settings.restorer, self._restorer.device, started)
         return self._pipeline
 
@@ -304,7 +319,8 @@ class PerceptionNode(LifecycleNode):
         if self.trigger_configure() != SUCCESS or self.trigger_activate() != SUCCESS:
             self.get_logger().error(
                 f"autostart stopped; mend the cause, then: ros2 lifecycle set {self.get_fully_qualified_name()} "
-                "configure (or activate, if it is configured)"
+                "configure (or activate, if it is configured); another value of a parameter that is read at start "
+                "(model, device, precision, semantic, restorer, ...) takes a new start of the node"
             )
 
     # Topics in.
@@ -407,10 +423,10 @@ class PerceptionNode(LifecycleNode):
             warning = accept(camera.ledger.size)
         except ValueError as error:
             count = camera.ledger.noticed("refused_prompt", str(error))
-            if diagnostics.worth_a_log_line(count):
-                self.get_logger().warning(
-                    f"{camera.label}: prompt ({kind}) refused: {error} [{count} so far, next note at {10 * count}]"
-                )
+            reason = _NUMBER.sub("", str(error))
+            if diagnostics.worth_a_log_line(count) or reason != camera.logged_refusal:
+                camera.logged_refusal = reason
+                self.get_logger().warning(f"{camera.label}: prompt ({kind}) refused: {error} [{count} so far]")
             return
         if warning:
             self.get_logger().warning(f"{camera.label}: {warning}")
@@ -439,14 +455,23 @@ class PerceptionNode(LifecycleNode):
         try:
             self.settings = parameters.changed(self.settings, changes)
         except ValueError as error:
-            # rqt goes on showing the refused value and not the reason
+            # rqt does not show the reason
             self.get_logger().warning(f"parameters stay as they are: {error}")
+            self._tell_what_counts(p.name for p in changes)
             return SetParametersResult(successful=False, reason=str(error))
         if (pipeline := self._pipeline) is not None:
             pipeline.settings = self.settings
         for camera in list(self._cameras.values()):
             camera.outputs.tell_threshold(self.settings.score_threshold)
         return SetParametersResult(successful=True)
+
+    def _tell_what_counts(self, names: Iterable[str]) -> None:
+        """An event with the values that stay: rqt goes on showing a refused one, and does not send it again."""
+        kept = [self.get_parameter(name).to_parameter_msg() for name in names if self.has_parameter(name)]
+        if self._parameter_event_publisher is not None:
+            self._parameter_event_publisher.publish(ParameterEvent(
+                stamp=self.get_clock().now().to_msg(), node=self.get_fully_qualified_name(), changed_parameters=kept
+            ))
 
     # Diagnostics.
 
@@ -530,6 +555,17 @@ class PerceptionNode(LifecycleNode):
 def _noise(size: tuple[int, int]) -> UInt8Array:
     """A picture of `size` (height, width) to warm up with."""
     return np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """What models raise for who chose them, in one type."""
+    try:
+        yield
+    except FOR_THE_USER:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise NotLoaded(str(error)) from error
 
 
 def _close(models: Models) -> None:
