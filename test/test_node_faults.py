@@ -246,7 +246,7 @@ def test_a_camera_that_never_came_is_told_once_each(launch):
     assert f"listening to {front}, {rear}, {side} (raw images)" in client.wait_log("listening to ")
     client.node.create_publisher(Image, rear, 1)
     client.send(good(client), "side/image")
-    client.wait_log(f"camera 'front': no publisher on {front}: start the camera")
+    client.wait_log(f"camera 'front': no publisher on {front}: start the camera, or set image_topics (")
     client.wait_log(f"camera 'rear': no frame yet on {rear}")
     client.wait_log("camera 'side' stopped")  # some 2 s after its only frame
     time.sleep(2.5)
@@ -264,6 +264,21 @@ def test_a_publisher_of_the_other_transport_is_named_with_the_switch(launch, com
     text = f"no publisher on {here}, but one on {there}: set compressed:={str(not compressed).lower()}"
     wait_for(lambda: client.status() and client.status().message == text, text)
     assert client.status().level == WARN
+
+
+def test_frames_that_nobody_wants_are_told_in_the_status(launch):
+    client = launch()
+    client.stream(
+        lambda: good(client),
+        lambda: client.status() and client.status().message.endswith(" Hz in, 0.0 Hz processed, no subscriber"),
+        "a status that says so",
+    )
+    assert client.status().level == OK
+    masks = client.subscribe(Image, "masks")
+    client.stream(
+        lambda: good(client), lambda: masks.messages and client.status().message.endswith(" Hz processed"),
+        "a status without it",
+    )
 
 
 def test_a_camera_that_changes_its_resolution(launch):

@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from rclpy.qos import QoSDurabilityPolicy, QoSProfile
 from ros_graph import LOST_ANSWER, TIMEOUT_S, image_message, picture, wait_for
@@ -255,3 +256,42 @@ def test_start_parameters_that_are_not_valid_end_the_process_with_a_reason(launc
     assert client.ros.process.wait(15) == 1
     assert "expected one of off, always, auto; got 'sometimes'" in client.ros.output
     assert "Traceback" not in client.ros.output
+
+
+@pytest.mark.parametrize(("argument", "hint"), [
+    ("enhancement:=off", "'NAME:=\"off\"'"), ("enhance_above:=1", "1.0 for 1"),
+])
+def test_a_start_parameter_that_yaml_reads_otherwise_has_a_hint(launch, argument, hint):
+    client = launch(wait_active=False, arguments=["-p", argument])
+    assert client.ros.process.wait(15) == 1
+    assert hint in client.ros.output
+    assert "Traceback" not in client.ros.output
+
+
+@pytest.mark.parametrize("arguments", [
+    ["-r", "__ns:=/1bad"], ["-r", "image:=/a//b"], ["-r", "masks:=/a-b"], ["-r", "masks"], ["--foo"],
+    ["--params-file", "/nowhere.yaml"],
+])
+def test_names_that_ros_refuses_end_the_process_with_one_line(launch, arguments):
+    client = launch(wait_active=False, arguments=arguments)
+    assert client.ros.process.wait(15) == 1
+    assert "[FATAL]" in client.ros.output and arguments[-1] in client.ros.output
+    assert "Traceback" not in client.ros.output
+
+
+def test_the_state_is_told_in_diagnostics(launch):
+    client = launch(wait_active=False, autostart=False, model="slow")  # its warm-up takes 2 s or more
+    wait_for(lambda: says(client, OK, "unconfigured"), "unconfigured")
+    assert client.change_state("configure")
+    wait_for(lambda: client.status("model").message == "inactive", "inactive")
+    client.service(ChangeState, CHANGE_STATE).call_async(ChangeState.Request(transition=Transition(
+        id=Transition.TRANSITION_ACTIVATE
+    )))
+    wait_for(lambda: says(client, OK, "activating: the model is being loaded and warmed up"), "activating")
+    wait_for(lambda: client.status("model").message == "active", "active")
+    assert client.change_state("deactivate")
+    wait_for(lambda: client.status("model").message == "inactive", "inactive")
+    client.service(ChangeState, CHANGE_STATE).call_async(ChangeState.Request(transition=Transition(
+        id=Transition.TRANSITION_INACTIVE_SHUTDOWN
+    )))
+    wait_for(lambda: client.status("model").message == "finalized", "finalized")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
 from rclpy.qos import QoSDurabilityPolicy, QoSProfile, QoSReliabilityPolicy
 from ros_graph import image_message, picture, wait_for
 from sensor_msgs.msg import Image
@@ -32,7 +35,7 @@ def test_a_mismatch_is_an_error_with_the_line_that_mends_it(launch):
     assert "requests reliability reliable, publishers offer best_effort" in line
     assert "input_reliability:=best_effort" in line
     mend = f"-p qos_overrides.{topic}.subscription.reliability:=best_effort"
-    assert mend in line
+    assert f"{mend}, or have it in params_file" in line
     wait_for(lambda: client.status() and "QoS mismatch" in client.status().message, "the mismatch in diagnostics")
     assert client.status().level == b"\x02"
     assert len(client.logged("QoS mismatch")) == 1
@@ -41,12 +44,14 @@ def test_a_mismatch_is_an_error_with_the_line_that_mends_it(launch):
     assert client.status().level == b"\x01"
 
 
-def test_the_override_line_mends_it(launch):
-    client = launch(
-        input_reliability="reliable",
-        arguments=["-p", "qos_overrides./{namespace}/image.subscription.reliability:=best_effort"],
-    )
+@pytest.mark.parametrize("where", ["argument", "params_file"])
+def test_the_override_line_mends_it(launch, tmp_path, where):
+    topic = f"/test_qos_{os.getpid()}/{where}"
+    name, file = f"qos_overrides.{topic}.subscription.reliability", tmp_path / "my.yaml"
+    file.write_text(f"/**:\n  ros__parameters:\n    {name}: best_effort\n")
+    arguments = {"argument": ["-p", f"{name}:=best_effort"], "params_file": ["--params-file", str(file)]}
+    client = launch(input_reliability="reliable", arguments=["-r", f"image:={topic}", *arguments[where]])
     masks = client.subscribe(Image, "masks")
-    client.publisher(Image, "image", BEST_EFFORT)
-    client.stream(lambda: image_message(picture(), client.stamp()), lambda: masks.messages, "masks")
+    client.publisher(Image, topic, BEST_EFFORT)
+    client.stream(lambda: image_message(picture(), client.stamp()), lambda: masks.messages, "masks", topic)
     assert not client.logged("QoS mismatch")

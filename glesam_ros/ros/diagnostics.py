@@ -90,7 +90,7 @@ class CameraLedger:
         with self._lock:
             silence = now - self._last_arrival if self._is_stopped and self._last_arrival is not None else None
             if not self._history:
-                self._history.append((now, self._received, self._processed, self._faults()))
+                self._history.append((now, self._received, self._processed, self._events()))
             self._received += 1
             self._last_arrival, self._is_stopped = now, False
             self.qos_mismatch = ""
@@ -158,13 +158,12 @@ class CameraLedger:
             extra: further key values.
         """
         with self._lock:
-            faults = self._faults()
-            self._history.append((now, self._received, self._processed, faults))
-            then, received, processed, old_faults = self._history[0]
+            events = self._events()
+            self._history.append((now, self._received, self._processed, events))
+            then, received, processed, old_events = self._history[0]
             span = max(now - then, 1e-9)
             rate_in, rate_out = (self._received - received) / span, (self._processed - processed) / span
-            new_faults = faults - old_faults
-            level, message = self._verdict(now, rate_in, rate_out, new_faults)
+            level, message = self._verdict(now, rate_in, rate_out, events - old_events)
             values: dict[str, Any] = {
                 "topic": self.topic,
                 "input_rate_hz": f"{rate_in:.2f}",
@@ -190,12 +189,13 @@ class CameraLedger:
     def _absence(self) -> str:
         return self.no_publisher or f"no frame yet on {self.topic}"
 
-    def _faults(self) -> Counter[str]:
-        return Counter({r: n for r, n in self._dropped.items() if r not in HARMLESS_DROPS}) + self._noticed
+    def _events(self) -> Counter[str]:
+        return self._dropped + self._noticed
 
     def _verdict(
-        self, now: float, rate_in: float, rate_out: float, new_faults: Counter[str]
+        self, now: float, rate_in: float, rate_out: float, new_events: Counter[str]
     ) -> tuple[bytes, str]:
+        new_faults = {event: n for event, n in new_events.items() if event not in HARMLESS_DROPS}
         listed = ", ".join(f"{n} {reason}" for reason, n in sorted(new_faults.items()))
         # one whose publisher is gone says nothing of now
         if self.qos_mismatch and not self.no_publisher:
@@ -213,7 +213,8 @@ class CameraLedger:
             return DiagnosticStatus.ERROR, f"no frame could be processed: {listed}"
         if new_faults:
             return DiagnosticStatus.WARN, f"faults: {listed}"
-        return DiagnosticStatus.OK, f"{rate_in:.1f} Hz in, {rate_out:.1f} Hz processed"
+        idle = ", no subscriber" if rate_out == 0 and new_events["no_subscriber"] else ""
+        return DiagnosticStatus.OK, f"{rate_in:.1f} Hz in, {rate_out:.1f} Hz processed{idle}"
 
 
 def status(name: str, hardware_id: str, level: bytes, message: str, values: dict[str, Any]) -> DiagnosticStatus:
@@ -224,13 +225,14 @@ def status(name: str, hardware_id: str, level: bytes, message: str, values: dict
     )
 
 
-def no_publisher(topic: str, is_compressed: bool, count: Callable[[str], int]) -> str:
+def no_publisher(topic: str, is_compressed: bool, count: Callable[[str], int], is_of_several: bool) -> str:
     """Why no frame can come on `topic`, and what to do; "" where it has a publisher.
 
     Args:
         topic: full name.
         is_compressed: whether JPEG or PNG is expected there.
         count: how many publishers a topic has.
+        is_of_several: whether there are other cameras.
     """
     if count(topic):
         return ""
@@ -239,7 +241,8 @@ def no_publisher(topic: str, is_compressed: bool, count: Callable[[str], int]) -
     if count(other):
         return f"no publisher on {topic}, but one on {other}: set {switch}"
     kind = "raw images" if is_compressed else "JPEG"
-    return f"no publisher on {topic}: start the camera, or set image_topic ({switch} for {kind})"
+    argument = "image_topics" if is_of_several else "image_topic"
+    return f"no publisher on {topic}: start the camera, or set {argument} ({switch} for {kind})"
 
 
 def worth_a_log_line(count: int) -> bool:

@@ -50,6 +50,12 @@ CLICK_TOPIC = "overlay_mouse_left"
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
+IN_WORDS = {
+    "configuring": "configuring: the model is being loaded",
+    "activating": "activating: the model is being loaded and warmed up",
+}
+"""Lifecycle states in /diagnostics, where their names do not say enough."""
+
 Models = tuple[Pipeline | None, SemanticSegmenter | None, Restorer | None]
 
 
@@ -489,7 +495,7 @@ class PerceptionNode(LifecycleNode):
                         f"{camera.label} stopped: no frame on {camera.ledger.topic} for {silence:.1f} s"
                     )
                 camera.ledger.no_publisher = diagnostics.no_publisher(
-                    camera.ledger.topic, self.settings.compressed, self.count_publishers
+                    camera.ledger.topic, self.settings.compressed, self.count_publishers, len(self._cameras) > 1
                 )
                 # a QoS mismatch has a line of its own
                 if (missed := camera.ledger.missed(now)) and not camera.ledger.qos_mismatch:
@@ -509,7 +515,8 @@ class PerceptionNode(LifecycleNode):
         if self._last_error:
             level, text = DiagnosticStatus.ERROR, self._last_error
         elif worker is None:
-            level, text = DiagnosticStatus.OK, "inactive"
+            state = self._state_machine.current_state[1]
+            level, text = DiagnosticStatus.OK, IN_WORDS.get(state, state)
         elif not worker.is_alive():
             level, text = DiagnosticStatus.ERROR, "the inference thread has ended; deactivate and activate again"
         elif memory is not None and memory.now != memory.full:

@@ -41,7 +41,7 @@ def declare(node: Node) -> Settings:
     """Declare every parameter on `node` and read the values it was started with.
 
     Raises:
-        ValueError: a camera that is named twice, or a plain `off` where a string belongs.
+        ValueError: a camera that is named twice, a plain `off` where a string belongs, or 1 for 1.0.
         rclpy.exceptions.ParameterException, InvalidParameterException: a start value of wrong type or out of range.
     """
     try:
@@ -49,9 +49,13 @@ def declare(node: Node) -> Settings:
             "", [(name, _ros_value(catalogue.default(name)), descriptor(name)) for name in catalogue.names()]
         )
     except InvalidParameterTypeException as error:
-        if "'BOOL'" not in str(error) or "STRING" not in str(error):
-            raise
-        raise ValueError(f"{error}; ROS reads a plain off as a bool, put it in quotes: -p 'NAME:=\"off\"'") from error
+        if "'BOOL'" in str(error) and "STRING" in str(error):
+            raise ValueError(
+                f"{error}; ROS reads a plain off as a bool, put it in quotes: -p 'NAME:=\"off\"'"
+            ) from error
+        if "'INTEGER'" in str(error) and "DOUBLE" in str(error):
+            raise ValueError(f"{error}; write it with a point: 1.0 for 1") from error
+        raise
     return Settings(**{name: node.get_parameter(name).value for name in catalogue.names()})
 
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import rclpy
-from rclpy.exceptions import InvalidHandle, InvalidParameterException, ParameterException
+from rclpy.exceptions import InvalidHandle, InvalidParameterException, NameValidationException, ParameterException
 from rclpy.executors import ExternalShutdownException
+from rclpy.impl.implementation_singleton import rclpy_implementation as _rclpy
 from rclpy.signals import SignalHandlerOptions
 
 from glesam_ros.ros import shared_memory
@@ -55,18 +56,18 @@ def main(args: list[str] | None = None) -> int:
         args: command line with `--ros-args`; None takes that of the process.
 
     Returns:
-        Exit code: 0, or 1 when the parameters it was started with are not valid.
+        Exit code: 0, or 1 when the parameters, names or other arguments that it was started with are not valid.
     """
     with _end_requests() as (wait_for_end, request_end):
         shared_memory.enlarge()
         # rclpy's own handlers raise KeyboardInterrupt in the middle of callbacks; here a signal only asks to end
-        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         try:
+            rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
             node = PerceptionNode()
         except (ValueError, ParameterException, InvalidParameterException) as error:
-            rclpy.logging.get_logger(NODE_NAME).fatal(f"start parameters are not valid: {error}")
-            rclpy.try_shutdown()
-            return 1
+            return _refuse(f"start parameters are not valid: {error}")
+        except (_rclpy.RCLError, _rclpy.UnknownROSArgsError, NameValidationException) as error:
+            return _refuse(f"ROS refuses what the node is started with; mend the argument, name or file: {error}")
         core, to_node = logging.getLogger("glesam_ros"), NodeLog(node)
         core.setLevel(logging.INFO)
         core.addHandler(to_node)
@@ -90,6 +91,13 @@ def main(args: list[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(0)
     return 0
+
+
+def _refuse(text: str) -> int:
+    """Say why there is no node, and give the exit code."""
+    rclpy.logging.get_logger(NODE_NAME).fatal(text)
+    rclpy.try_shutdown()
+    return 1
 
 
 @contextlib.contextmanager

@@ -77,7 +77,8 @@ def mismatch(node: Node, topic: str, profile: QoSProfile, policy_kind: Any) -> s
     mend = _MENDING_VALUE.get(policy)
     shorter = f"-p input_reliability:={mend} or " if policy == "reliability" else ""
     cure = (
-        f"start the node with: {shorter}-p qos_overrides.{topic}.subscription.{policy}:={mend}"
+        f"start the node with: {shorter}-p qos_overrides.{topic}.subscription.{policy}:={mend}, or have it in "
+        "params_file"
         if mend
         else f"make the publisher offer at least the {policy} that the node requests"
     )
