@@ -198,11 +198,10 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from glesam_ros.settings import Settings, default
+    from glesam_ros.settings import Settings
 
     chosen = {name: getattr(args, name) for name in SETTINGS}
-    below = min(default("enhance_below"), args.enhance_above)  # only films need it, but it must not be above
-    return Settings(**chosen, enhance_below=below)
+    return Settings(**chosen)
 
 
 def _default_workers(settings: Settings, evaluator: Evaluator) -> int:

@@ -71,20 +71,19 @@ def chosen_settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str,
     return {name: getattr(args, name) for name in names}
 
 
-def open_pipeline(args: argparse.Namespace, names: Sequence[str], **more: Any) -> Pipeline:
+def open_pipeline(args: argparse.Namespace, names: Sequence[str]) -> Pipeline:
     """Load the pipeline that the options ask for.
 
     Args:
         args: of the command.
         names: of the parameters that have an option.
-        **more: parameters that have none.
 
     Raises:
         CommandError: unknown model, device not available, values that contradict, weights missing or damaged.
     """
     from glesam_ros.pipeline import load_pipeline
 
-    return opened(load_pipeline, **chosen_settings(args, names), **more)
+    return opened(load_pipeline, **chosen_settings(args, names))
 
 
 def opened(load: Callable[..., _Model], *args: Any, **more: Any) -> _Model:

@@ -26,7 +26,6 @@ from glesam_ros.cli.pictures import (
     say_skipped,
     write_picture,
 )
-from glesam_ros.settings import default
 
 if TYPE_CHECKING:
     from glesam_ros.instances import Instances
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     keep_pictures(pictures, (args.out / f"{stem}{ending}" for _, stem in pictures for ending in ENDINGS))
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = prompts_of(args.points, args.box)
-    pipeline = open_pipeline(args, SETTINGS, enhance_below=min(default("enhance_below"), args.enhance_above))
+    pipeline = open_pipeline(args, SETTINGS)
     results: list[dict[str, Any]] = []
     done, failed, seconds = 0, 0, 0.0
     try:
