@@ -295,6 +295,8 @@ def test_views_show_the_resulting_names(_ros, prefix, viewers, tmp_path, monkeyp
             and (viewers / "seen" / name).read_text()
             for name in ("rviz2", "rqt_gui")
         )
+        # launch can hang for ever where Ctrl-C comes while it is starting a process
+        wait_for(lambda: process.output.count("process has finished") == 2, f"the viewers' end\n{process.output}")
     finally:
         process.end()
     assert f"Value: {shown}/overlay\n" in rviz and "use_sim_time: true" in rviz
