@@ -13,7 +13,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from glesam_ros import ade20k
 from glesam_ros.picture_files import SUFFIXES, is_cut_short
 from glesam_ros.validation import UInt8Array
 
@@ -209,6 +208,8 @@ def open_labelled(
             f"{', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())) or 'no folder'}"
         )
     if ade and classes is None and not _class_file(root):
+        from glesam_ros import ade20k  # makes its 150 colours
+
         classes, palette = ade20k.CLASSES, ade20k.PALETTE if palette is None else palette
     listed = read_class_list(root, classes)
     if palette is not None:

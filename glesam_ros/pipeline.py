@@ -348,5 +348,3 @@ def _to_instances(
         degradation=float(np.clip(embedding.degradation, 0, 1)),
         enhanced=embedding.enhanced,
     )
-
-

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TypeVar
 
 PART = ".part"
-"""Ending of a file that is being written; one that a kill left is overwritten by the next try."""
+"""Ending of a file that is being written."""
 
 Result = TypeVar("Result")
 
 
-def write_whole(path: Path, write: Callable[[Path], Result], *, sync: bool = True, part: str = PART) -> Result:
+def write_whole(
+    path: Path, write: Callable[[Path], Result], *, sync: bool = True, is_shared: bool = True
+) -> Result:
     """Let `write` fill a file beside `path`, which then takes its name; makes the folder.
 
     Whatever ends it, an error, a kill or a computer that is switched off: the old file is there, or the new one.
@@ -22,13 +24,14 @@ def write_whole(path: Path, write: Callable[[Path], Result], *, sync: bool = Tru
         write: gets the path to write to; what it leaves there when it fails is removed.
         sync: wait for the disk. Of thousands of small files, which can be made again, each would take longer to reach
             it than to be made; without, all holds but for the computer that is switched off.
-        part: ending of the file beside, for a file that several processes may write at once.
+        is_shared: several processes may write the file at once. Where that cannot be, the name of the file beside is
+            the same each time, so that the next try overwrites what a kill left.
 
     Returns:
         What `write` returned.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + part)
+    beside = path.with_name(f"{path.name}.{os.getpid()}{PART}" if is_shared else path.name + PART)
     try:
         result = write(beside)
         if sync:
@@ -41,9 +44,9 @@ def write_whole(path: Path, write: Callable[[Path], Result], *, sync: bool = Tru
     return result
 
 
-def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
+def write_bytes(path: Path, content: bytes, *, sync: bool = True, is_shared: bool = True) -> None:
     """As `write_whole`, of bytes."""
-    write_whole(path, lambda beside: beside.write_bytes(content), sync=sync)
+    write_whole(path, lambda beside: beside.write_bytes(content), sync=sync, is_shared=is_shared)
 
 
 def write_text(path: Path, content: str) -> None:

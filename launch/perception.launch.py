@@ -305,7 +305,7 @@ def _view(name: str, base: str, shown: str) -> str:
     copy = home / "glesam_ros" / f"{base.strip('/').replace('/', '_') or 'root'}{path.suffix}"
     try:
         # whole, as an rqt of the same namespace may be reading it
-        write_whole(copy, lambda beside: beside.write_text(text, encoding="utf-8"), sync=False, part=f".{os.getpid()}")
+        write_whole(copy, lambda beside: beside.write_text(text, encoding="utf-8"), sync=False)
     except OSError as error:
         raise RuntimeError(f"expected to write {copy}, got: {error}; set ROS_HOME to a folder of yours") from error
     return str(copy)

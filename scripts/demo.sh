@@ -7,6 +7,6 @@ set -euo pipefail
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # a sourced ROS workspace is made for another Python, and would win over what is installed here
 unset PYTHONPATH AMENT_PREFIX_PATH LD_LIBRARY_PATH _ROS_WHEELS_BOOTSTRAP_COMPLETE
-bash "$repository/scripts/setup.sh"
+DISTRO=jazzy bash "$repository/scripts/setup.sh"
 export PATH="$repository/.venv/bin:$PATH"
 exec glesam demo "$@"

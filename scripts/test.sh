@@ -15,7 +15,7 @@ if [ "$DISTRO" = jazzy ]; then
 else
   venv=".venv-$DISTRO"
   bash scripts/setup.sh test
-  if [ $# -eq 0 ]; then set -- test/test_executor.py test/test_node_*.py test/test_demo.py; fi
+  set -- test/test_executor.py test/test_node_*.py test/test_demo.py "$@"
 fi
 export PATH="$PWD/$venv/bin:$PATH"
 # the graph of the tests stays on this machine

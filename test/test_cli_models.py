@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -274,6 +275,25 @@ def test_the_shapes_of_the_lora_tell_its_diffusion_model(home, tmp_path, small_s
     assert main(["models", "get", "sam_vit_h+glesam", "--from", str(folder)]) == 0
     config = json.loads((home / "sam_vit_h+glesam/glesam.json").read_text())
     assert (config["unet"], config["gamma"]) == (unet, gamma)
+
+
+def test_released_weights_that_cannot_be_made_a_model_leave_the_one_that_is_there(
+    home, tmp_path, small_sam, monkeypatch
+):
+    from glesam_ros.models.glesam import enhancer
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    folder, own = released(tmp_path / "mine", 1024), home / "sam_vit_h+glesam"
+    assert main(["models", "get", own.name, "--from", str(folder)]) == 0
+    there = {file.name: file.read_bytes() for file in own.iterdir()}
+    assert {catalogue.CONFIG_FILE, catalogue.DECODER_FILE} < there.keys()
+    monkeypatch.setattr(enhancer, "write_tensors", full)
+    with pytest.raises(OSError, match="no space left"):
+        download.take_released(folder, own.name, home)
+    assert {file.name: file.read_bytes() for file in own.iterdir()} == there
+    assert {state for file, state in download.verify(home) if file.startswith(own.name)} == {"ok"}
 
 
 def test_lora_of_something_else_is_refused(home, tmp_path, small_sam, capsys):

@@ -183,7 +183,7 @@ def test_chain_is_reproducible_bit_by_bit(level: int) -> None:
     np.testing.assert_array_equal(image, scene(0))  # the input is left alone
 
 
-@pytest.mark.parametrize("size", [(192, 256), (37, 53), (1, 1), (512, 16)])
+@pytest.mark.parametrize("size", [(192, 256), (37, 53), (1, 1), (5, 3), (512, 16)])
 def test_chain_keeps_size_and_type(size: tuple[int, int]) -> None:
     for seed in range(6):
         degraded = degrade_lqseg(scene(0, *size), 3, seed)
@@ -304,7 +304,7 @@ def test_training_and_held_out_kinds_split_the_names() -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_effect_keeps_size_type_and_input_and_repeats_bit_by_bit(name: str) -> None:
-    for size in ((192, 256), (61, 47), (1, 1)):
+    for size in ((192, 256), (61, 47), (5, 3), (1, 1)):
         image = scene(5, *size)
         for level in robot.LEVELS:
             degraded = degrade(image, name, level, 7, frame=2)

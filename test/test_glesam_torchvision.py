@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+
+import pytest
+
+NEEDED = ("torch", "torchvision", "segment_anything", "transformers")
+# not importorskip: to import them as they are is what may fail
+pytestmark = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, NEEDED)), reason=f"needs {', '.join(NEEDED)}; scripts/test.sh installs them"
+)
 
 
 def run(code: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,8 +59,24 @@ def test_the_bytes_are_on_the_disk_before_the_name_and_the_name_at_the_end(
     assert steps == ["name"]
 
 
-def test_what_a_kill_left_is_overwritten(tmp_path: Path) -> None:
+def test_what_a_kill_left_of_a_file_of_one_process_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.with_name(f"x{PART}").write_text("a longer half of a file")
-    write_text(path, "new")
+    write_bytes(path, b"new", is_shared=False)
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_processes_that_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    other = (
+        "import pathlib, sys; from glesam_ros.whole_files import write_text; "
+        "write_text(pathlib.Path(sys.argv[1]), 'b')"
+    )
+
+    def write(beside: Path) -> None:
+        beside.write_text("a")
+        subprocess.run([sys.executable, "-c", other, str(path)], check=True)
+        assert path.read_text() == "b" and beside.suffix == PART
+
+    write_whole(path, write)
+    assert path.read_text() == "a" and list(tmp_path.iterdir()) == [path]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from glesam_ros.cli.options import CommandError, progress
+from glesam_ros.picture_files import encoded
 
 if TYPE_CHECKING:
     from glesam_ros.evaluation.protocol import Condition
@@ -29,9 +30,11 @@ def check_kinds(kinds: Iterable[str]) -> None:
 
 
 def check_baselines(baselines: Iterable[str], restorers: Path | None) -> None:
-    """Raises CommandError where one of --baselines is learned and --restorers was not given."""
-    from glesam_ros.evaluation.baselines import LEARNED
+    """Raises CommandError where one of --baselines is unknown, or learned and --restorers was not given."""
+    from glesam_ros.evaluation.baselines import BASELINES, LEARNED
 
+    if unknown := sorted(set(baselines) - set(BASELINES)):
+        raise CommandError(f"--baselines: expected some of {', '.join(BASELINES)}; got {', '.join(unknown)}")
     learned = [name for name in baselines if name in LEARNED]
     if learned and restorers is None:
         raise CommandError(f"--baselines {' '.join(learned)}: expected the folder of their weights, give --restorers")
@@ -84,13 +87,11 @@ def plotted(command: str, plot: Callable[[], list[Path]]) -> list[Path]:
 
 
 def write_sheet(path: Path, pixels: UInt8Array) -> Path:
-    """Write a contact sheet, (H, W, 3) uint8 RGB, as JPEG. Raises CommandError where OpenCV cannot."""
+    """Write a contact sheet, (H, W, 3) uint8 RGB, as JPEG. Raises OSError where OpenCV cannot."""
     import cv2
+    import numpy as np
 
-    done, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])
-    if not done:
-        raise CommandError(f"{path}: OpenCV could not encode the contact sheet")
-    path.write_bytes(data.tobytes())
+    path.write_bytes(encoded(path, np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)), 90))
     return path
 
 

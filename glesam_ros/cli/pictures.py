@@ -105,7 +105,8 @@ def read_picture(path: Path) -> UInt8Array:
     import cv2
     import numpy as np
 
-    return np.asarray(cv2.cvtColor(decoded(path.read_bytes(), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), np.uint8)
+    # not cv2.cvtColor: that of OpenCV 4.5 refuses a lone pixel
+    return np.ascontiguousarray(decoded(path.read_bytes(), cv2.IMREAD_COLOR)[..., ::-1], np.uint8)
 
 
 def write_picture(path: Path, image: NDArray[Any]) -> None:
@@ -114,9 +115,9 @@ def write_picture(path: Path, image: NDArray[Any]) -> None:
     Raises:
         OSError: it cannot be encoded or written.
     """
-    import cv2
+    import numpy as np
 
-    data = encoded(path, cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image)
+    data = encoded(path, np.ascontiguousarray(image[..., ::-1]) if image.ndim == 3 else image)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
 

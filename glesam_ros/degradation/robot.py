@@ -310,7 +310,9 @@ def glare(image: UInt8Array, level: int, scene: Rng, frame: Rng) -> tuple[UInt8A
         gx, gy = (0.5 - cx) * along * aspect, (0.5 - cy) * along  # ghosts lie on the line through the centre
         ghost = np.clip((radius - np.hypot(x - gx, y - gy)) / 0.012, 0, 1)
         light += ghost[..., None] * np.array(colour, np.float32) * 0.15
-    light = cv2.resize(light.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    light = light.astype(np.float32)
+    if light.shape[:2] != LONE:  # else it is the same everywhere
+        light = cv2.resize(light, (width, height), interpolation=cv2.INTER_LINEAR)
     exposure = 1 / (1 + 0.25 * power)  # the automatic exposure closes down
     out = (_to_linear(image) + light * np.float32(power * 0.6)) * np.float32(exposure)
     return _to_srgb(out), {"power": power, "x": cx * width, "y": cy * height}

@@ -153,7 +153,7 @@ def file_seed(seed: int, image_id: str, kind: str, level: int) -> int:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; makes its folder. Without waiting for the disk: there are thousands."""
-    write_bytes(path, data, sync=False)
+    write_bytes(path, data, sync=False, is_shared=False)
 
 
 def _check(options: BuildOptions, workers: int) -> None:

@@ -163,7 +163,8 @@ def read_picture(source: Source) -> tuple[bytes, UInt8Array]:
         raise Malformed("image_unreadable", str(error)) from error
     if source.size and pixels.shape[:2] != source.size:
         raise Malformed("image_size", f"expected height and width {source.size}, got {pixels.shape[:2]}")
-    return data, np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
+    # not cv2.cvtColor: that of OpenCV 4.5 refuses a lone pixel
+    return data, np.ascontiguousarray(pixels[..., ::-1], np.uint8)
 
 
 def read_truth(index: Index, source: Source, size: tuple[int, int]) -> Truth:

@@ -13,7 +13,7 @@ from glesam_ros.whole_files import write_whole
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write tensors, numbers and texts (nested) to `path`; a kill at any moment leaves the old file or the new one."""
-    write_whole(path, lambda beside: torch.save(content, beside))
+    write_whole(path, lambda beside: torch.save(content, beside), is_shared=False)
 
 
 def read(path: Path) -> dict[str, Any]:

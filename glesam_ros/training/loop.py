@@ -503,7 +503,13 @@ class _Course:
                 f"{accelerator.num_processes}"
             )
         self.stage.load_weights(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+        except ValueError as error:
+            raise ValueError(
+                f"{self.run.checkpoint}: expected the optimiser of this version: {error}; remove the file, and the "
+                "stage begins anew"
+            ) from error
         if self.average:
             self.average.load(saved["average"])
         if accelerator.scaler and saved["scaler"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -229,7 +230,8 @@ def take_enhancer(source: Path, name: str, folder: Path) -> None:
     for file in files:
         read_tensors(file)  # refuses what is no file of tensors
     # glesam.json last: with it the model is there
-    _exchange(own, folder, {file.name: file for file in (*files, source / CONFIG_FILE)})
+    every = (*files, source / CONFIG_FILE)
+    _exchange(own, folder, {file.name: functools.partial(shutil.copyfile, file) for file in every})
 
 
 def take_released(source: Path, name: str, folder: Path) -> None:
@@ -246,9 +248,12 @@ def take_released(source: Path, name: str, folder: Path) -> None:
             f"{source}: expected released GleSAM weights, {LORA_FILE} and {RELEASED_DECODER} or one other .pth file, "
             f"found {', '.join(file.name for file in decoders) or 'no .pth file'}"
         )
-    _released_parts(source / LORA_FILE, decoders[0])  # refused before what is there goes
-    _exchange(folder / name, folder, {LORA_FILE: source / LORA_FILE, RELEASED_DECODER: decoders[0]})
-    adopt(name, folder)
+    made = _adopted(name, source / LORA_FILE, decoders[0])
+    published = {
+        LORA_FILE: functools.partial(shutil.copyfile, source / LORA_FILE),
+        RELEASED_DECODER: functools.partial(shutil.copyfile, decoders[0]),
+    }
+    _exchange(folder / name, folder, {**published, **made})
 
 
 def take_system(source: Path, name: str, folder: Path) -> list[str]:
@@ -279,25 +284,26 @@ def take_system(source: Path, name: str, folder: Path) -> list[str]:
     return list(files)
 
 
-def _exchange(own: Path, folder: Path, files: Mapping[str, Path]) -> None:
-    """Put copies of `files` by the names that they get, in this order, in place of the enhancer in `own`.
+def _exchange(own: Path, folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Put `files`, by name what writes each to a path, in this order in place of the enhancer in `own`.
 
-    It stays until all of them are copied, so that a full disk costs nothing.
+    It stays until all of them are written, so that a full disk costs nothing.
     """
     own.mkdir(parents=True, exist_ok=True)
     beside = {name: own / f"{name}{PART}" for name in files}
     try:
-        found = {name: _copied(file, beside[name]) for name, file in files.items()}
-        for copy in beside.values():
-            bring_to_disk(copy)
+        for name, write in files.items():
+            write(beside[name])
+            bring_to_disk(beside[name])
+        found = {(own / name).relative_to(folder).as_posix(): sha256(file) for name, file in beside.items()}
         _clear(own, folder)
-        for name, copy in beside.items():
-            os.replace(copy, own / name)
-            _record(own / name, folder, found[name])
+        for name, file in beside.items():
+            os.replace(file, own / name)
         bring_to_disk(own)
+        _write_json(folder / CHECKSUMS, {**_checksums(folder), **found})
     finally:
-        for copy in beside.values():
-            copy.unlink(missing_ok=True)
+        for file in beside.values():
+            file.unlink(missing_ok=True)
 
 
 def _clear(own: Path, folder: Path) -> None:
@@ -377,13 +383,19 @@ def adopt(name: str, folder: Path) -> None:
         FileNotFoundError: a file is missing.
         ValueError: they are no such files.
     """
+    own = folder / name
+    for key, write in _adopted(name, own / LORA_FILE, own / RELEASED_DECODER).items():
+        write(own / key)
+    _record(own / DECODER_FILE, folder, sha256(own / DECODER_FILE))
+
+
+def _adopted(name: str, lora: Path, decoder: Path) -> dict[str, Callable[[Path], Any]]:
+    """By name, what writes each file that makes a model of released weights. Raises as `adopt`."""
     from glesam_ros.models.glesam.enhancer import write_tensors
 
-    own = folder / name
-    about, decoder = _released_parts(own / LORA_FILE, own / RELEASED_DECODER)
-    write_tensors(decoder, own / DECODER_FILE)
-    _record(own / DECODER_FILE, folder, sha256(own / DECODER_FILE))
-    _write_json(own / CONFIG_FILE, {"base": split_name(name)[0], **about})
+    about, state = _released_parts(lora, decoder)
+    config = {"base": split_name(name)[0], **about}
+    return {DECODER_FILE: functools.partial(write_tensors, state), CONFIG_FILE: lambda path: _write_json(path, config)}
 
 
 def _released_parts(lora: Path, decoder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

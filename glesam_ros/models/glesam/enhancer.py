@@ -42,7 +42,7 @@ from glesam_ros.models.glesam.catalogue import (
 from glesam_ros.models.glesam.one_step import SIDE_DIVISOR, SIDE_MULTIPLE, TIMESTEPS, alpha_bar, one_step
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
 from glesam_ros.models.glesam.weights import load_exactly, lora_to_diffusers, lora_to_peft, read_tensors
-from glesam_ros.whole_files import PART, write_text, write_whole
+from glesam_ros.whole_files import PART, write_bytes, write_text
 
 allow_import_without_operators()  # diffusers and peft, which are imported below, want torchvision
 
@@ -591,7 +591,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
     content = save({key: x.detach().cpu().contiguous() for key, x in tensors.items()})
     # two programs may embed the same prompt at once
-    write_whole(file, lambda beside: beside.write_bytes(content), part=f".{os.getpid()}{PART}")
+    write_bytes(file, content)
 
 
 def save_enhancer(
@@ -600,7 +600,8 @@ def save_enhancer(
     """Write what was trained: `glesam.json` and safetensors files; LoRA in diffusers' key layout.
 
     Args:
-        folder: made if missing; files of the same names are replaced. Until all are there it has no `glesam.json`.
+        folder: made if missing; files of the same names are replaced, once all of them are written beside. While they
+            are, it has no `glesam.json`.
         decoder: weights of the mask decoder after stage 2; None leaves a file of them as it is.
 
     Raises:
@@ -614,10 +615,17 @@ def save_enhancer(
         states[LORA_FILE] = lora_to_diffusers(lora)
     if decoder is not None:
         states[DECODER_FILE] = decoder
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
-    for name, state in states.items():
-        write_tensors(state, folder / name)
-    write_text(folder / CONFIG_FILE, json.dumps(asdict(enhancer.config), indent=2) + "\n")
+    beside = {name: folder / f"{name}{PART}" for name in (*states, CONFIG_FILE)}
+    try:
+        for name, state in states.items():
+            write_tensors(state, beside[name])
+        write_text(beside[CONFIG_FILE], json.dumps(asdict(enhancer.config), indent=2) + "\n")
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        for name, file in beside.items():
+            os.replace(file, folder / name)
+    finally:
+        for file in beside.values():
+            file.unlink(missing_ok=True)
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:

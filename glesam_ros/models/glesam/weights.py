@@ -225,7 +225,10 @@ def with_all_masks(tuned: Mapping[str, Tensor], official: Mapping[str, Tensor]) 
     """
     state, worn = dict(tuned), []
     for mask in (1, 2, 3):
-        own = [key for key in official if key.startswith(f"output_hypernetworks_mlps.{mask}.") and key in tuned]
+        own = [
+            key for key, value in official.items()
+            if key.startswith(f"output_hypernetworks_mlps.{mask}.") and key in tuned and tuned[key].shape == value.shape
+        ]
         lengths = [float(sum(x[key].float().square().sum() for key in own)) ** 0.5 for x in (tuned, official)]
         if own and lengths[0] < WORN * lengths[1]:
             state.update({key: official[key] for key in own})
