@@ -167,13 +167,14 @@ def test_refused_prompts_are_counted_and_the_1st_and_the_10th_are_logged(fresh):
     wait_for(lambda: "got (211, 50)" in fresh.client.values()["last_fault"], "the newest refusal in diagnostics")
 
 
-def test_a_refusal_for_another_reason_than_the_last_logged_one_is_logged(fresh):
-    fresh.point((200.0, 50.0))
-    fresh.client.wait_log("refused", "got (200, 50)")
-    for _ in range(3):
+def test_each_reason_of_a_refusal_is_logged_once_also_where_they_take_turns(fresh):
+    for x in range(200, 204):
+        fresh.point((float(x), 50.0))
+        fresh.client.wait_count("noticed_refused_prompt", 2 * (x - 200) + 1)
         fresh.boxes((50, 50, 50, 60))
+        fresh.client.wait_count("noticed_refused_prompt", 2 * (x - 200) + 2)
     fresh.client.wait_log("refused", "x1 < x2", "[2 so far]")
-    fresh.client.wait_count("noticed_refused_prompt", 4)
+    fresh.client.wait_log("refused", "got (200, 50)", "[1 so far]")
     assert len(fresh.client.logged("refused")) == 2
 
 

@@ -19,7 +19,7 @@ class Camera:
 
     Attributes:
         last_stamp_ns: stamp of the newest frame, 0 before any.
-        logged_refusal: why the last refused prompt that was logged was refused, without its numbers; "" before any.
+        logged_refusals: why prompts were refused, as far as the log has it, without their numbers: a few texts.
     """
 
     def __init__(self, name: str, topic: str, outputs: Outputs) -> None:
@@ -30,7 +30,7 @@ class Camera:
         self.gate = EnhancementGate()
         self.identity = IdKeeper()
         self.last_stamp_ns = 0
-        self.logged_refusal = ""
+        self.logged_refusals: set[str] = set()
 
     @property
     def label(self) -> str:

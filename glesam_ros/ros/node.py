@@ -430,8 +430,8 @@ class PerceptionNode(LifecycleNode):
         except ValueError as error:
             count = camera.ledger.noticed("refused_prompt", str(error))
             reason = _NUMBER.sub("", str(error))
-            if diagnostics.worth_a_log_line(count) or reason != camera.logged_refusal:
-                camera.logged_refusal = reason
+            if diagnostics.worth_a_log_line(count) or reason not in camera.logged_refusals:
+                camera.logged_refusals.add(reason)
                 self.get_logger().warning(f"{camera.label}: prompt ({kind}) refused: {error} [{count} so far]")
             return
         if warning:
