@@ -187,11 +187,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from glesam_ros.evaluation.baselines import BASELINES
+
     if args.data is None and args.lqseg is None and args.agreement is None:
         raise CommandError("expected --data, --lqseg or --agreement, got none of them; say what to measure on")
     if args.sets and args.data is None:
         raise CommandError("--sets: expected --data with it, got none")
     check_kinds(args.kinds or ())
+    if unknown := sorted(set(args.baselines) - set(BASELINES)):  # before a model is loaded
+        raise CommandError(f"--baselines: expected some of {', '.join(BASELINES)}, got {', '.join(unknown)}")
     check_baselines(args.baselines, args.restorers)
     if args.weights is not None and not args.weights.is_dir():
         raise CommandError(f"--weights: expected a folder with the ONNX files of nano, got {args.weights}")
