@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 PART = ".part"
 """Ending of a file that is being written."""
@@ -42,6 +42,31 @@ def write_whole(
     if sync:
         bring_to_disk(path.parent)
     return result
+
+
+def write_together(folder: Path, files: Mapping[str, Callable[[Path], Any]], clear: Callable[[], Any]) -> None:
+    """Write files that belong together, in place of others; makes the folder.
+
+    Until all are written beside, nothing changes: a full disk costs nothing. What tells that all are there comes last.
+
+    Args:
+        folder: gets them; one process writes there at a time.
+        files: by name, in the order in which they get it, what writes each to the path that it is given.
+        clear: takes the others away, when all is written and before the first has its name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = {name: folder / f"{name}{PART}" for name in files}
+    try:
+        for name, write in files.items():
+            write(beside[name])
+            bring_to_disk(beside[name])
+        clear()
+        for name, path in beside.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in beside.values():
+            path.unlink(missing_ok=True)
+    bring_to_disk(folder)
 
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True, is_shared: bool = True) -> None:

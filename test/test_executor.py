@@ -164,17 +164,23 @@ class Destroying(PooledExecutor):
         return super()._take_subscription(subscription)
 
 
-def test_a_subscription_destroyed_before_it_is_taken_frees_its_group(spun):
-    group, lost, kept = MutuallyExclusiveCallbackGroup(), [], []
-    spun.node.create_subscription(String, "lost", lost.append, 1, callback_group=group)
-    spun.node.create_subscription(String, "kept", kept.append, 1, callback_group=group)
-    publishers = [spun.node.create_publisher(String, name, 1) for name in ("lost", "kept")]
-    spun(lambda context: Destroying(2, spun.failures.append, context))
+def two_of_a_group(spun, kind):
+    """What the first of two subscriptions of a group got, and its publisher, when `kind` could not take one message."""
+    group, one, other = MutuallyExclusiveCallbackGroup(), [], []
+    spun.node.create_subscription(String, "one", one.append, 1, callback_group=group)
+    spun.node.create_subscription(String, "other", other.append, 1, callback_group=group)
+    publishers = [spun.node.create_publisher(String, name, 1) for name in ("one", "other")]
+    spun(lambda context: kind(2, spun.failures.append, context))
     wait_for(lambda: all(p.get_subscription_count() for p in publishers), "the subscriptions")
     publishers[0].publish(String())
     wait_for(lambda: spun.failures, "the report")
     publishers[1].publish(String(data="newest"))
-    wait_for(lambda: kept, "a message of the other subscription of the group")
+    wait_for(lambda: other, "a message of the other subscription of the group")
+    return one, publishers[0]
+
+
+def test_a_subscription_destroyed_before_it_is_taken_frees_its_group(spun):
+    lost, _ = two_of_a_group(spun, Destroying)
     assert isinstance(spun.failures[0], InvalidHandle) and len(spun.failures) == 1
     assert not lost
 
@@ -192,17 +198,8 @@ class Refusing(PooledExecutor):
 
 
 def test_a_message_that_cannot_be_taken_frees_its_group(spun):
-    group, one, other = MutuallyExclusiveCallbackGroup(), [], []
-    spun.node.create_subscription(String, "one", one.append, 1, callback_group=group)
-    spun.node.create_subscription(String, "other", other.append, 1, callback_group=group)
-    publishers = [spun.node.create_publisher(String, name, 1) for name in ("one", "other")]
-    spun(lambda context: Refusing(2, spun.failures.append, context))
-    wait_for(lambda: all(p.get_subscription_count() for p in publishers), "the subscriptions")
-    publishers[0].publish(String())
-    wait_for(lambda: spun.failures, "the report")
-    publishers[1].publish(String(data="newest"))
-    wait_for(lambda: other, "a message of the other subscription of the group")
-    publishers[0].publish(String(data="again"))
+    one, publisher = two_of_a_group(spun, Refusing)
+    publisher.publish(String(data="again"))
     wait_for(lambda: one, "a message of the same subscription")
     assert [str(error) for error in spun.failures] == ["cannot be taken"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from glesam_ros.whole_files import PART, write_bytes, write_text, write_whole
+from glesam_ros.whole_files import PART, write_bytes, write_text, write_together, write_whole
 
 
 def test_the_folder_is_made_and_the_result_handed_on(tmp_path: Path) -> None:
@@ -80,3 +80,23 @@ def test_processes_that_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
 
     write_whole(path, write)
     assert path.read_text() == "a" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_belong_together_take_the_place_of_others_when_all_are_written(tmp_path: Path) -> None:
+    old, steps = tmp_path / "old", []
+    old.write_text("old")
+
+    def clear() -> None:
+        steps.append(sorted(path.name for path in tmp_path.iterdir()))
+        old.unlink()
+
+    def full(path: Path) -> None:
+        path.write_text("half")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_together(tmp_path, {"a": lambda path: path.write_text("1"), "b": full}, clear)
+    assert list(tmp_path.iterdir()) == [old] and not steps
+    write_together(tmp_path, {name: lambda path: path.write_text("2") for name in "ab"}, clear)
+    assert steps == [[f"a{PART}", f"b{PART}", "old"]]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "2", "b": "2"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from glesam_ros.cli.options import CommandError, progress
-from glesam_ros.picture_files import encoded
+from glesam_ros.cli.pictures import write_picture
 
 if TYPE_CHECKING:
     from glesam_ros.evaluation.protocol import Condition
@@ -86,10 +86,7 @@ def plotted(command: str, plot: Callable[[], list[Path]]) -> list[Path]:
 
 def write_sheet(path: Path, pixels: UInt8Array) -> Path:
     """Write a contact sheet, (H, W, 3) uint8 RGB, as JPEG. Raises OSError where OpenCV cannot."""
-    import cv2
-    import numpy as np
-
-    path.write_bytes(encoded(path, np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)), 90))
+    write_picture(path, pixels, quality=90)
     return path
 
 

@@ -109,15 +109,17 @@ def read_picture(path: Path) -> UInt8Array:
     return np.ascontiguousarray(decoded(path.read_bytes(), cv2.IMREAD_COLOR)[..., ::-1], np.uint8)
 
 
-def write_picture(path: Path, image: NDArray[Any]) -> None:
+def write_picture(path: Path, image: NDArray[Any], quality: int = 95) -> None:
     """Write (H, W, 3) uint8 RGB or (H, W) grey in the format of the ending of `path`; folders above it are made.
+
+    `quality`, 0..100, is that of a JPEG.
 
     Raises:
         OSError: it cannot be encoded or written.
     """
     import numpy as np
 
-    data = encoded(path, np.ascontiguousarray(image[..., ::-1]) if image.ndim == 3 else image)
+    data = encoded(path, np.ascontiguousarray(image[..., ::-1]) if image.ndim == 3 else image, quality)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
 

@@ -35,7 +35,7 @@ from glesam_ros.models.glesam.catalogue import (
     Source,
     split_name,
 )
-from glesam_ros.whole_files import PART, bring_to_disk, write_text, write_whole
+from glesam_ros.whole_files import write_text, write_together, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -285,25 +285,10 @@ def take_system(source: Path, name: str, folder: Path) -> list[str]:
 
 
 def _exchange(own: Path, folder: Path, files: Mapping[str, Callable[[Path], Any]]) -> None:
-    """Put `files`, by name what writes each to a path, in this order in place of the enhancer in `own`.
-
-    It stays until all of them are written, so that a full disk costs nothing.
-    """
-    own.mkdir(parents=True, exist_ok=True)
-    beside = {name: own / f"{name}{PART}" for name in files}
-    try:
-        for name, write in files.items():
-            write(beside[name])
-            bring_to_disk(beside[name])
-        found = {(own / name).relative_to(folder).as_posix(): sha256(file) for name, file in beside.items()}
-        _clear(own, folder)
-        for name, file in beside.items():
-            os.replace(file, own / name)
-        bring_to_disk(own)
-        _write_json(folder / CHECKSUMS, {**_checksums(folder), **found})
-    finally:
-        for file in beside.values():
-            file.unlink(missing_ok=True)
+    """Put `files` in place of the enhancer in `own`, see `write_together`, and record their checksums."""
+    write_together(own, files, clear=functools.partial(_clear, own, folder))
+    found = {(own / name).relative_to(folder).as_posix(): sha256(own / name) for name in files}
+    _write_json(folder / CHECKSUMS, {**_checksums(folder), **found})
 
 
 def _clear(own: Path, folder: Path) -> None:

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from glesam_ros.models.glesam.catalogue import (
 from glesam_ros.models.glesam.one_step import SIDE_DIVISOR, SIDE_MULTIPLE, TIMESTEPS, alpha_bar, one_step
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
 from glesam_ros.models.glesam.weights import load_exactly, lora_to_diffusers, lora_to_peft, read_tensors
-from glesam_ros.whole_files import PART, write_bytes, write_text
+from glesam_ros.whole_files import write_bytes, write_together
 
 allow_import_without_operators()  # diffusers and peft, which are imported below, want torchvision
 
@@ -590,7 +590,6 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     from safetensors.torch import save
 
     content = save({key: x.detach().cpu().contiguous() for key, x in tensors.items()})
-    # two programs may embed the same prompt at once
     write_bytes(file, content)
 
 
@@ -615,17 +614,10 @@ def save_enhancer(
         states[LORA_FILE] = lora_to_diffusers(lora)
     if decoder is not None:
         states[DECODER_FILE] = decoder
-    beside = {name: folder / f"{name}{PART}" for name in (*states, CONFIG_FILE)}
-    try:
-        for name, state in states.items():
-            write_tensors(state, beside[name])
-        write_text(beside[CONFIG_FILE], json.dumps(asdict(enhancer.config), indent=2) + "\n")
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
-        for name, file in beside.items():
-            os.replace(file, folder / name)
-    finally:
-        for file in beside.values():
-            file.unlink(missing_ok=True)
+    files: dict[str, Callable[[Path], Any]] = {name: partial(write_tensors, state) for name, state in states.items()}
+    config = json.dumps(asdict(enhancer.config), indent=2) + "\n"
+    files[CONFIG_FILE] = partial(Path.write_text, data=config, encoding="utf-8")
+    write_together(folder, files, clear=partial((folder / CONFIG_FILE).unlink, missing_ok=True))
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
