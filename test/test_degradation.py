@@ -123,6 +123,19 @@ def test_poisson_noise_has_the_mean_and_variance_of_the_law(value: int) -> None:
     assert third == pytest.approx(1 / math.sqrt(rate), abs=0.03)  # skew: a normal law would have none
 
 
+@pytest.mark.parametrize("size", [(97, 130), (40, 9), (1, 40), (40, 1), (2, 3)])
+@pytest.mark.parametrize("taps", [13, 21])
+def test_large_kernels_filter_as_opencv_does(size: tuple[int, int], taps: int) -> None:
+    rng = np.random.default_rng(taps)
+    image = rng.uniform(0, 255, (*size, 3)).astype(np.float32)
+    kernel = rng.uniform(-1, 1, (taps, taps)).astype(np.float32)  # not symmetric: which way round it lies counts
+    kernel /= np.abs(kernel).sum()
+    before = image.copy()
+    filtered = lqseg._filter(image, kernel)
+    assert filtered.shape == image.shape and np.array_equal(image, before)
+    np.testing.assert_allclose(filtered, cv2.filter2D(image, -1, kernel), atol=2e-3)
+
+
 def test_poisson_counts_follow_the_grey_values_in_the_picture() -> None:
     image = np.full((300, 300, 3), 128, np.uint8)
     image[:10] = 0  # two values: two counts at white
@@ -156,6 +169,18 @@ def test_poisson_table_is_the_same_where_denormal_numbers_are_flushed(counts: in
     finally:
         torch.set_flush_denormal(False)
     assert np.array_equal(kept, flushed)
+
+
+def test_poisson_noise_is_drawn_by_the_law_of_each_value() -> None:
+    image = np.full((700, 1000, 3), 6, np.uint8)
+    image[0, :256, 0] = np.arange(256)  # 256 counts at white, so a value of 6 has the mean 6 * 256 / 255
+    noise = lqseg.poisson_noise(image, False, np.random.default_rng(5))[1:]
+    drawn = np.rint((noise + 6) * 256 / 255).astype(int).reshape(-1)
+    np.testing.assert_allclose(drawn * 255 / 256 - 6, noise.reshape(-1), atol=1e-4)
+    mean, counts = 6 * 256 / 255, np.bincount(drawn, minlength=30)
+    law = np.array([math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(counts.size)])
+    deviation = np.sqrt(law * (1 - law) * drawn.size)
+    assert (np.abs(counts - law * drawn.size) < 5 * deviation + 1).all()
 
 
 def test_gray_noise_is_the_same_in_all_channels() -> None:

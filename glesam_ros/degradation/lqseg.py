@@ -35,6 +35,7 @@ INTERPOLATIONS = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC, "area": 
 
 LONE = (1, 1)
 """A picture of one pixel, which OpenCV 4.5 can neither convert nor resize nor filter; mirrored, it lies amid itself."""
+_MANY_TAPS = 130  # of a kernel; from here on OpenCV's own filter would go by Fourier transforms, too
 _NEGLIGIBLE_MASS = 2e-4  # of a kernel's margin; shifts a pixel by less than 0.1 of 255
 
 
@@ -256,11 +257,32 @@ def _filter(image: Picture, kernel: FloatArray) -> Picture:
     row, column = kernel.sum(0), kernel.sum(1)
     if np.abs(np.outer(column, row) - kernel).max() < 1e-6:
         return cv2.sepFilter2D(image, -1, row, column)
-    return cv2.filter2D(image, -1, kernel)
+    return cv2.filter2D(image, -1, kernel) if kernel.size < _MANY_TAPS else _filter_by_dft(image, kernel)
+
+
+def _filter_by_dft(image: Picture, kernel: FloatArray) -> Picture:
+    """`cv2.filter2D` by one Fourier transform a channel; OpenCV's own, of many small tiles, takes twice as long."""
+    reach = kernel.shape[0] // 2
+    height, width = image.shape[:2]
+    rows, columns = (cv2.getOptimalDFTSize(side + 2 * reach) for side in (height, width))
+    padded = cv2.copyMakeBorder(
+        image, reach, rows - height - reach, reach, columns - width - reach, cv2.BORDER_REFLECT_101
+    )
+    response = np.zeros((rows, columns), np.float32)
+    response[: kernel.shape[0], : kernel.shape[1]] = kernel / (rows * columns)
+    spectrum = cv2.dft(response, nonzeroRows=kernel.shape[0])
+    channels = cv2.split(padded)
+    for channel in channels:
+        cv2.dft(channel, dst=channel)
+        cv2.mulSpectrums(channel, spectrum, 0, c=channel, conjB=True)
+        cv2.dft(channel, dst=channel, flags=cv2.DFT_INVERSE | cv2.DFT_REAL_OUTPUT)
+    return cv2.merge([channel[:height, :width] for channel in channels])
 
 
 def _to_size(image: Picture, size: tuple[int, int], interpolation: int) -> Picture:
     """`cv2.resize` of an image (H, W, 3) float32 to the (width, height) `size`, also of a lone pixel."""
+    if image.shape[1::-1] == size:
+        return image
     if image.shape[:2] == LONE:
         return np.tile(image, (size[1], size[0], 1))
     return cv2.resize(image, size, interpolation=interpolation)
@@ -312,11 +334,8 @@ def _noise(
     else:
         field_ = poisson_noise(_to_uint8(image), gray, noise)
         field_ *= strength
-    if gray:
-        out = image + field_[..., None]
-    else:
-        out = np.add(image, field_, out=field_)
-    return np.clip(out, 0.0, 255.0, out=out)
+    spread = cv2.merge([field_] * 3).reshape(image.shape) if gray else field_
+    return np.clip(np.add(image, spread, out=spread), 0.0, 255.0, out=spread)
 
 
 def poisson_noise(image: UInt8Array, gray: bool, rng: np.random.Generator) -> FloatArray:
@@ -332,15 +351,16 @@ def poisson_noise(image: UInt8Array, gray: bool, rng: np.random.Generator) -> Fl
     """
     if gray:
         image = np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY))
-    values = int(np.count_nonzero(np.bincount(image.reshape(-1), minlength=256)))
+    values = cv2.countNonZero(cv2.calcHist([image.reshape(-1)], [0], None, [256], [0, 256]))
     counts = 2 ** math.ceil(math.log2(values))
-    bits = rng.integers(0, 1 << 32, image.shape, np.uint32)
     low = np.uint32(_COLUMNS - 1)
-    cell = image.astype(np.intp)  # what `take` wants: any other type it would convert
-    cell <<= _COLUMN_BITS
-    cell += bits & low
-    entry = _poisson_table(counts).take(cell)
-    outcome = np.where(bits | low < entry, bits, entry)  # true where the high bits of `bits` are the smaller ones
+    bits = rng.integers(0, 1 << 32, image.shape, np.uint32)
+    cell = image.astype(np.uint32)
+    cell <<= np.uint32(_COLUMN_BITS)
+    cell |= bits & low
+    entry = _poisson_table(counts).take(cell.view(np.int32), mode="clip")  # all are inside; to check that takes a copy
+    bits |= low + np.uint32(1)  # odd high bits never equal an even threshold: the smaller one has the outcome
+    outcome = np.minimum(bits, entry, out=bits)
     outcome &= low
     drawn = outcome.astype(np.float32)
     drawn *= np.float32(255.0 / counts)
@@ -362,8 +382,9 @@ def _poisson_table(counts: int) -> np.ndarray[Any, Any]:
     Only 256 means occur, so a table draws three times as fast as `Generator.poisson`; exact to 2**-23.
 
     Returns:
-        (256 * 512,) uint32, an entry a column: the high 23 bits are the threshold of 23 random bits below which it
-        keeps its own outcome, the low 9 bits its other outcome. One that always keeps its own has it as the other, too.
+        (256 * 512,) uint32, an entry a column: the high 23 bits are the threshold, an even number, of 23 random bits
+        below which it keeps its own outcome, the low 9 bits its other outcome. One that always keeps its own has it as
+        the other, too.
     """
     outcomes = np.arange(_COLUMNS)
     mean = np.arange(256)[:, None] * (counts / 255.0)
@@ -379,9 +400,9 @@ def _poisson_table(counts: int) -> np.ndarray[Any, Any]:
         p[row, rich] -= 1.0 - accept[row, poor]
         p[row, poor] = np.inf  # done
     scale = 1 << (32 - _COLUMN_BITS)
-    threshold = (accept * scale).round().astype(np.uint32)
+    threshold = 2 * (accept * (scale // 2)).round().astype(np.uint32)
     alias = np.where(threshold == scale, outcomes, alias).astype(np.uint32)
-    return (np.minimum(threshold, scale - 1) << np.uint32(_COLUMN_BITS) | alias).reshape(-1)
+    return (np.minimum(threshold, scale - 2) << np.uint32(_COLUMN_BITS) | alias).reshape(-1)
 
 
 def _jpeg(image: Picture, order: Order, rng: np.random.Generator, sampled: dict[str, Any]) -> UInt8Array:
@@ -396,4 +417,5 @@ def jpeg(image: UInt8Array, quality: int) -> UInt8Array:
 
 
 def _to_uint8(image: Picture) -> UInt8Array:
-    return np.asarray(cv2.convertScaleAbs(np.maximum(image, 0.0)), np.uint8)  # rounds and saturates
+    positive = cv2.threshold(image, 0.0, 0.0, cv2.THRESH_TOZERO)[1]
+    return np.asarray(cv2.convertScaleAbs(positive), np.uint8)  # rounds and saturates
