@@ -13,9 +13,9 @@ import os
 import time
 from pathlib import Path
 
-from glesam_ros import load_pipeline
-from glesam_ros.cli.machine import load_frame, processor, quantiles, usable_cores
+from glesam_ros.cli.machine import load_frame, processor, quantiles, usable_cores  # first: OpenBLAS on one thread
 from glesam_ros.degradation import degrade
+from glesam_ros.pipeline import load_pipeline
 
 WARM_UP = 3
 PROMPT = {"points": [[300, 220], [320, 240], [340, 260]], "labels": [1, 1, 1]}

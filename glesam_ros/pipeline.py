@@ -156,7 +156,9 @@ class Pipeline:
                 embedding = self._encode(image, None, s)
                 self.decode(embedding)
                 bad = dataclasses.replace(embedding, degradation=1.0)
-                self.decode(bad, points=[[image.shape[1] // 2, image.shape[0] // 2]])
+                height, width = image.shape[:2]
+                self.decode(bad, points=[[width // 2, height // 2]])
+                self.decode(bad, boxes=[[0.4 * width, 0.4 * height, 0.6 * width, 0.6 * height]])
                 return
             except OutOfMemory:
                 if self.memory.is_exhausted:

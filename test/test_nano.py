@@ -19,9 +19,10 @@ from glesam_ros.cli.main import main
 from glesam_ros.degradation import degrade
 from glesam_ros.models import onnx_session
 from glesam_ros.models.base import Budget, Candidates, OutOfMemory
-from glesam_ros.models.nano import IN_8_BITS, PARTS, UNCLEAR, WEIGHTS, Nano, model_size, second_share, second_size
+from glesam_ros.models.nano import IN_8_BITS, PARTS, WEIGHTS, Nano, model_size
 from glesam_ros.models.onnx_session import DeviceUnusable, choose_device, engine_cache
 from glesam_ros.models.rass_nano import RassNano
+from glesam_ros.models.second_look import UNCLEAR, Window, around, long_side, share, whole
 
 
 @pytest.fixture(scope="module")
@@ -271,9 +272,124 @@ def test_both_looks_answer_a_lone_point_with_the_same_of_its_meanings(bad) -> No
     np.testing.assert_allclose(found.scores, ((first + second) / 2).max(1), atol=1e-5)
 
 
+def test_a_second_look_at_a_small_thing_goes_near(bad) -> None:
+    """The same by hand: a model that is shown the mirrored part of the frame, prompted where the object is there."""
+    model = Nano("cpu", "fp32", threads=1)
+    once = Budget(second_look=False)
+    embedding = model.enhance(model.encode(bad, Budget()))
+    box, labels = np.float32([[[200, 120], [260, 180]]]), np.float32([[2, 3]])
+    # half as much again as 60 px, but at least 0.3 of the sides: 38 of 128 and 29 of 96 cells of 4 px, at (230, 150)
+    x, y, width, height = 38 * 4, 23 * 4, 38 * 4, 29 * 4
+    near = cv2.resize(bad[y : y + height, x : x + width], (320, 256), interpolation=cv2.INTER_LINEAR)[:, ::-1]
+    other = model.encode(np.ascontiguousarray(near), Budget(processing_size=320)).adapted()
+    there = box - np.float32([x, y])
+    there[..., 0] = width - there[:, ::-1, 0]
+    there *= np.float32([320 / width, 256 / height])
+    first, second = model.prompt(embedding, box, labels, once), model.prompt(other, there, labels, once)
+    found = model.prompt(embedding, box, labels, Budget())
+    expected = first.logits.copy()
+    part = expected[0, y // 4 : (y + height) // 4, x // 4 : (x + width) // 4]
+    mirrored = cv2.resize(second.logits[0, :, ::-1], (38, 29), interpolation=cv2.INTER_LINEAR)
+    assert np.abs(mirrored - part).max() > 0.2
+    part += (mirrored - part) / 2
+    np.testing.assert_allclose(found.logits, expected, atol=2e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(found.scores, (first.scores + second.scores) / 2, atol=1e-4)
+
+
+def test_the_last_second_look_is_kept(bad) -> None:
+    model = Nano("cpu", "fp32", threads=1)
+    embedding = model.enhance(model.encode(bad, Budget()))
+    model._stem = counted = Counted(model._stem)
+    here, there = ((np.float32([[[x, 60], [x + 50, 110]]]), np.float32([[2, 3]]), Budget()) for x in (60, 300))
+    first = model.prompt(embedding, *here)
+    assert counted.runs == 1
+    again = model.prompt(embedding, *here)
+    assert counted.runs == 1 and np.array_equal(first.logits, again.logits)
+    model.prompt(embedding, *there)
+    assert counted.runs == 2
+
+
+def test_a_second_look_sees_the_frame_that_was_encoded(bad) -> None:
+    """Cameras write the next picture into the same memory."""
+    pipe = load_pipeline("nano", device="cpu", enhancement="always")
+    box = [[200, 120, 260, 180]]
+    expected = pipe.decode(pipe.encode(bad), boxes=box)
+    buffer = bad.copy()
+    embedding = pipe.encode(buffer)
+    buffer[:] = 0
+    np.testing.assert_array_equal(pipe.decode(embedding, boxes=box).masks, expected.masks)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 90), (90, 1), (3, 2), (700, 30)])
+def test_frames_of_any_shape_get_a_second_look(size: tuple[int, int]) -> None:
+    model = Nano("cpu", threads=1)
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    embedding = dataclasses.replace(model.enhance(model.encode(image, Budget())), degradation=1.0)
+    height, width = size
+    for centre in (0.1, 0.5, 0.9):
+        box = np.float32([[[centre * width, centre * height], [centre * width + 0.1, centre * height + 0.1]]])
+        found = model.prompt(embedding, box, np.float32([[2, 3]]), Budget())
+        assert np.isfinite(found.logits).all() and np.isfinite(found.scores).all()
+
+
+GRID = (90, 120)
+
+
+def in_frame(*pixels: tuple[float, float]) -> np.ndarray:
+    """Points in cells of `GRID` -> (1, N, 2) in -1..1."""
+    return (np.float32(pixels) / (GRID[1], GRID[0]) * 2 - 1)[None]
+
+
+@pytest.mark.parametrize(("extent", "prompts", "labels", "expected"), [
+    # a mask of 40x30 cells with its point inside: 1.5 times 40 of 120 is half of the sides
+    ((40, 30, 80, 60), [(50, 40), (60, 50)], [1, 1], (30, 22, 60, 45)),
+    # a point beside the mask counts, one that is not of the object does not
+    ((40, 30, 80, 60), [(94, 40), (60, 50)], [1, 1], (26, 14, 81, 61)),
+    ((40, 30, 80, 60), [(119, 89), (60, 50)], [0, 1], (30, 22, 60, 45)),
+    # a box says all, whatever the mask; its centre lies inside
+    ((0, 0, 120, 90), [(60, 45), (80, 60), (70, 52)], [2, 3, 4], (52, 39, 36, 27)),
+    # at the edge it is moved inwards
+    ((0, 70, 20, 90), [(5, 80), (6, 81)], [1, 1], (0, 60, 40, 30)),
+    # an empty mask leaves the points
+    ((0, 0, 0, 0), [(60, 45), (66, 45)], [1, 1], (45, 32, 36, 27)),
+    # more than 0.8 of the sides
+    ((10, 10, 80, 20), [(20, 15), (30, 15)], [1, 1], (0, 0, 120, 90)),
+    # nothing says where it is
+    ((0, 0, 0, 0), [(5, 80), (6, 81)], [0, 0], (0, 0, 120, 90)),
+])
+def test_where_the_second_look_goes(
+    extent: tuple[int, ...], prompts: list[tuple[float, float]], labels: list[int], expected: tuple[int, ...]
+) -> None:
+    found = around(GRID, np.array([extent]), in_frame(*prompts), np.float32([labels]))
+    assert found == Window(GRID, *expected)
+    assert found.is_whole == (expected == (0, 0, 120, 90)) == (found == whole(GRID))
+
+
+def test_several_objects_are_in_one_part() -> None:
+    extents = np.array([(10, 10, 20, 20), (40, 40, 50, 50)])
+    xy = np.concatenate([in_frame((12, 12), (15, 15)), in_frame((44, 44), (45, 45))])
+    left, top, width, height = around(GRID, extents, xy, np.ones((2, 2), np.float32))[1:]
+    assert left <= 10 and top <= 10 and left + width >= 50 and top + height >= 50
+    assert (width, height) == (80, 60)  # 1.5 times 40 of 90 rows, and the frame's aspect
+
+
+def test_prompts_are_where_they_were_in_the_mirrored_part() -> None:
+    window = Window(GRID, 30, 22, 60, 45)
+    xy = in_frame((30, 22), (60, 44.5), (90, 67), (29, 40), (40, 30), (50, 50))
+    labels = np.float32([[1, 0, 1, 0, 2, 3]])
+    moved, told = window.prompts(xy, labels)
+    corner = [1 - 2 * 10 / 60, 2 * 8 / 45 - 1], [1 - 2 * 20 / 60, 2 * 28 / 45 - 1]
+    expected = [[1, -1], [0, 0], [-1, 1], moved[0, 3], [corner[1][0], corner[0][1]], [corner[0][0], corner[1][1]]]
+    np.testing.assert_allclose(moved[0], expected, atol=1e-5)
+    assert told.tolist() == [[1, 0, 1, -1, 2, 3]]  # one point is outside and says nothing there
+    assert np.array_equal(whole(GRID).prompts(xy, labels)[1], labels)
+    image = np.arange(180 * 240 * 3, dtype=np.int64).astype(np.uint8).reshape(180, 240, 3)
+    np.testing.assert_array_equal(window.mirrored(image), image[44:134, 60:180][:, ::-1])
+
+
 def test_the_second_look_comes_and_goes_with_the_level_by_degrees(bad) -> None:
     """So that the masks of a camera near the level where it begins do not flicker."""
-    assert [second_share(level) for level in (0.0, 0.15, 0.2, 0.25, 1.0)] == pytest.approx([0, 0, 0.25, 0.5, 0.5])
+    assert [share(level) for level in (0.0, 0.15, 0.2, 0.25, 1.0)] == pytest.approx([0, 0, 0.25, 0.5, 0.5])
     model = Nano("cpu", "fp32", threads=1)
     points, labels = np.float32([[[100, 90], [140, 120]]]), np.ones((1, 2), np.float32)
     embedding = model.enhance(model.encode(bad, Budget()))
@@ -297,7 +413,7 @@ def test_many_prompts_go_in_pieces_that_give_what_one_piece_gives(bad, second_lo
     points = np.concatenate([corners, corners + rng.uniform(20, 80, (7, 1, 2)), corners + 10], 1).astype(np.float32)
     labels = np.float32([[2, 3, -1]] * 3 + [[2, 3, 1]] * 2 + [[1, -1, -1]] * 2)
     embedding = model.enhance(model.encode(bad, Budget()))
-    assert second_share(embedding.degradation) > 0
+    assert share(embedding.degradation) > 0
     model._prompt = counted = Counted(model._prompt)
     looks = 2 if second_look else 1
     found = {}
@@ -310,22 +426,29 @@ def test_many_prompts_go_in_pieces_that_give_what_one_piece_gives(bad, second_lo
         np.testing.assert_allclose(found[size].scores, found[64].scores, atol=1e-5)
 
 
-def test_warm_up_goes_through_the_second_look(scene) -> None:
+def test_warm_up_goes_through_the_second_looks(scene) -> None:
     for enhancement, looks in (("off", 1), ("auto", 2)):
         pipe = load_pipeline("nano", device="cpu", enhancement=enhancement)
         pipe.model._prompt = counted = Counted(pipe.model._prompt)
+        pipe.model._stem = kept = Kept(pipe.model._stem)
         pipe.warm_up(scene[0])
-        assert counted.runs == looks
+        assert counted.runs == 2 * looks  # for a point and a box
+        widths = [4 * s4.shape[3] for s4, _, _ in kept.results]
+        assert widths == ([512] if looks == 1 else [512, 384, 320])  # of all, and near
 
 
-@pytest.mark.parametrize(("first", "second"), [(1024, 768), (512, 384), (384, 320), (320, 320), (256, 256)])
-def test_size_of_the_second_look(bad, first: int, second: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "afar", "near"), [(1024, 768, 640), (512, 384, 320), (384, 320, 320), (320, 320, 320), (256, 256, 256)]
+)
+def test_size_of_the_second_look(bad, first: int, afar: int, near: int) -> None:
     model = Nano("cpu", threads=1)
     embedding = model.enhance(model.encode(bad, Budget(processing_size=first)))
+    embedding = dataclasses.replace(embedding, degradation=1.0)
     model._stem = kept = Kept(model._stem)
-    model.prompt(dataclasses.replace(embedding, degradation=1.0), np.float32([[[9, 9]]]), np.float32([[1]]), Budget())
-    (s4, _, _), = kept.results
-    assert second_size(first) == second == 4 * s4.shape[3]
+    model.prompt(embedding, np.float32([[[9, 9]]]), np.float32([[1]]), Budget())
+    model.prompt(embedding, np.float32([[[9, 9], [40, 40]]]), np.float32([[2, 3]]), Budget())
+    assert [4 * s4.shape[3] for s4, _, _ in kept.results] == [afar, near]
+    assert (long_side(first, True), long_side(first, False)) == (afar, near)
 
 
 def test_two_threads_may_decode_an_embedding(scene) -> None:

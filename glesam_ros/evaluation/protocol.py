@@ -326,8 +326,9 @@ class Evaluator:
         return scores
 
     def _prompted(self, embedding: Embedding, target: Target, prompt: str) -> BoolArray:
-        prompts = {"points": target.points} if prompt == "points" else {"boxes": target.boxes}
-        return self.pipe.decode(embedding, **prompts).masks
+        name, given = ("points", target.points) if prompt == "points" else ("boxes", target.boxes)
+        # one object at a time, as the paper does: a second look is nearer at one than at several
+        return np.concatenate([self.pipe.decode(embedding, **{name: one[None]}).masks for one in given])
 
 
 def open_evaluator(

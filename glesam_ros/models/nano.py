@@ -15,6 +15,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from glesam_ros.masks import extents_of
+from glesam_ros.models import second_look
 from glesam_ros.models.base import Budget, Candidates, Embedding
 from glesam_ros.models.onnx_session import AGAIN, engine_cache, on_device, open_session, run_session
 from glesam_ros.models.proposals import choose
@@ -43,15 +45,6 @@ DISTINCT = 0.375
 """Share of the candidates asked for in everything mode that become masks: they differ already, so few are dropped."""
 BOX_CENTRE = 4
 """Label of the point that is added in the middle of each box."""
-UNCLEAR = (0.15, 0.25)
-"""Degradation levels between which the second look for prompts gets its half of the mean; below there is none.
-
-Clear frames have nothing to gain; a step instead of the slope would flicker in the masks of a camera near it.
-"""
-SECOND_SIZE = 0.75
-"""Long side of the second look, beside that of the first."""
-SECOND_LEAST = 320
-"""Below this a second look is as large as the first: smaller ones err too much to help."""
 
 
 class Nano:
@@ -116,7 +109,7 @@ class Nano:
         size = (int(image.shape[0]), int(image.shape[1]))
         inside = resized(image, model_size(size, max(LEAST_SIZE, budget.processing_size or OWN_SIZE)))
         s4, s8, level = run_session(self._stem, {"image": inside[None]})
-        seen = Embedding(None, size, float(level[0]), extra={"image": inside, "s4": s4, "s8": s8})
+        seen = Embedding(None, size, float(level[0]), extra={"image": image, "s4": s4, "s8": s8})
         finish, adapt = (functools.partial(self._finish, seen, trunk) for trunk in (self._trunk, self._adapted))
         return dataclasses.replace(seen, finish=finish, adapt=adapt)
 
@@ -125,6 +118,8 @@ class Nano:
         seen = self._finish(embedding, self._adapted)
         level = np.array([embedding.degradation], np.float32)
         (latent,) = run_session(self._enhancer, {"latent": seen.latent, "level": level})
+        if second_look.share(seen.degradation) > 0:
+            seen.extra["image"] = seen.extra["image"].copy()  # its owner may write the next one into it
         return dataclasses.replace(seen, latent=latent, enhanced=True)
 
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
@@ -139,46 +134,36 @@ class Nano:
     def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:
         """As `SegmentationModel.prompt`: logits (B, h / 4, w / 4) float32. Raises OutOfMemory.
 
-        Of an enhanced frame that is bad the logits are the mean of two looks (`budget.second_look`, `second_share`).
+        Of an enhanced frame that is bad the logits are the mean of two looks (`budget.second_look`, `second_look.py`).
         They come in pieces of `budget.points_per_batch` objects: only the answer takes memory for all.
         """
         height, width = embedding.size
         # a point names a pixel, so its centre is meant; box corners lie between pixels
         centred = points + 0.5 * (labels < 2)[..., None]
         xy, labels = _with_box_centres((centred / (width, height) * 2 - 1).astype(np.float32), labels)
-        share = second_share(embedding.degradation) if budget.second_look and embedding.enhanced else 0.0
-        looks = [(1.0 - share, self._shared(embedding), xy)]
-        if share > 0:
-            looks.append((share, self._shared(self._second(embedding)), _mirrored(xy, labels)))
-        features = looks[0][1][0]
-        logits, scores = np.empty((len(xy), *features.shape[2:]), np.float32), np.empty(len(xy), np.float32)
-        for start in range(0, len(xy), budget.points_per_batch):
-            piece = slice(start, start + budget.points_per_batch)
-            part = [(share, shared, where[piece]) for share, shared, where in looks]
-            logits[piece], scores[piece] = self._looked(part, labels[piece])
-        return Candidates(logits, scores)
-
-    def _looked(
-        self, looks: list[tuple[float, tuple[Any, ...], FloatArray]], labels: FloatArray
-    ) -> tuple[FloatArray, FloatArray]:
-        """Logits (B, h, w) and scores (B,) of prompts with labels (B, N), the mean of all looks.
-
-        Args:
-            looks: of each its weight, what `_shared` gives of it, and the points (B, N, 2) in -1..1 there.
-        """
-        found = [self._kernels(shared, where, labels) for _, shared, where in looks]
-        scores: FloatArray = np.sum([part * own for (part, _, _), (_, own) in zip(looks, found, strict=True)], axis=0)
+        pieces = [slice(start, start + budget.points_per_batch) for start in range(0, len(xy), budget.points_per_batch)]
+        features = self._shared(embedding)[0]
+        weights, scores = self._kernels(embedding, xy, labels, pieces)
         # a lone point may mean several things, the most convincing wins; anything more has one answer
-        lone = (labels >= 0).sum(1) == 1
-        choice = np.where(lone, 1 + scores[:, 1:].argmax(1), 0)
-        rows = np.arange(len(choice))
-        first, *others = (
-            _masks(part * weights[rows, choice], shared[0])
-            for (part, shared, _), (weights, _) in zip(looks, found, strict=True)
-        )
-        for logits in others:
-            first = first + _enlarged(logits[..., ::-1], first.shape[1:])
-        return first, scores[rows, choice]
+        is_lone = (labels >= 0).sum(1) == 1
+        share = second_look.share(embedding.degradation) if budget.second_look and embedding.enhanced else 0.0
+        window = second_look.whole(features.shape[2:])
+        if share > 0:
+            if not is_lone.any():  # what a lone point means is seen best from afar
+                extents = [extents_of(_masks(weights[piece, 0], features) > 0) for piece in pieces]
+                window = second_look.around(window.grid, np.concatenate(extents), xy, labels)
+            second = self._second(embedding, window)
+            others, their_scores = self._kernels(second, *window.prompts(xy, labels), pieces)
+            scores = (1 - share) * scores + share * their_scores
+        row, choice = np.arange(len(xy)), np.where(is_lone, 1 + scores[:, 1:].argmax(1), 0)
+        logits = np.empty((len(xy), *window.grid), np.float32)
+        for piece in pieces:
+            logits[piece] = _masks(weights[row, choice][piece], features)
+            if share > 0:
+                part = logits[piece][(slice(None), *window.cells)]
+                seen = _masks(others[row, choice][piece], self._shared(second)[0])
+                part += share * (_enlarged(seen[..., ::-1], part.shape[1:]) - part)
+        return Candidates(logits, scores[row, choice])
 
     def free(self) -> None:
         """onnxruntime keeps its arena; there is nothing to give back."""
@@ -200,23 +185,28 @@ class Nano:
         shared: tuple[Any, ...] = tuple(embedding.extra["shared"])
         return shared
 
-    def _second(self, embedding: Embedding) -> Embedding:
-        """That of the image mirrored and smaller, computed once and kept: another opinion, whose errors are others."""
-        if "second" not in embedding.extra:
-            image = embedding.extra["image"]
-            small = resized(image, model_size(image.shape[:2], second_size(max(image.shape))))
-            seen = self.encode(np.ascontiguousarray(small[:, ::-1]), Budget(processing_size=max(small.shape)))
+    def _second(self, embedding: Embedding, window: second_look.Window) -> Embedding:
+        """That of a part of the image, mirrored, the last one kept: another opinion, whose errors are others."""
+        kept: tuple[second_look.Window, Embedding] | None = embedding.extra.get("second")
+        if kept is None or kept[0] != window:
+            image, first = embedding.extra["image"], 4 * max(embedding.extra["s4"].shape[2:])
+            size = model_size(image.shape[:2], second_look.long_side(first, window.is_whole))
+            seen = self.encode(resized(window.mirrored(image), size), Budget(processing_size=max(size)))
             # measured: the denoising step changes nothing here
-            embedding.extra["second"] = seen.adapted()
-        second: Embedding = embedding.extra["second"]
-        return second
+            kept = embedding.extra["second"] = window, seen.adapted()
+        return kept[1]
 
-    def _kernels(self, shared: tuple[Any, ...], xy: FloatArray, labels: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Weights (B, 1 + M, F + 5) and scores (B, 1 + M) of prompts (B, N) in -1..1 of what `_shared` gives."""
-        features, trunk, grid, _, _ = shared
-        inputs = {"features": features, "trunk": trunk, "grid": grid, "xy": xy[None], "labels": labels[None]}
-        weights, scores = run_session(self._prompt, inputs)
-        return weights[0], scores[0]
+    def _kernels(
+        self, embedding: Embedding, xy: FloatArray, labels: FloatArray, pieces: list[slice]
+    ) -> tuple[FloatArray, FloatArray]:
+        """Weights (B, 1 + M, F + 5) and scores (B, 1 + M) of prompts (B, N) in -1..1, run in pieces of B."""
+        features, trunk, grid, _, _ = self._shared(embedding)
+        seen = {"features": features, "trunk": trunk, "grid": grid}
+        found = [
+            run_session(self._prompt, {**seen, "xy": xy[None, part], "labels": labels[None, part]}) for part in pieces
+        ]
+        weights, scores = (np.concatenate([part[0] for part in parts]) for parts in zip(*found))
+        return weights, scores
 
 
 def model_size(size: tuple[int, int], processing_size: int) -> tuple[int, int]:
@@ -224,17 +214,6 @@ def model_size(size: tuple[int, int], processing_size: int) -> tuple[int, int]:
     scale = processing_size / max(size)
     height, width = (max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE) for side in size)
     return height, width
-
-
-def second_share(level: float) -> float:
-    """Weight of the second look in the mean of both at a degradation level in 0..1: 0 for clear frames, else to 0.5."""
-    least, full = UNCLEAR
-    return 0.5 * min(max((level - least) / (full - least), 0.0), 1.0)
-
-
-def second_size(first: int) -> int:
-    """Long side of the second look in pixels, before it is rounded to what the model takes."""
-    return max(int(SECOND_SIZE * first), min(first, SECOND_LEAST))
 
 
 def resized(image: UInt8Array, inside: tuple[int, int]) -> UInt8Array:
@@ -266,14 +245,6 @@ def _with_box_centres(xy: FloatArray, labels: FloatArray) -> tuple[FloatArray, F
     centre = (xy * corner).sum(1, keepdims=True) / np.maximum(corner.sum(1, keepdims=True), 1)
     extra = np.where(boxed, BOX_CENTRE, -1).astype(np.float32)[:, None]
     return np.concatenate([xy, centre.astype(np.float32)], 1), np.concatenate([labels, extra], 1)
-
-
-def _mirrored(xy: FloatArray, labels: FloatArray) -> FloatArray:
-    """Prompts (B, N, 2) in -1..1 as they lie in the mirrored image; labels of box corners mean the same there."""
-    mirrored = xy * np.array([-1, 1], np.float32)
-    left, right = labels == 2, labels == 3
-    mirrored[left, 0], mirrored[right, 0] = mirrored[right, 0], mirrored[left, 0]
-    return mirrored
 
 
 def _enlarged(logits: FloatArray, size: tuple[int, ...]) -> FloatArray:
