@@ -133,8 +133,8 @@ class Settings:
         low=0, high=10_000, unit="ms",
     )
     second_look: bool = _param(
-        True, "Prompts on a bad frame that was enhanced: nano looks a second time, at the frame mirrored and smaller, "
-        "and takes the mean; better masks in more time.",
+        True, "Prompts on a bad frame that was enhanced: nano looks a second time, at the mirrored frame or nearer, "
+        "where the objects are, and takes the mean; better masks in more time.",
     )
     points_per_side: int = _param(
         32, "Everything mode of SAM models prompts a grid of this many points a side; nano has a grid of its own.",

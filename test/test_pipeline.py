@@ -491,12 +491,14 @@ class TestLoading:
         assert asked == [("cpu", "fp32")]
         assert (chosen.model, chosen.enhancement, chosen.device, chosen.precision) == ("known", "off", "cpu", "fp32")
 
-    def test_warm_up_goes_through_everything_mode_and_a_prompt_inside_the_image(self) -> None:
+    def test_warm_up_goes_through_everything_mode_a_point_and_a_box_inside_the_image(self) -> None:
         pipe = pipeline(model := Known(), score_threshold=0.4, max_instances=8)
         pipe.warm_up(picture())
-        size, everything, (points, labels) = model.asked
+        size, everything, (points, labels), (corners, kinds) = model.asked
         assert size == 0 and everything == (0.4, 32)
         assert points.shape == (1, 1, 2) and (points < (WIDTH, HEIGHT)).all() and labels.tolist() == [[1]]
+        assert kinds.tolist() == [[2, 3]]
+        np.testing.assert_allclose(corners[0] / (WIDTH, HEIGHT), [[0.4, 0.4], [0.6, 0.6]], rtol=1e-5)
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
