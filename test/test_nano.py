@@ -348,6 +348,7 @@ def in_frame(*pixels: tuple[float, float]) -> np.ndarray:
     ((40, 30, 80, 60), [(119, 89), (60, 50)], [0, 1], (30, 22, 60, 45)),
     # a box says all, whatever the mask; its centre lies inside
     ((0, 0, 120, 90), [(60, 45), (80, 60), (70, 52)], [2, 3, 4], (52, 39, 36, 27)),
+    ((0, 0, 120, 90), [(60, 45), (80, 60), (100, 52)], [2, 3, 1], (50, 30, 60, 45)),
     # at the edge it is moved inwards
     ((0, 70, 20, 90), [(5, 80), (6, 81)], [1, 1], (0, 60, 40, 30)),
     # an empty mask leaves the points

@@ -61,7 +61,7 @@ class Window(NamedTuple):
     def prompts(self, xy: FloatArray, labels: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Prompts (B, N, 2) in -1..1 of the frame, labels (B, N) -> the same in the mirrored part.
 
-        Points outside say nothing there: their label becomes -1. Labels of box corners mean the same there.
+        Points of the background outside say nothing there: their label becomes -1. Box corners mean the same there.
         """
         h, w = self.grid
         size = np.array([self.width, self.height])
@@ -69,8 +69,8 @@ class Window(NamedTuple):
         moved = ((2 * in_cells / size - 1) * (-1, 1)).astype(np.float32)
         left, right = labels == 2, labels == 3
         moved[left, 0], moved[right, 0] = moved[right, 0], moved[left, 0]
-        is_outside = (labels < 2) & (np.abs(moved) > 1).any(-1) & (not self.is_whole)
-        return moved, np.where(is_outside, np.float32(-1), labels)
+        is_idle = (labels == 0) & (np.abs(moved) > 1).any(-1)
+        return moved, np.where(is_idle, np.float32(-1), labels)
 
 
 def whole(grid: tuple[int, int]) -> Window:
@@ -85,14 +85,12 @@ def around(grid: tuple[int, int], extents: NDArray[Any], xy: FloatArray, labels:
         grid: (h, w) of the masks.
         extents: (B, 4) xyxy in cells, of the masks of the first look; all 0 where a mask is empty.
         xy: (B, N, 2) prompts in -1..1 of the frame.
-        labels: (B, N). An object with a box (2, 3 its corners) is where that is, any other where mask and points are.
+        labels: (B, N). An object is where its points and its mask are; its box (2, 3 the corners) counts instead of that.
     """
     h, w = grid
-    has_box = (labels == 3).any(1)
-    has_mask = ~has_box & (extents[:, 2] > 0)
-    telling = np.where(has_box[:, None], labels >= 2, labels == 1)
+    has_mask = (extents[:, 2] > 0) & ~(labels == 3).any(1)
     corners = extents[has_mask].reshape(-1, 2) / (w, h)
-    there = np.concatenate([corners, (xy[telling] + 1) / 2]).clip(0, 1)
+    there = np.concatenate([corners, (xy[labels >= 1] + 1) / 2]).clip(0, 1)
     if not len(there):  # negative points alone
         return whole(grid)
     low, high = there.min(0), there.max(0)
