@@ -85,7 +85,7 @@ def around(grid: tuple[int, int], extents: NDArray[Any], xy: FloatArray, labels:
         grid: (h, w) of the masks.
         extents: (B, 4) xyxy in cells, of the masks of the first look; all 0 where a mask is empty.
         xy: (B, N, 2) prompts in -1..1 of the frame.
-        labels: (B, N). An object is where its points and its mask are; its box (2, 3 the corners) counts instead of that.
+        labels: (B, N). An object is where its points and its mask are; a box (2, 3 its corners) counts instead of that.
     """
     h, w = grid
     has_mask = (extents[:, 2] > 0) & ~(labels == 3).any(1)
