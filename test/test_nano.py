@@ -379,8 +379,10 @@ def test_prompts_are_where_they_were_in_the_mirrored_part() -> None:
     xy = in_frame((30, 22), (60, 44.5), (90, 67), (29, 40), (40, 30), (50, 50))
     labels = np.float32([[1, 0, 1, 0, 2, 3]])
     moved, told = window.prompts(xy, labels)
-    corner = [1 - 2 * 10 / 60, 2 * 8 / 45 - 1], [1 - 2 * 20 / 60, 2 * 28 / 45 - 1]
-    expected = [[1, -1], [0, 0], [-1, 1], moved[0, 3], [corner[1][0], corner[0][1]], [corner[0][0], corner[1][1]]]
+    outside, top_left, bottom_right = (
+        [1 - 2 * x / 60, 2 * y / 45 - 1] for x, y in ((-1, 18), (20, 8), (10, 28))  # corners change sides
+    )
+    expected = [[1, -1], [0, 0], [-1, 1], outside, top_left, bottom_right]
     np.testing.assert_allclose(moved[0], expected, atol=1e-5)
     assert told.tolist() == [[1, 0, 1, -1, 2, 3]]  # one point is outside and says nothing there
     assert np.array_equal(whole(GRID).prompts(xy, labels)[1], labels)

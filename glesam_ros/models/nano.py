@@ -155,15 +155,18 @@ class Nano:
             second = self._second(embedding, window)
             others, their_scores = self._kernels(second, *window.prompts(xy, labels), pieces)
             scores = (1 - share) * scores + share * their_scores
-        row, choice = np.arange(len(xy)), np.where(is_lone, 1 + scores[:, 1:].argmax(1), 0)
+        chosen = np.arange(len(xy)), np.where(is_lone, 1 + scores[:, 1:].argmax(1), 0)
+        weights, scores = weights[chosen], scores[chosen]
         logits = np.empty((len(xy), *window.grid), np.float32)
         for piece in pieces:
-            logits[piece] = _masks(weights[row, choice][piece], features)
-            if share > 0:
-                part = logits[piece][(slice(None), *window.cells)]
-                seen = _masks(others[row, choice][piece], self._shared(second)[0])
-                part += share * (_enlarged(seen[..., ::-1], part.shape[1:]) - part)
-        return Candidates(logits, scores[row, choice])
+            logits[piece] = _masks(weights[piece], features)
+        if share > 0:
+            others, second_features = others[chosen], self._shared(second)[0]
+            part = logits[(slice(None), *window.cells)]
+            for piece in pieces:
+                seen = _masks(others[piece], second_features)[..., ::-1]
+                part[piece] += share * (_enlarged(seen, part.shape[1:]) - part[piece])
+        return Candidates(logits, scores)
 
     def free(self) -> None:
         """onnxruntime keeps its arena; there is nothing to give back."""

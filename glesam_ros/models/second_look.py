@@ -15,7 +15,8 @@ from glesam_ros.validation import FloatArray, UInt8Array
 UNCLEAR = (0.15, 0.25)
 """Degradation levels between which the second look gets its half of the mean; below there is none.
 
-Clear frames have little to gain; a step instead of the slope would flicker in the masks of a camera near it.
+Clear frames are answered once, in less time. A step instead of the slope would flicker in the masks of a camera near
+it.
 """
 WHOLE_SIZE = 0.75
 """Long side of a second look at the whole frame, beside that of the first."""
