@@ -121,6 +121,17 @@ def test_masks_of_everything_mode_may_be_more_or_fewer(data, tmp_path) -> None:
     assert every == 1.0 and one < 0.8  # two regions
 
 
+def test_boxes_may_err_as_those_of_a_detector(data, tmp_path, capsys) -> None:
+    common = ("--data", data, "--sets", "coco", "--limit", 2, "--kinds", "none", "--prompts", "boxes", "--no-sheet")
+    found = {}
+    for error in (0, 0.1):
+        assert evaluate(*common, "--out", tmp_path / "out", "--box-error", error, "--modes", "off") == 0
+        found[error] = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert ("The sides of boxes err by 10 %." in capsys.readouterr().out) == bool(error)
+        assert found[error]["settings"]["box_error"] == error
+    assert found[0]["rows"] != found[0.1]["rows"]
+
+
 def test_results_do_not_depend_on_the_number_of_processes(data, tmp_path) -> None:
     common = ("--data", data, "--sets", "coco", "--limit", 2, "--kinds", "lq", "--levels", 3, "--no-sheet")
     for workers in (1, 2):
@@ -307,6 +318,8 @@ def test_a_coco_file_that_is_none_is_named(data, tmp_path, capsys) -> None:
         (["--modes", "sometimes"], "invalid choice: 'sometimes'"),
         (["--workers", "0"], "above 0"),
         (["--seed", "-1"], "expected an integer of at least 0, got -1"),
+        (["--box-error", "0.3"], "expected a share in 0 .. 0.2, got 0.3"),
+        (["--box-error", "nan"], "expected a share in 0 .. 0.2, got nan"),
         (["--limit", "0"], "above 0"),
         (["--max-instances", "257"], "256"),
     ],

@@ -113,6 +113,10 @@ def add_parser(commands: Any) -> None:
         default=["points", "boxes", "everything"], metavar="PROMPT", help="default: points boxes everything",
     )
     parser.add_argument(
+        "--box-error", type=box_error, default=0.0, metavar="SHARE",
+        help="boxes as of a detector: the standard deviation of each side, as a share of the box's; default: 0, tight",
+    )
+    parser.add_argument(
         "--baselines", nargs="+", default=[], metavar="NAME", help="classical zero_dce prenet grabcut; default: none",
     )
     parser.add_argument("--restorers", type=Path, metavar="DIR", help="folder with weights of the learned baselines")
@@ -137,6 +141,16 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(func=run)
 
 
+def box_error(text: str) -> float:
+    """An argparse type for the error of boxes, 0 .. `MOST_BOX_ERROR`."""
+    from glesam_ros.evaluation.protocol import MOST_BOX_ERROR
+
+    value = float(text)
+    if not 0 <= value <= MOST_BOX_ERROR:
+        raise argparse.ArgumentTypeError(f"expected a share in 0 .. {MOST_BOX_ERROR}, got {text}")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure, and write everything to --out."""
     from glesam_ros.evaluation.baselines import LEARNED
@@ -148,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     settings = _settings(args)
     modes, prompts, baselines = (tuple(dict.fromkeys(some)) for some in (args.modes, args.prompts, args.baselines))
-    options = Options(modes, prompts, baselines, args.seed)
+    options = Options(modes, prompts, baselines, args.seed, args.box_error)
     open_one = partial(open_evaluator, settings, options, args.weights, args.restorers)
     try:
         evaluator = open_one()  # here too: what is wrong is said before the work begins, and the sheets need it

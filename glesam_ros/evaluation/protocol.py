@@ -41,6 +41,8 @@ MIN_AREA = 1000
 """True regions with fewer pixels are left out."""
 POINTS = 3
 MODES = ENHANCEMENT_MODES
+MOST_BOX_ERROR = 0.2
+"""At more than 0.25 a box could turn inside out."""
 PROMPTS = ("points", "boxes", "everything")
 _MASK_METRICS = ("iou", "dice", "accuracy", "boundary")
 METRICS = {"points": _MASK_METRICS, "boxes": _MASK_METRICS, "everything": ("best_iou", "ar10", "ar100")}
@@ -90,12 +92,14 @@ class Options:
         prompts: some of `PROMPTS`.
         baselines: some of `glesam_ros.evaluation.baselines.BASELINES`.
         seed: at least 0.
+        box_error: by how much the sides of box prompts err, see `moved_boxes`; 0: they are tight.
     """
 
     modes: tuple[str, ...] = MODES
     prompts: tuple[str, ...] = PROMPTS
     baselines: tuple[str, ...] = ()
     seed: int = 0
+    box_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -200,12 +204,13 @@ def photograph_seed(seed: int, set_name: str, name: str) -> int:
     return zlib.crc32(f"{seed}/{set_name}/{name}".encode())
 
 
-def make_target(case: Case, seed: int) -> Target | None:
+def make_target(case: Case, seed: int, box_error: float = 0.0) -> Target | None:
     """Regions of at least `MIN_AREA` pixels with their prompts; None where there is none.
 
     Args:
         case: the photograph.
         seed: of the photograph, see `photograph_seed`.
+        box_error: as of `Options`.
     """
     photograph = case.photograph
     layers = range(len(photograph.layers)) if photograph.alternatives else [None]
@@ -219,7 +224,25 @@ def make_target(case: Case, seed: int) -> Target | None:
     first = annotators[0]
     rng = np.random.default_rng([seed, POINTS])
     points = np.stack([sample_points(mask, POINTS, rng) for mask in first])
-    return Target(first, boundary(first), points, mask_boxes(first), tuple(annotators))
+    boxes = mask_boxes(first)
+    if box_error:  # drawn after the points, which stay the same
+        boxes = moved_boxes(boxes, box_error, photograph.image.shape[:2], rng)
+    return Target(first, boundary(first), points, boxes, tuple(annotators))
+
+
+def moved_boxes(boxes: FloatArray, error: float, size: tuple[int, ...], rng: np.random.Generator) -> FloatArray:
+    """Boxes (K, 4) xyxy as a detector gives them: each side is moved in or out, and none leaves the frame (H, W).
+
+    Args:
+        boxes: in pixels of the frame.
+        error: standard deviation of the normal distribution of the moves, of which none is larger than twice that; as
+            a share of the box's width or height, 0 .. `MOST_BOX_ERROR`.
+        size: (H, W) of the frame.
+        rng: what the moves are drawn from.
+    """
+    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    moved = boxes + (error * rng.standard_normal(boxes.shape).clip(-2, 2)) * sides
+    return moved.clip(0, np.tile(size[::-1], 2)).astype(np.float32)
 
 
 def is_enhanced(pipe: Pipeline, raw: Embedding) -> bool:
@@ -256,7 +279,7 @@ class Evaluator:
 
     def measure(self, case: Case) -> list[Measurement]:
         """One measurement a condition; none where the photograph has no region that counts."""
-        target = make_target(case, self._seed(case))
+        target = make_target(case, self._seed(case), self.options.box_error)
         if target is None:
             return []
         return [self._measure(case, target, condition, given) for condition, given in case.conditions]
@@ -269,7 +292,7 @@ class Evaluator:
             condition: which to show.
             prompt: "points" or "boxes".
         """
-        target = make_target(case, self._seed(case))
+        target = make_target(case, self._seed(case), self.options.box_error)
         assert target is not None, f"{case.photograph.name}: expected a region of {MIN_AREA} pixels"
         image = self._picture(case, condition, dict(case.conditions)[condition])
         raw = self._encode(image)

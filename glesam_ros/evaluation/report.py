@@ -65,9 +65,10 @@ def _about(results: dict[str, Any]) -> str:
     splits = [s["split"]] if s["split"] else []
     if s.get("lqseg"):
         splits.append(f"{'of lqseg ' if splits else ''}{s['lqseg']['split']}")
+    boxes = f" The sides of boxes err by {100 * s['box_error']:g} %." if s.get("box_error") else ""
     return (
         f"{counts} (split {', '.join(splits)}, seed {s['seed']}, model {s['pipeline']['model']}). Regions of at least "
-        f"{s['min_region_area']} pixels. In per cent, means over regions; gains in points with a "
+        f"{s['min_region_area']} pixels.{boxes} In per cent, means over regions; gains in points with a "
         f"{100 * CONFIDENCE:g} % bootstrap interval over photographs, in brackets relative."
     )
 
