@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from glesam_ros.masks import extents_of
-from glesam_ros.models import second_look
+from glesam_ros.models import second_look, shapes
 from glesam_ros.models.base import Budget, Candidates, Embedding
 from glesam_ros.models.onnx_session import AGAIN, engine_cache, on_device, open_session, run_session
 from glesam_ros.models.proposals import choose
@@ -129,7 +129,9 @@ class Nano:
             weights.reshape(-1, weights.shape[-1]), scores.ravel(), features[0],
             score_threshold, budget.stability_threshold, budget.nms_iou, math.ceil(DISTINCT * limit),
         )
-        return Candidates(_masks(chosen, features), found, rank)
+        logits = _masks(chosen, features)
+        shapes.drop_islands(logits)
+        return Candidates(logits, found, rank)
 
     def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:
         """As `SegmentationModel.prompt`: logits (B, h / 4, w / 4) float32. Raises OutOfMemory.
@@ -166,6 +168,9 @@ class Nano:
             for piece in pieces:
                 seen = _masks(others[piece], second_features)[..., ::-1]
                 part[piece] += share * (_enlarged(seen, part.shape[1:]) - part[piece])
+        shapes.keep_to_boxes(logits, xy, labels)
+        for k in np.flatnonzero(is_lone):
+            shapes.drop_islands(logits[k : k + 1], xy[k][labels[k] >= 0])
         return Candidates(logits, scores)
 
     def free(self) -> None:

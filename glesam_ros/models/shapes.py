@@ -1,0 +1,73 @@
+"""What nano's masks may look like: one thing, and what a box holds. What either brings: docs/models.md."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from glesam_ros.masks import extents_of
+from glesam_ros.validation import FloatArray
+
+ISLAND = 0.5
+"""A separate part of a mask that is smaller than this share of the largest one does not belong to it."""
+OUTSIDE = 80.0
+"""What logits lose outside a box for each length of its side: only certain ones stay positive a twentieth outside.
+
+A hard edge would be better for exact boxes, and worse for those of a detector.
+"""
+INSIDE = 1.5
+"""What logits gain in a box: it says how far the object reaches, and nothing outside can be won by mistake."""
+
+
+def drop_islands(logits: FloatArray, points: FloatArray | None = None) -> None:
+    """Make separate small parts of each mask background, in place.
+
+    Args:
+        logits: (K, h, w) float32, contiguous.
+        points: (K, 2) in -1..1 of the frame: a part that is under its point stays. None: there are none.
+    """
+    h, w = logits.shape[1:]
+    cells = None if points is None else np.floor((points + 1) / 2 * (w, h)).astype(np.intp).clip(0, (w - 1, h - 1))
+    masks = logits > 0
+    octets = masks.view(np.uint8)
+    for k, (left, top, right, bottom) in enumerate(extents_of(masks).tolist()):
+        if left == right:
+            continue
+        # OpenCV reads the window where it is; statistics of the parts would take it longer than the parts themselves
+        count, parts = cv2.connectedComponents(octets[k, top:bottom, left:right], connectivity=4)
+        if count <= 2:  # the background and one part
+            continue
+        sizes = np.bincount(parts.ravel())
+        is_gone = sizes < ISLAND * sizes[1:].max()
+        is_gone[0] = False
+        if cells is not None and masks[k, cells[k, 1], cells[k, 0]]:
+            is_gone[parts[cells[k, 1] - top, cells[k, 0] - left]] = False
+        if is_gone.any():
+            part = logits[k, top:bottom, left:right]
+            np.copyto(part, -1 - part, where=is_gone.take(parts))
+
+
+def keep_to_boxes(logits: FloatArray, xy: FloatArray, labels: FloatArray) -> None:
+    """Lower what is outside the box of an object and raise what is inside, in place; objects without a box stay.
+
+    Args:
+        logits: (B, h, w) float32.
+        xy: (B, N, 2) prompts in -1..1 of the frame.
+        labels: (B, N); 2 is the upper left corner of a box, 3 the lower right one.
+    """
+    h, w = logits.shape[1:]
+    for k in np.flatnonzero((labels == 3).any(1)):
+        (left, top), (right, bottom) = (xy[k][labels[k] == corner][0] for corner in (2, 3))
+        outside = np.maximum(_outside(top, bottom, h)[:, None], _outside(left, right, w))
+        logits[k] += INSIDE - OUTSIDE * outside
+
+
+def _outside(low: float, high: float, cells: int) -> FloatArray:
+    """How far the centre of each of so many cells over -1..1 is outside low..high, in lengths of that.
+
+    A range narrower than a cell counts as one cell wide: else a thin thing would have no cell.
+    """
+    centres = (np.arange(cells, dtype=np.float32) + 0.5) * (2 / cells) - 1
+    half = max((high - low) / 2, 1 / cells)
+    outside = np.maximum(np.abs(centres - (low + high) / 2) - half, 0) / (2 * half)
+    return np.asarray(outside, np.float32)
