@@ -129,9 +129,7 @@ class Nano:
             weights.reshape(-1, weights.shape[-1]), scores.ravel(), features[0],
             score_threshold, budget.stability_threshold, budget.nms_iou, math.ceil(DISTINCT * limit),
         )
-        logits = _masks(chosen, features)
-        shapes.drop_islands(logits)
-        return Candidates(logits, found, rank)
+        return Candidates(_masks(chosen, features), found, rank)
 
     def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:
         """As `SegmentationModel.prompt`: logits (B, h / 4, w / 4) float32. Raises OutOfMemory.
@@ -170,7 +168,7 @@ class Nano:
                 part[piece] += share * (_enlarged(seen, part.shape[1:]) - part[piece])
         shapes.keep_to_boxes(logits, xy, labels)
         for k in np.flatnonzero(is_lone):
-            shapes.drop_islands(logits[k : k + 1], xy[k][labels[k] >= 0])
+            shapes.drop_islands(logits[k], xy[k][labels[k] >= 0][0])
         return Candidates(logits, scores)
 
     def free(self) -> None:

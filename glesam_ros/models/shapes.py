@@ -1,15 +1,14 @@
-"""What nano's masks may look like: one thing, and what a box holds. What either brings: docs/models.md."""
+"""What nano's masks may look like: what a box holds, what a lone point is on. What it brings: docs/models.md."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
 
-from glesam_ros.masks import extents_of
 from glesam_ros.validation import FloatArray
 
 ISLAND = 0.5
-"""A separate part of a mask that is smaller than this share of the largest one does not belong to it."""
+"""A separate part of a lone point's mask that is smaller than this share of the largest one does not belong to it."""
 OUTSIDE = 80.0
 """What logits lose outside a box for each length of its side: only certain ones stay positive a twentieth outside.
 
@@ -19,32 +18,22 @@ INSIDE = 1.5
 """What logits gain in a box: it says how far the object reaches, and nothing outside can be won by mistake."""
 
 
-def drop_islands(logits: FloatArray, points: FloatArray | None = None) -> None:
-    """Make separate small parts of each mask background, in place.
+def drop_islands(logits: FloatArray, point: FloatArray) -> None:
+    """Make separate small parts of a mask background, in place, but not the one under the point.
 
     Args:
-        logits: (K, h, w) float32, contiguous.
-        points: (K, 2) in -1..1 of the frame: a part that is under its point stays. None: there are none.
+        logits: (h, w) float32.
+        point: (2,) xy in -1..1 of the frame.
     """
-    h, w = logits.shape[1:]
-    cells = None if points is None else np.floor((points + 1) / 2 * (w, h)).astype(np.intp).clip(0, (w - 1, h - 1))
-    masks = logits > 0
-    octets = masks.view(np.uint8)
-    for k, (left, top, right, bottom) in enumerate(extents_of(masks).tolist()):
-        if left == right:
-            continue
-        # OpenCV reads the window where it is; statistics of the parts would take it longer than the parts themselves
-        count, parts = cv2.connectedComponents(octets[k, top:bottom, left:right], connectivity=4)
-        if count <= 2:  # the background and one part
-            continue
-        sizes = np.bincount(parts.ravel())
-        is_gone = sizes < ISLAND * sizes[1:].max()
-        is_gone[0] = False
-        if cells is not None and masks[k, cells[k, 1], cells[k, 0]]:
-            is_gone[parts[cells[k, 1] - top, cells[k, 0] - left]] = False
-        if is_gone.any():
-            part = logits[k, top:bottom, left:right]
-            np.copyto(part, -1 - part, where=is_gone.take(parts))
+    h, w = logits.shape
+    count, parts = cv2.connectedComponents((logits > 0).astype(np.uint8), connectivity=4)
+    if count <= 2:  # the background and one part
+        return
+    x, y = np.floor((point + 1) / 2 * (w, h)).astype(np.intp).clip(0, (w - 1, h - 1))
+    sizes = np.bincount(parts.ravel())
+    is_kept = sizes >= ISLAND * sizes[1:].max()
+    is_kept[[0, parts[y, x]]] = True
+    np.copyto(logits, -1 - logits, where=~is_kept[parts])
 
 
 def keep_to_boxes(logits: FloatArray, xy: FloatArray, labels: FloatArray) -> None:
