@@ -132,6 +132,14 @@ def test_boxes_may_err_as_those_of_a_detector(data, tmp_path, capsys) -> None:
     assert found[0]["rows"] != found[0.1]["rows"]
 
 
+def test_points_may_be_fewer_than_three(data, tmp_path, capsys) -> None:
+    common = ("--data", data, "--sets", "coco", "--limit", 2, "--kinds", "lq", "--levels", 3, "--prompts", "points")
+    for points in (3, 1):
+        assert evaluate(*common, "--out", tmp_path / str(points), "--points", points) == 0
+        assert f"## {'One random point' if points == 1 else 'Three random points'}\n" in capsys.readouterr().out
+        assert json.loads((tmp_path / str(points) / "results.json").read_text())["settings"]["points"] == points
+
+
 def test_results_do_not_depend_on_the_number_of_processes(data, tmp_path) -> None:
     common = ("--data", data, "--sets", "coco", "--limit", 2, "--kinds", "lq", "--levels", 3, "--no-sheet")
     for workers in (1, 2):

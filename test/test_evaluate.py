@@ -156,6 +156,12 @@ def test_points_lie_in_the_regions_and_follow_the_name_alone() -> None:
     assert not np.array_equal(first.points, other.points)
 
 
+def test_fewer_points_are_the_first_of_three() -> None:
+    three, one = (protocol.make_target(case(rectangles()), 5, Options(points=n)).points for n in (3, 1))
+    assert three.shape[1] == 3
+    np.testing.assert_array_equal(one, three[:, :1])
+
+
 def test_boxes_err_by_the_share_of_their_sides_within_the_frame() -> None:
     rng = np.random.default_rng(0)
     boxes = np.tile(np.float32([40, 30, 140, 80]), (4000, 1))
@@ -172,7 +178,8 @@ def test_boxes_err_by_the_share_of_their_sides_within_the_frame() -> None:
 
 def test_the_error_of_boxes_moves_boxes_alone_and_by_the_seed() -> None:
     tight, moved, again, other = (
-        protocol.make_target(case(rectangles()), seed, error) for seed, error in ((5, 0), (5, 0.1), (5, 0.1), (6, 0.1))
+        protocol.make_target(case(rectangles()), seed, Options(box_error=error))
+        for seed, error in ((5, 0.0), (5, 0.1), (5, 0.1), (6, 0.1))
     )
     np.testing.assert_array_equal(tight.points, moved.points)
     np.testing.assert_array_equal(moved.boxes, again.boxes)

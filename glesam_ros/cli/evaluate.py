@@ -61,7 +61,7 @@ examples:
 DATA holds coco_small/ (images/, test.json) and bsds500/ (images/, regions/, test.txt). Any other annotated pictures:
 `glesam lqseg build` makes a data set of them for --lqseg.
 
-prompts: points (three random points of each true mask), boxes (its box), everything (best mask for each true region).
+prompts: points (random points of each true mask), boxes (its box), everything (best mask for each true region).
 baselines: classical (OpenCV), zero_dce (for low_light), prenet (for rain), grabcut (from the box). The learned ones
 need torch and, in the folder --restorers, zero_dce.pth and prenet_r_rain100h.pth, which are not in this package.
 
@@ -113,6 +113,9 @@ def add_parser(commands: Any) -> None:
         default=["points", "boxes", "everything"], metavar="PROMPT", help="default: points boxes everything",
     )
     parser.add_argument(
+        "--points", type=int, choices=(1, 2, 3), default=3, metavar="N", help="of each region, 1 2 3; default: 3"
+    )
+    parser.add_argument(
         "--box-error", type=box_error, default=0.0, metavar="SHARE",
         help="boxes as of a detector: the standard deviation of each side, as a share of the box's; default: 0, tight",
     )
@@ -162,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     settings = _settings(args)
     modes, prompts, baselines = (tuple(dict.fromkeys(some)) for some in (args.modes, args.prompts, args.baselines))
-    options = Options(modes, prompts, baselines, args.seed, args.box_error)
+    options = Options(modes, prompts, baselines, args.seed, args.box_error, args.points)
     open_one = partial(open_evaluator, settings, options, args.weights, args.restorers)
     try:
         evaluator = open_one()  # here too: what is wrong is said before the work begins, and the sheets need it
@@ -370,7 +373,8 @@ def _sheets(
         names = {name for _, name in chosen}
         cases = {case.photograph.name: case for case in open_cases() if case.photograph.name in names}
         rows = [case_tiles(word, evaluator.pictures(cases[name], condition, prompt)) for word, name in chosen]
-        asked = "three points each" if prompt == "points" else "a box each"
+        points = "a point each" if args.points == 1 else f"{args.points} points each"
+        asked = points if prompt == "points" else "a box each"
         title = f"{set_name}, {condition.name}, {asked}: best, median and worst photographs by gain of enhancement"
         drawn.append(write_sheet(args.out / f"sheet_{set_name}.jpg", sheet(rows, title)))
     return drawn
@@ -394,7 +398,7 @@ def _recorded(args: argparse.Namespace, settings: Settings, options: Options) ->
 
     from glesam_ros.datasets import LQSEG_MANIFEST
     from glesam_ros.evaluation.metrics import BOUNDARY_SHARE, COCO_THRESHOLDS
-    from glesam_ros.evaluation.protocol import MIN_AREA, POINTS
+    from glesam_ros.evaluation.protocol import MIN_AREA
 
     kinds, lqseg = args.kinds, None
     if args.lqseg is not None:
@@ -404,7 +408,7 @@ def _recorded(args: argparse.Namespace, settings: Settings, options: Options) ->
     return {
         "split": args.split if args.data is not None else None, "lqseg": lqseg,
         "kinds": [kind for kind in kinds or ["lq"] if kind != "none"], "levels": args.levels, "limit": args.limit,
-        **dataclasses.asdict(options), "min_region_area": MIN_AREA, "points": POINTS,
+        **dataclasses.asdict(options), "min_region_area": MIN_AREA,
         "boundary_share": BOUNDARY_SHARE, "recall_thresholds": COCO_THRESHOLDS,
         "interval": interval("photographs"),
         "pipeline": {name: getattr(settings, name) for name in SETTINGS},

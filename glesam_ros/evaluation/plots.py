@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from glesam_ros.evaluation.protocol import MODES, PROMPTS, Measurement
-from glesam_ros.evaluation.report import TITLES
+from glesam_ros.evaluation.report import TITLES, title
 from glesam_ros.evaluation.summary import MAIN
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _by_level(results: dict[str, Any]) -> Figure | None:
                     x, mean, _reach(found, "mean", "low", "high"), label=mode, color=COLOURS[mode], marker="o",
                     markersize=4, capsize=2, linewidth=1.5, elinewidth=1, linestyle="--" if mode == "auto" else "-",
                 )
-            panel.set_title(f"{set_name}: {TITLES[prompt].lower()}", fontsize=10)
+            panel.set_title(f"{set_name}: {title(prompt, results['settings']).lower()}", fontsize=10)
             panel.set_ylabel(f"{TITLES[MAIN[prompt]]}, %")
             panel.set_xticks(range(len(steps)), steps)
             panel.grid(alpha=0.3)
@@ -152,7 +152,7 @@ def _gains(results: dict[str, Any]) -> Figure | None:
                     label="enhancement (always)" if method == "always" else TITLES[method],
                 )
             panel.axvline(0, color="black", linewidth=0.8)
-            panel.set_title(f"{set_name}: {TITLES[prompt].lower()}", fontsize=10)
+            panel.set_title(f"{set_name}: {title(prompt, results['settings']).lower()}", fontsize=10)
             panel.set_yticks(range(len(shown)), shown)
             panel.set_ylim(len(shown) - 0.5, -0.5)
             panel.grid(alpha=0.3)

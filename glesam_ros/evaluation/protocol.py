@@ -40,6 +40,7 @@ from glesam_ros.validation import BoolArray, FloatArray, UInt8Array
 MIN_AREA = 1000
 """True regions with fewer pixels are left out."""
 POINTS = 3
+"""Of each region as in GleSAM's protocol; fewer are the first ones of these."""
 MODES = ENHANCEMENT_MODES
 MOST_BOX_ERROR = 0.2
 """At more than 0.25 a box could turn inside out."""
@@ -93,6 +94,7 @@ class Options:
         baselines: some of `glesam_ros.evaluation.baselines.BASELINES`.
         seed: at least 0.
         box_error: by how much the sides of box prompts err, see `moved_boxes`; 0: they are tight.
+        points: of each region, 1 .. `POINTS`.
     """
 
     modes: tuple[str, ...] = MODES
@@ -100,6 +102,7 @@ class Options:
     baselines: tuple[str, ...] = ()
     seed: int = 0
     box_error: float = 0.0
+    points: int = POINTS
 
 
 @dataclass(frozen=True)
@@ -204,13 +207,13 @@ def photograph_seed(seed: int, set_name: str, name: str) -> int:
     return zlib.crc32(f"{seed}/{set_name}/{name}".encode())
 
 
-def make_target(case: Case, seed: int, box_error: float = 0.0) -> Target | None:
+def make_target(case: Case, seed: int, options: Options = Options()) -> Target | None:  # noqa: B008  # it is frozen
     """Regions of at least `MIN_AREA` pixels with their prompts; None where there is none.
 
     Args:
         case: the photograph.
         seed: of the photograph, see `photograph_seed`.
-        box_error: as of `Options`.
+        options: how many points, and how boxes err.
     """
     photograph = case.photograph
     layers = range(len(photograph.layers)) if photograph.alternatives else [None]
@@ -225,9 +228,9 @@ def make_target(case: Case, seed: int, box_error: float = 0.0) -> Target | None:
     rng = np.random.default_rng([seed, POINTS])
     points = np.stack([sample_points(mask, POINTS, rng) for mask in first])
     boxes = mask_boxes(first)
-    if box_error:  # drawn after the points, which stay the same
-        boxes = moved_boxes(boxes, box_error, photograph.image.shape[:2], rng)
-    return Target(first, boundary(first), points, boxes, tuple(annotators))
+    if options.box_error:  # drawn after the points, which stay the same
+        boxes = moved_boxes(boxes, options.box_error, photograph.image.shape[:2], rng)
+    return Target(first, boundary(first), points[:, : options.points], boxes, tuple(annotators))
 
 
 def moved_boxes(boxes: FloatArray, error: float, size: tuple[int, ...], rng: np.random.Generator) -> FloatArray:
@@ -279,7 +282,7 @@ class Evaluator:
 
     def measure(self, case: Case) -> list[Measurement]:
         """One measurement a condition; none where the photograph has no region that counts."""
-        target = make_target(case, self._seed(case), self.options.box_error)
+        target = make_target(case, self._seed(case), self.options)
         if target is None:
             return []
         return [self._measure(case, target, condition, given) for condition, given in case.conditions]
@@ -292,7 +295,7 @@ class Evaluator:
             condition: which to show.
             prompt: "points" or "boxes".
         """
-        target = make_target(case, self._seed(case), self.options.box_error)
+        target = make_target(case, self._seed(case), self.options)
         assert target is not None, f"{case.photograph.name}: expected a region of {MIN_AREA} pixels"
         image = self._picture(case, condition, dict(case.conditions)[condition])
         raw = self._encode(image)

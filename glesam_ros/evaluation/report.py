@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from glesam_ros.evaluation.metrics import CONFIDENCE
-from glesam_ros.evaluation.protocol import METRICS, MODES, PROMPTS
+from glesam_ros.evaluation.protocol import METRICS, MODES, POINTS, PROMPTS
 from glesam_ros.evaluation.summary import MAIN, restored
 
 TITLES = {
@@ -17,6 +17,14 @@ TITLES = {
     "classical": "classical (OpenCV)", "zero_dce": "Zero-DCE", "prenet": "PReNet", "grabcut": "GrabCut",
 }
 """Words for the names in the results."""
+
+
+_FEWER = {1: "One random point", 2: "Two random points"}
+
+
+def title(prompt: str, settings: dict[str, Any]) -> str:
+    """Words for a kind of prompt, of the "settings" of the results."""
+    return _FEWER.get(settings.get("points", POINTS), TITLES[prompt]) if prompt == "points" else TITLES[prompt]
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -34,12 +42,12 @@ def tables(results: dict[str, Any]) -> str:
     places = list(dict.fromkeys((r["set"], r["condition"]) for r in results["rows"]))
     for prompt in PROMPTS:
         if any(metric == MAIN[prompt] for *_, metric in means):
-            parts += [f"## {TITLES[prompt]}", _modes_table(results, prompt, modes, means, places)]
+            parts += [f"## {title(prompt, results['settings'])}", _modes_table(results, prompt, modes, means, places)]
     if baselines:
         parts += ["## Baselines", "The same network; `off` is without enhancement. " + _BASELINES]
         for prompt in PROMPTS:
             if any(metric == MAIN[prompt] and method in baselines for *_, method, metric in means):
-                parts.append(f"### {TITLES[prompt]}, {TITLES[MAIN[prompt]]}")
+                parts.append(f"### {title(prompt, results['settings'])}, {TITLES[MAIN[prompt]]}")
                 parts.append(_baselines_table(results, prompt, modes, baselines, means, places))
     if results["levels"]:
         parts += ["## Degradation level", _levels_table(results)]
