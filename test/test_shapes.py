@@ -8,7 +8,7 @@ import pytest
 
 from glesam_ros.models.base import Budget
 from glesam_ros.models.nano import Nano
-from glesam_ros.models.shapes import INSIDE, ISLAND, OUTSIDE, drop_islands, keep_to_boxes
+from glesam_ros.models.shapes import ISLAND, OUTSIDE, drop_islands, keep_to_boxes
 
 
 def parts(*rectangles: tuple[int, int, int, int]) -> np.ndarray:
@@ -65,25 +65,25 @@ def test_masks_in_one_piece_and_empty_ones_stay(rectangles) -> None:
     np.testing.assert_array_equal(logits, before)
 
 
-def test_logits_fall_outside_a_box_by_the_share_of_its_side_and_gain_inside() -> None:
+def test_logits_fall_outside_a_box_by_the_share_of_its_side() -> None:
     # cells of 0.1: the box is cells 4..7 of 20 across (0.4 long) and 5..9 down (0.5)
     logits = np.zeros((2, 20, 20), np.float32)
     xy, labels = np.float32([[[-0.6, -0.5], [-0.2, 0.0]]] * 2), np.float32([[2, 3], [1, 1]])
     keep_to_boxes(logits, xy, labels)
     assert not logits[1].any()
-    np.testing.assert_allclose(logits[0, 5:10, 4:8], INSIDE, atol=1e-4)
+    np.testing.assert_allclose(logits[0, 5:10, 4:8], 0, atol=1e-4)
     # half a cell and one and a half outside to the right, three and a half to the left
     for x, outside in ((8, 0.05), (9, 0.15), (0, 0.35)):
-        np.testing.assert_allclose(logits[0, 5:10, x], INSIDE - OUTSIDE * outside / 0.4, atol=1e-3)
-    np.testing.assert_allclose(logits[0, 19, 4:8], INSIDE - OUTSIDE * 0.95 / 0.5, atol=1e-3)
+        np.testing.assert_allclose(logits[0, 5:10, x], -OUTSIDE * outside / 0.4, atol=1e-3)
+    np.testing.assert_allclose(logits[0, 19, 4:8], -OUTSIDE * 0.95 / 0.5, atol=1e-3)
     # beyond a corner the larger of both counts
-    np.testing.assert_allclose(logits[0, 10, 0], INSIDE - OUTSIDE * 0.35 / 0.4, atol=1e-3)
-    np.testing.assert_allclose(logits[0, 19, 8], INSIDE - OUTSIDE * 0.95 / 0.5, atol=1e-3)
+    np.testing.assert_allclose(logits[0, 10, 0], -OUTSIDE * 0.35 / 0.4, atol=1e-3)
+    np.testing.assert_allclose(logits[0, 19, 8], -OUTSIDE * 0.95 / 0.5, atol=1e-3)
 
 
 @pytest.mark.parametrize("left", [-1.0, -0.95, -0.31, 0.05, 0.999])
 def test_a_box_thinner_than_a_cell_has_a_cell(left: float) -> None:
-    logits = np.zeros((1, 20, 20), np.float32)
+    logits = np.ones((1, 20, 20), np.float32)
     keep_to_boxes(logits, np.float32([[[left, -1], [left + 0.001, 1]]]), np.float32([[2, 3]]))
     columns = np.flatnonzero((logits[0] > 0).all(0))
     assert 1 <= len(columns) <= 2
@@ -92,7 +92,7 @@ def test_a_box_thinner_than_a_cell_has_a_cell(left: float) -> None:
 
 
 def test_corners_count_wherever_they_stand_among_the_prompts() -> None:
-    logits = np.zeros((2, 20, 20), np.float32)
+    logits = np.ones((2, 20, 20), np.float32)
     low, high, centre = (-0.6, -0.5), (-0.2, 0.0), (-0.4, -0.25)
     xy = np.float32([[(0.9, 0.9), low, high, centre], [low, high, centre, (0, 0)]])
     keep_to_boxes(logits, xy, np.float32([[1, 2, 3, 4], [2, 3, 4, -1]]))
