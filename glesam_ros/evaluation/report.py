@@ -17,8 +17,6 @@ TITLES = {
     "classical": "classical (OpenCV)", "zero_dce": "Zero-DCE", "prenet": "PReNet", "grabcut": "GrabCut",
 }
 """Words for the names in the results."""
-
-
 _FEWER = {1: "One random point", 2: "Two random points"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from glesam_ros.models.base import STABILITY_OFFSET
 from glesam_ros.validation import FloatArray
 
 ISLAND = 0.5
@@ -32,7 +33,8 @@ def drop_islands(logits: FloatArray, point: FloatArray) -> None:
     sizes = np.bincount(parts.ravel())
     is_kept = sizes >= ISLAND * sizes[1:].max()
     is_kept[[0, parts[y, x]]] = True
-    np.copyto(logits, -1 - logits, where=~is_kept[parts])
+    # so far below 0 that the stability does not count them either
+    np.copyto(logits, -STABILITY_OFFSET - logits, where=~is_kept[parts])
 
 
 def keep_to_boxes(logits: FloatArray, xy: FloatArray, labels: FloatArray) -> None:
