@@ -15,7 +15,9 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from glesam_ros.checksum import sha256
 from glesam_ros.labelled import CAMVID_VOID, read_label_map, read_pixels
+from glesam_ros.picture_files import listed, without_ending
 from glesam_ros.validation import BoolArray
 
 CAMVID_MIN_AREA = 192
@@ -100,7 +102,8 @@ def load_coco(folder: Path, split: str) -> list[Photograph]:
 
     Raises:
         FileNotFoundError: the annotation file or an image is missing, or the image is no whole picture.
-        ValueError: the file is no such JSON, or an entry is malformed; names file and entry.
+        ValueError: the file is no such JSON, an entry is malformed, or an image is of another size than its entry
+            says; names file and entry.
     """
     path = folder / f"{split}.json"
     document = parse_coco(path.read_bytes(), path)
@@ -111,14 +114,17 @@ def load_coco(folder: Path, split: str) -> list[Photograph]:
             by_image.setdefault(annotation["image_id"], []).append(named)
     photographs = []
     for entry in _entries(document, "images", "id", path):
+        own = by_image.get(entry["id"], [])
         try:
             name, file = str(coco_name(entry)), coco_picture(folder / "images", entry)
+            image = read_rgb(file)
+            if own:
+                check_size(image, coco_size(entry))
         except Malformed as error:
             raise ValueError(f"{path}, image {entry['id']}: {error}; {_SKIPPED}") from error
-        image = read_rgb(file)
         h, w = image.shape[:2]
         layers: list[np.ndarray[Any, Any]] = []
-        for number, (identity, segmentation) in enumerate(by_image.get(entry["id"], []), 1):
+        for number, (identity, segmentation) in enumerate(own, 1):
             try:
                 mask = decode_segmentation(segmentation, h, w)
             except Malformed as error:
@@ -143,6 +149,26 @@ def _entries(document: dict[str, Any], what: str, key: str, path: Path) -> list[
     return list(document[what])
 
 
+def coco_size(entry: dict[str, Any]) -> tuple[int, int] | None:
+    """(height, width) that an image of a COCO file claims, None where it claims none.
+
+    Raises:
+        Malformed: it is no size.
+    """
+    size = (entry.get("height"), entry.get("width"))
+    if size == (None, None):
+        return None
+    if not all(isinstance(side, int) and side > 0 for side in size):
+        raise Malformed("image_malformed", f"expected height and width of at least 1 pixel, got {size}")
+    return size  # type: ignore[return-value]
+
+
+def check_size(image: np.ndarray[Any, Any], size: tuple[int, int] | None) -> None:
+    """Raises Malformed when (height, width) of a picture is not `size`: polygons are in the pixels of that."""
+    if size and image.shape[:2] != size:
+        raise Malformed("image_size", f"expected height and width {size}, got {image.shape[:2]}")
+
+
 def load_bsds(folder: Path, split: str) -> list[Photograph]:
     """Photographs of `<folder>/<split>.txt` with one label map for each annotator.
 
@@ -151,7 +177,7 @@ def load_bsds(folder: Path, split: str) -> list[Photograph]:
         ValueError: a label map is of another size than its image.
     """
     photographs = []
-    for name in (folder / f"{split}.txt").read_text().split():
+    for name in map(without_ending, listed(folder / f"{split}.txt")):
         image = read_rgb(folder / "images" / f"{name}.jpg")
         paths = sorted((folder / "regions").glob(f"{name}_*.png"))
         if not paths:
@@ -174,7 +200,7 @@ def load_camvid(folder: Path, split: str) -> list[Photograph]:
         ValueError: labels are of another size than their frame, or coloured.
     """
     photographs = []
-    for name in (folder / f"{split}.txt").read_text().split():
+    for name in map(without_ending, listed(folder / f"{split}.txt")):
         image = read_rgb(folder / "images" / f"{name}.jpg")
         path = folder / "labels" / f"{name}.png"
         classes = read_label_map(path)
@@ -207,9 +233,9 @@ def load_lqseg(folder: Path, level: int | None = None, kind: str | None = None) 
 
     Raises:
         FileNotFoundError: there is no data set, or a file of it is missing.
-        ValueError: the build was not finished, or it has no such level or kind.
+        ValueError: the build was not finished, its manifest was changed, or it has no such level or kind.
     """
-    settings = read_lqseg_info(folder)["settings"]
+    settings = _opened_lqseg(folder)["settings"]
     for what, wanted, there in (("level", level, settings["levels"]), ("kind", kind, settings["kinds"])):
         if wanted is not None and wanted not in there:
             raise ValueError(f"{what}: expected one of {', '.join(map(str, there))} in {folder}, got {wanted!r}")
@@ -220,11 +246,22 @@ def load_clear_lqseg(folder: Path) -> list[StoredPhotograph]:
     """The clear photographs of an LQSeg data set, not read yet.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_lqseg_info`.
+        FileNotFoundError, ValueError: as `load_lqseg`.
     """
-    read_lqseg_info(folder)
+    _opened_lqseg(folder)
     with (folder / LQSEG_MANIFEST).open(encoding="utf-8") as lines:
         return [_stored(folder, entry) for entry in map(json.loads, lines)]
+
+
+def _opened_lqseg(folder: Path) -> dict[str, Any]:
+    """dataset.json, once the manifest has its checksum: of one that was shortened, a part would pass for the whole."""
+    info, manifest = read_lqseg_info(folder), folder / LQSEG_MANIFEST
+    if sha256(manifest) != info.get("manifest_sha256"):
+        raise ValueError(
+            f"{manifest}: expected the file as it was built, it was changed since the build; run "
+            f"`glesam lqseg verify {folder}`"
+        )
+    return info
 
 
 def _stored(folder: Path, entry: dict[str, Any]) -> StoredPhotograph:

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from glesam_ros.picture_files import SUFFIXES, is_cut_short
+from glesam_ros.picture_files import SUFFIXES, is_cut_short, listed
 from glesam_ros.validation import UInt8Array
 
 IGNORE = 255
@@ -195,7 +195,7 @@ def open_labelled(
 
     Raises:
         FileNotFoundError: no such folder, layout, split, class list, or a label file is missing.
-        ValueError: the class list cannot be read, or palette and classes differ in number.
+        ValueError: the class list cannot be read, palette and classes differ in number, or a picture is there twice.
     """
     root = Path(path)
     if not root.is_dir():
@@ -396,7 +396,7 @@ def _pictures(root: Path, split: str, aliases: dict[str, str]) -> tuple[tuple[st
     listing = root / f"{split}.txt"
     lists = (*CLASS_FILES, ADE_TABLE)
     if listing.is_file() and listing.name not in lists:
-        files = [_picture(images, name) for name in listing.read_text(encoding="utf-8").splitlines() if name.strip()]
+        files = [_picture(images, name) for name in listed(listing)]
     else:
         folder = images / (aliases.get(split, split) if split != EVERY else "")
         if not folder.is_dir():
@@ -411,12 +411,21 @@ def _pictures(root: Path, split: str, aliases: dict[str, str]) -> tuple[tuple[st
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
         raise FileNotFoundError(f"{root}: expected pictures in the split {split}, found none")
-    return tuple(p.relative_to(images).with_suffix("").as_posix() for p in files), tuple(files)
+    by_name: dict[str, Path] = {}
+    for file in files:
+        name = file.relative_to(images).with_suffix("").as_posix()
+        if name in by_name:
+            raise ValueError(
+                f"{root}: expected each picture once in the split {split}, got {name} twice, as {by_name[name].name} "
+                f"and {file.name}; take one of them out"
+            )
+        by_name[name] = file
+    return tuple(by_name), tuple(by_name.values())
 
 
 def _picture(images: Path, name: str) -> Path:
     """The file of a picture that a list names, with or without its ending."""
-    path = images / name.strip()
+    path = images / name
     if path.suffix.lower() in SUFFIXES:
         if path.is_file():
             return path

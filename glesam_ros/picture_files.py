@@ -1,9 +1,9 @@
-"""Picture files: what counts as one, whether one is whole, its pixels and back."""
+"""Picture files: what counts as one, lists of them, whether one is whole, its pixels and back."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +14,21 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", "
 
 # the next marker in entropy-coded data: 0xFF before anything but stuffing (00), a restart (D0..D7) or fill (FF)
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+
+
+def listed(listing: Path) -> list[str]:
+    """Names of pictures in a text file, one a line; lines without a name do not count.
+
+    Raises:
+        OSError, UnicodeDecodeError: the file cannot be read, or is not UTF-8.
+    """
+    return [name for line in listing.read_text(encoding="utf-8").splitlines() if (name := line.strip())]
+
+
+def without_ending(name: str) -> str:
+    """The name of a picture without its ending, where it has one; what follows another point stays."""
+    path = PurePosixPath(name)
+    return str(path.with_suffix("")) if path.suffix.lower() in SUFFIXES else name
 
 
 def end_of_jpeg(data: bytes) -> int | None:
@@ -37,6 +52,11 @@ def is_cut_short(data: bytes) -> bool:
     if data.startswith(b"\xff\xd8"):
         return end_of_jpeg(data) is None
     return data.startswith(b"\x89PNG") and b"IEND" not in data
+
+
+def is_indexed(data: bytes) -> bool:
+    """Whether a PNG holds indices into colours of its own; OpenCV gives these colours in their place."""
+    return data.startswith(b"\x89PNG") and data[25:26] == b"\x03"  # the type of colour in its header
 
 
 def decoded(data: bytes, flags: int) -> NDArray[Any]:

@@ -137,6 +137,18 @@ def test_a_bad_picture_is_named_and_the_rest_goes_on(tmp_path, capsys):
     assert not (tmp_path / "none").exists() and not (tmp_path / "sheet.png").exists()
 
 
+def test_a_picture_too_long_for_a_kind_is_named_and_what_was_written_of_it_has_its_entry(tmp_path, capsys):
+    picture(tmp_path, "good.png")
+    picture(tmp_path, "long.png", 2, 32767)
+    out = tmp_path / "out"
+    assert run(tmp_path, "--kinds", "gaussian_noise", "rolling_shutter", "--level", 1, "--out", out) == 1
+    errors = capsys.readouterr().err
+    assert "long.png: image: expected a size" in errors and "error: 1 of 2 pictures failed" in errors
+    written = ["good_gaussian_noise-1.png", "good_rolling_shutter-1.png", "long_gaussian_noise-1.png"]
+    assert [e["file"] for e in json.loads((out / "degraded.json").read_text())] == written
+    assert sorted(p.name for p in out.glob("*.png")) == written
+
+
 def test_a_picture_that_memory_lacks_for_is_named_and_a_stopped_run_has_its_json(tmp_path, capsys, monkeypatch):
     for name, height in (("a.png", 20), ("b.png", 21), ("c.png", 22), ("d.png", 23)):
         picture(tmp_path / "in", name, height)

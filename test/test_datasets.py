@@ -131,6 +131,30 @@ def test_other_faults_of_a_coco_file_are_named(tmp_path: Path) -> None:
         load_coco(tmp_path, "train")
 
 
+def test_a_picture_of_another_size_than_its_entry_says_is_named(tmp_path: Path) -> None:
+    same = {"file_name": "a.png", "height": 20, "width": 30}
+    (photograph,) = load_coco(coco(tmp_path, {}, same), "train")
+    assert region_masks(photograph).sum((1, 2)).tolist() == [100, 100]
+    for image, expected in (
+        ({**same, "height": 40, "width": 60}, "expected height and width (40, 60), got (20, 30)"),  # made smaller
+        ({**same, "height": 30, "width": 20}, "expected height and width (30, 20), got (20, 30)"),  # turned
+        ({**same, "height": None}, "expected height and width of at least 1 pixel, got (None, 30)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"train.json, image 1: {expected}; `glesam lqseg build`")):
+            load_coco(coco(tmp_path, {}, image), "train")
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
+    assert load_coco(tmp_path, "train") == []  # nothing is in pixels of the picture
+
+
+def test_lists_have_a_name_a_line_with_or_without_its_ending(tmp_path: Path) -> None:
+    for name in ("images/my photo.jpg", "images/b.jpg", "regions/my photo_0.png", "regions/b_0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), np.ones((20, 30), np.uint8))
+    (tmp_path / "test.txt").write_text("my photo\nb.jpg\n\n")
+    assert [photograph.name for photograph in load_bsds(tmp_path, "test")] == ["my photo", "b"]
+
+
 def test_lvis_names_its_pictures_by_address(tmp_path: Path) -> None:
     (photograph,) = load_coco(coco(tmp_path, {}, {"coco_url": "http://example.com/train2017/a.png"}), "train")
     assert photograph.name == "a.png" and region_masks(photograph).sum((1, 2)).tolist() == [100, 100]

@@ -679,9 +679,11 @@ def test_linear_light_and_back_is_the_identity() -> None:
         (lambda: degrade(scene(0), "fog", 1, 0, depth=3.0), TypeError, "expected a numpy array of metres, got float"),
         (lambda: degrade(scene(0), "fog", 1, 0, depth=-np.ones((192, 256))), ValueError, "at least 0, got -1"),
         (lambda: degrade_lqseg_mixed(scene(0)[..., 0], 0), ValueError, r"expected shape \(H, W, 3\)"),
+        (lambda: degrade(scene(0, 1, 32767), "lens_drops", 1, 0), ValueError, "by 'lens_drops', got 32767x1 pixels"),
+        (lambda: degrade(scene(0, 65501, 1), "jpeg", 1, 0), ValueError, "by 'jpeg', got 1x65501 pixels.*scale it down"),
     ],
     ids=["level", "bool", "grey", "dtype", "name", "severity", "seed", "frame",
-         "depth of rain", "depth size", "depth type", "depth sign", "mixed"],
+         "depth of rain", "depth size", "depth type", "depth sign", "mixed", "long", "long jpeg"],
 )
 def test_refusals(call, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):

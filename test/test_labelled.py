@@ -155,6 +155,19 @@ def test_splits_by_folder_and_choice_of_pictures(tmp_path: Path) -> None:
         open_labelled(tmp_path, "dusk")
 
 
+def test_a_picture_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("road\ncar\n")
+    for name, ending in (("a", ".jpg"), ("a", ".png"), ("b", ".png")):
+        put(tmp_path, name, grey(0, 1), ending=ending)
+    with pytest.raises(ValueError, match="each picture once in the split all, got a twice, as a.jpg and a.png; take"):
+        open_labelled(tmp_path, "all")
+    (tmp_path / "test.txt").write_text("a.png\nb\n")
+    assert open_labelled(tmp_path, "test").names == ("a", "b")
+    (tmp_path / "test.txt").write_text("b\na.png\nb.png\n")
+    with pytest.raises(ValueError, match="got b twice, as b.png and b.png"):
+        open_labelled(tmp_path, "test")
+
+
 def test_faults_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="expected a folder"):
         open_labelled(tmp_path / "nowhere", "all")

@@ -16,8 +16,9 @@ import pytest
 from pycocotools import mask as coco
 
 from glesam_ros.cli.main import main, make_parser
-from glesam_ros.datasets import load_lqseg, region_masks, rle_counts
+from glesam_ros.datasets import load_clear_lqseg, load_lqseg, region_masks, rle_counts
 from glesam_ros.degradation import degrade, names
+from glesam_ros.labelled import write_label_map
 from glesam_ros.lqseg.build import JOURNAL, BuildOptions, Summary, build, file_seed
 from glesam_ros.lqseg.sources import MAX_LABEL, Index, Source, read_truth
 from glesam_ros.lqseg.verify import verify
@@ -174,6 +175,35 @@ def test_labels_of_ade20k_are_categories(tmp_path: Path) -> None:
     np.testing.assert_array_equal(built_masks(tmp_path / "out"), [box(0, 0, 32, 10), box(0, 10, 16, 24)])
 
 
+@pytest.mark.parametrize("palette", [
+    [[0, 0, 0], [85, 85, 85], [170, 170, 170], [255, 255, 255]],
+    [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]],
+], ids=["grey", "coloured"])
+def test_of_an_indexed_mask_the_index_counts(
+    tmp_path: Path, palette: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pillow = pytest.importorskip("PIL.Image", reason="label maps need pillow; scripts/test.sh installs it")
+    picture(tmp_path / "i" / "x.jpg")
+    (tmp_path / "m").mkdir()
+    labels = box(0, 0, 8, 8) * 1 + box(8, 0, 16, 12) * 2 + box(16, 0, 32, 24) * 3
+    write_label_map(tmp_path / "m" / "x.png", labels.astype(np.uint8), np.array(palette, np.uint8))
+    options = BuildOptions("ade20k", tmp_path / "i", tmp_path / "m", (1,))
+    assert build(options, tmp_path / "out").faults == []
+    (entry,) = entries(tmp_path / "out")
+    assert [(i["category"], i["area"]) for i in entry["instances"]] == [(1, 64), (2, 96), (3, 384)]
+    monkeypatch.setattr(pillow, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH // 2 - 1)  # OpenCV reads it, PIL does not
+    (fault,) = build(options, tmp_path / "none").faults
+    assert fault.kind == "mask_unreadable" and fault.message.startswith("expected a mask: Image size (768 pixels)")
+
+
+def test_of_an_indexed_binary_mask_the_grey_counts(tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="label maps need pillow; scripts/test.sh installs it")
+    picture(tmp_path / "a.jpg")
+    write_label_map(tmp_path / "a.png", box(4, 4, 8, 8).astype(np.uint8), np.array([[0] * 3, [255] * 3], np.uint8))
+    build(BuildOptions("folder", tmp_path, tmp_path, (1,), binary=True), tmp_path / "out")
+    np.testing.assert_array_equal(built_masks(tmp_path / "out"), [box(4, 4, 8, 8)])
+
+
 def bsds_source(folder: Path) -> BuildOptions:
     for name in ("1", "2"):
         picture(folder / "images" / f"{name}.jpg")
@@ -191,6 +221,15 @@ def test_annotators_of_bsds_are_alternatives_and_the_list_chooses(tmp_path: Path
     areas = [region_masks(pair.clear, k).sum((1, 2)).tolist() for k in range(3)]
     assert [a[1] for a in areas] == [5 * HEIGHT, 7 * HEIGHT, 15 * HEIGHT]  # 10 comes after 2
     assert all(sum(a) == HEIGHT * WIDTH for a in areas)
+
+
+def test_a_list_has_a_name_a_line_with_or_without_its_ending(tmp_path: Path) -> None:
+    for name in ("my photo", "b", "2007.12", "left out"):
+        picture(tmp_path / "i" / f"{name}.jpg")
+        label_map(tmp_path / "m" / f"{name}.png", box(3, 3, 9, 9).astype(np.uint8))
+    (tmp_path / "train.txt").write_text("my photo\n\n b.JPG \r\n2007.12\nb\n")
+    assert build(BuildOptions("folder", tmp_path / "i", tmp_path / "m", (1,)), tmp_path / "out").faults == []
+    assert [entry["source_id"] for entry in entries(tmp_path / "out")] == ["my photo", "b", "2007.12"]
 
 
 # what is built
@@ -245,6 +284,19 @@ def test_loader_gives_what_was_built(tmp_path: Path) -> None:
         load_lqseg(tmp_path / "out", kind="snow")
     with pytest.raises(FileNotFoundError, match="no dataset.json"):
         load_lqseg(tmp_path / "images")
+
+
+@pytest.mark.parametrize("cut", [1, 200, "line"])
+def test_a_manifest_that_was_shortened_is_refused(tmp_path: Path, cut: Any) -> None:
+    out = tmp_path / "out"
+    build(many(tmp_path, 2), out)
+    assert [clear.name for clear in load_clear_lqseg(out)] == ["1", "2"]
+    manifest = out / "manifest.jsonl"
+    data = manifest.read_bytes()
+    manifest.write_bytes(data.splitlines(True)[0] if cut == "line" else data[:-cut])
+    for load in (load_lqseg, load_clear_lqseg):
+        with pytest.raises(ValueError, match=r"out/manifest\.jsonl: .* changed since the build; run `glesam lqseg ver"):
+            load(out)
 
 
 # resume
@@ -308,7 +360,7 @@ def test_what_is_there_is_not_built_again(tmp_path: Path, cut: int) -> None:
 
 def test_what_was_changed_in_the_source_is_built_again(tmp_path: Path) -> None:
     options, out = bsds_source(tmp_path), tmp_path / "out"
-    (tmp_path / "test.txt").write_text("1 2\n")
+    (tmp_path / "test.txt").write_text("1\n2\n")
     build(options, out)
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.[pj]*g")}
     label_map(tmp_path / "regions" / "2_2.png", (1 + box(0, 0, 20, HEIGHT)).astype(np.uint8))
@@ -528,10 +580,21 @@ def test_a_name_too_long_for_what_is_made_of_it_is_named_and_the_rest_goes_on(tm
     assert [e["id"] for e in entries(tmp_path / "out")] == ["good", "x" * 240]
 
 
+def test_a_picture_too_long_to_degrade_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    for name, size in {"good": (HEIGHT, WIDTH), "long": (2, 32767)}.items():
+        picture(tmp_path / "i" / f"{name}.png", 0, *size)
+        label_map(tmp_path / "m" / f"{name}.png", np.ones(size, np.uint8))
+    options = BuildOptions("folder", tmp_path / "i", tmp_path / "m", (1,), ("rolling_shutter",))
+    summary = build(options, tmp_path / "out")
+    assert [(fault.kind, fault.file) for fault in summary.faults] == [("image_degrade", "long.png")]
+    assert "'rolling_shutter', got 32767x2 pixels" in summary.faults[0].message
+    assert [e["id"] for e in entries(tmp_path / "out")] == ["good"] and verify(tmp_path / "out") == []
+
+
 def test_names_without_partner_are_named(tmp_path: Path) -> None:
     options = bsds_source(tmp_path)
     label_map(tmp_path / "regions" / "odd.png", np.ones((HEIGHT, WIDTH), np.uint8))
-    (tmp_path / "test.txt").write_text("2 3\n")
+    (tmp_path / "test.txt").write_text("2\n3\n")
     assert kinds_of(build(options, tmp_path / "out")) == [("mask_name", None), ("image_missing", "3")]
     picture(tmp_path / "images" / "2.png")
     label_map(tmp_path / "regions" / "9_0.png", np.ones((HEIGHT, WIDTH), np.uint8))

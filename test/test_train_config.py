@@ -113,6 +113,9 @@ def test_files_and_changes_that_do_not_fit(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"--set.*{expected}"):
             load_config("nano", [change])
+    for model in ("foo", "[1]", "{}"):
+        with pytest.raises(ValueError, match=r"nano: model: expected one of nano, glesam, .*; got '?[f[{]"):
+            load_any("nano", [f"model={model}"])
 
 
 def test_differences_name_what_bears_on_the_weights() -> None:

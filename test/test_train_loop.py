@@ -207,6 +207,21 @@ def test_batches_drawn_ahead_are_the_same(tmp_path: Path, accelerator: Accelerat
     assert equal(trained(tmp_path / "2", accelerator, workers=2, steps=5, accumulate=2), inline)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [FileNotFoundError("a.png: found none"), ValueError("sources: expected classes")])
+def test_what_is_wrong_with_the_data_is_said_alike_by_drawing_processes(
+    workers: int, error: Exception, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    class Spoilt(Line):
+        def batch(self, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+            raise error
+
+    stage = Spoilt(steps=3)
+    with pytest.raises(type(error)) as caught:
+        train(stage, 3, run_of(tmp_path, accelerator, stage, workers))
+    assert str(caught.value) == str(error)
+
+
 def test_pictures_and_logs_change_nothing(tmp_path: Path, accelerator: Accelerator) -> None:
     plain = trained(tmp_path / "plain", accelerator, steps=4, dropout=0.3)
     pictures = trained(tmp_path / "pictures", accelerator, steps=4, dropout=0.3, pictures_every=1, log_every=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,12 @@ def test_class_weights_have_known_answers(data: Path, scenes: LabelledScenes) ->
     four = open_labelled(data / "toys", "train", [*COLOURS, "nowhere"], [*COLOURS.values(), (1, 2, 3)])
     more = class_weights(LabelledScenes((four,), np.ones(1)), 0.5).double().numpy()
     assert more[3] == more[:3].max() and np.allclose(more[:3], weights)
+
+
+def test_labels_without_a_class_are_named(scenes: LabelledScenes) -> None:
+    nothing = replace(scenes.folders[0], values=np.full_like(scenes.folders[0].values, IGNORE))
+    with pytest.raises(ValueError, match="sources: expected labels with a class, found none in .* of toys; take other"):
+        class_weights(LabelledScenes((nothing,), np.ones(1)), 0.5)
 
 
 def test_labels_of_a_crop_stay_with_its_pixels(scenes: LabelledScenes) -> None:

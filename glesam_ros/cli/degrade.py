@@ -91,10 +91,12 @@ def run(args: argparse.Namespace) -> int:
         for path, stem, image in _read(pictures, failures):
             try:
                 if args.out is not None:
-                    entries += _write_degraded(args.out, path, stem, image, kinds, levels, args.seed)
+                    # one by one: what was written has its entry, also where the next fails
+                    for entry in _write_degraded(args.out, path, stem, image, kinds, levels, args.seed):
+                        entries.append(entry)
                 if args.sheet is not None:
                     blocks.append(sheet_block(_shrunk(image, args.size), path.name, kinds, levels, args.seed))
-            except MemoryError as error:
+            except (ValueError, MemoryError) as error:
                 failures.append(path)
                 say_skipped("degrade", path, error)
     finally:  # also of a run that was stopped
@@ -174,21 +176,19 @@ def _read(pictures: Sequence[tuple[Path, Path]], failures: list[Path]) -> Iterat
 
 def _write_degraded(
     out: Path, path: Path, stem: Path, image: UInt8Array, kinds: Sequence[str], levels: Sequence[int], seed: int
-) -> list[dict[str, Any]]:
-    """Write one picture in all kinds and levels; the entries of `PARAMETERS`."""
+) -> Iterator[dict[str, Any]]:
+    """Write one picture in all kinds and levels; the entry of `PARAMETERS` of each file once it is there."""
     from glesam_ros.degradation import degrade
 
-    entries = []
     for kind in kinds:
         for level in levels:
             degraded = degrade(image, kind, level, seed)
             file = _file(stem, kind, level)
             write_picture(out / file, degraded.image)
-            entries.append({
+            yield {
                 "picture": str(path), "file": file.as_posix(), "kind": kind, "level": level, "seed": seed,
                 "parameters": degraded.parameters,
-            })
-    return entries
+            }
 
 
 def _earlier(path: Path) -> list[dict[str, Any]]:

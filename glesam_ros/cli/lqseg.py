@@ -22,7 +22,8 @@ examples:
 
 sources (--from):
   coco     COCO or LVIS JSON: polygons and RLE; crowd regions are left out
-  folder   pictures and masks of the same name; a mask is binary or a label map, 0 is no object
+  folder   pictures and masks of the same name; a mask is binary or a label map, 0 is no object; of an indexed PNG the
+           index is the label
   ade20k   as folder; a label is the category
   bsds     masks <name>_<k>.png, the whole picture segmented by annotator k
 A build that was stopped goes on with the same command. What is malformed is named in errors.jsonl, the rest goes on."""

@@ -56,7 +56,8 @@ def degrade(
             infinitely far). Without it a flat ground below a horizon stands in.
 
     Raises:
-        TypeError, ValueError: `image` or `depth` is not such an array, or name, level, seed or frame do not exist.
+        TypeError, ValueError: `image` or `depth` is not such an array, or name, level, seed or frame do not exist, or
+            the image is too large for what OpenCV does with it.
     """
     image = check_image(image)
     if name not in EFFECTS:
@@ -67,12 +68,19 @@ def degrade(
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
             raise ValueError(f"{what}: expected an integer of at least 0, got {value!r}")
     scene, noise = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1, frame])
-    if depth is None:
-        out, parameters = EFFECTS[name](image, level, scene, noise)
-    elif name == "fog":
-        out, parameters = fog(image, level, scene, noise, _check_depth(depth, image.shape[:2]))
-    else:
-        raise ValueError(f"depth: expected None for {name!r}, only fog depends on it")
+    try:
+        if depth is None:
+            out, parameters = EFFECTS[name](image, level, scene, noise)
+        elif name == "fog":
+            out, parameters = fog(image, level, scene, noise, _check_depth(depth, image.shape[:2]))
+        else:
+            raise ValueError(f"depth: expected None for {name!r}, only fog depends on it")
+    except cv2.error as error:  # cv2.remap takes sides up to 32766, JPEG up to 65500
+        height, width = image.shape[:2]
+        raise ValueError(
+            f"image: expected a size that OpenCV can degrade by {name!r}, got {width}x{height} pixels: "
+            f"{str(error).strip()}; scale it down, or take another kind"
+        ) from error
     return Degraded(np.ascontiguousarray(out, np.uint8), level, {"name": name, **parameters})
 
 

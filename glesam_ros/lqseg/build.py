@@ -289,7 +289,10 @@ def _build_one(options: BuildOptions, index: Index, source: Source, out: Path) -
         for kind in sorted(set(options.kinds)):
             for level in sorted(set(options.levels)):
                 seed = file_seed(options.seed, source.id, kind, level)
-                degraded = degrade(image, kind, level, seed)
+                try:
+                    degraded = degrade(image, kind, level, seed)
+                except ValueError as error:
+                    return Fault("image_degrade", source.image.name, source.source_id, str(error))
                 name = f"lq/{kind}-{level}/{source.id}.png"
                 files[name] = _png(cv2.cvtColor(degraded.image, cv2.COLOR_RGB2BGR))
                 entry["degraded"].append(

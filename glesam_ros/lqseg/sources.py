@@ -16,9 +16,19 @@ from typing import Any
 import cv2
 import numpy as np
 
-from glesam_ros.datasets import Malformed, check_numbers, coco_name, coco_picture, decode_segmentation, parse_coco
+from glesam_ros.datasets import (
+    Malformed,
+    check_numbers,
+    check_size,
+    coco_name,
+    coco_picture,
+    coco_size,
+    decode_segmentation,
+    parse_coco,
+)
+from glesam_ros.labelled import read_label_map
 from glesam_ros.masks import measure
-from glesam_ros.picture_files import SUFFIXES, decoded
+from glesam_ros.picture_files import SUFFIXES, decoded, is_indexed, listed, without_ending
 from glesam_ros.validation import BoolArray, UInt8Array
 
 KINDS = ("coco", "folder", "ade20k", "bsds")
@@ -161,8 +171,7 @@ def read_picture(source: Source) -> tuple[bytes, UInt8Array]:
         pixels = decoded(data, cv2.IMREAD_COLOR)
     except ValueError as error:
         raise Malformed("image_unreadable", str(error)) from error
-    if source.size and pixels.shape[:2] != source.size:
-        raise Malformed("image_size", f"expected height and width {source.size}, got {pixels.shape[:2]}")
+    check_size(pixels, source.size)
     # not cv2.cvtColor: that of OpenCV 4.5 refuses a lone pixel
     return data, np.ascontiguousarray(pixels[..., ::-1], np.uint8)
 
@@ -213,7 +222,7 @@ def _index_coco(index: Index, images: Path, path: Path) -> None:
             continue
         try:
             name, image = coco_name(entry), coco_picture(images, entry)
-            size = _claimed_size(entry)
+            size = coco_size(entry)
         except Malformed as error:
             index.faults.append(Fault(error.kind, path.name, f"image {entry['id']}", str(error)))
             continue
@@ -269,15 +278,6 @@ def _annotations_by_image(index: Index, file: str, document: dict[str, Any]) -> 
     return by_image
 
 
-def _claimed_size(entry: dict[str, Any]) -> tuple[int, int] | None:
-    size = (entry.get("height"), entry.get("width"))
-    if size == (None, None):
-        return None
-    if not all(isinstance(side, int) and side > 0 for side in size):
-        raise Malformed("image_malformed", f"expected height and width of at least 1 pixel, got {size}")
-    return size  # type: ignore[return-value]
-
-
 def _index_folder(index: Index, images: Path, annotations: Path, split: str) -> None:
     pictures, masks = _files(images), _files(annotations)
     if images.resolve() == annotations.resolve():  # MSRA10K: 1.jpg is the picture, 1.png its mask
@@ -303,7 +303,8 @@ def _index_folder(index: Index, images: Path, annotations: Path, split: str) -> 
     chosen_by = images.parent / f"{split}.txt"
     if chosen_by.is_file():
         index.split_list = chosen_by.name
-        chosen = list(dict.fromkeys(chosen_by.read_text(encoding="utf-8").split()))
+        names = (name if name in by_picture else without_ending(name) for name in listed(chosen_by))
+        chosen = list(dict.fromkeys(names))
     else:
         chosen = list(by_picture)
         for name in by_name.keys() - by_picture.keys():
@@ -378,14 +379,18 @@ def _read_label_maps(index: Index, source: Source, size: tuple[int, int], truth:
 def _label_map(path: Path, size: tuple[int, int], may_be_binary: bool, binary: bool) -> np.ndarray[Any, Any]:
     """(H, W) uint16; a mask of one value besides 0, or with `binary` one above 127, gets the label 1."""
     try:
-        labels = decoded(path.read_bytes(), cv2.IMREAD_UNCHANGED)
-    except OSError as error:
-        raise Malformed("mask_unreadable", f"expected a mask: {error.strerror}") from error
+        data = path.read_bytes()
+        labels = decoded(data, cv2.IMREAD_UNCHANGED)
+        if is_indexed(data) and not binary:  # where grey counts, it is that of the colours
+            labels = read_label_map(path)
+    except OSError as error:  # what PIL says has no strerror
+        raise Malformed("mask_unreadable", f"expected a mask: {error.strerror or error.__cause__}") from error
     except ValueError as error:
         raise Malformed("mask_unreadable", str(error)) from error
     if labels.ndim == 3:
         if not (labels[..., :3] == labels[..., :1]).all():
-            raise Malformed("mask_colour", "expected grey labels, got colours; save the label numbers themselves")
+            text = "expected grey or indexed labels, got colours; save the label numbers themselves"
+            raise Malformed("mask_colour", text)
         labels = labels[..., 0]
     if labels.shape != size:
         raise Malformed("mask_size", f"expected height and width {size} as the picture, got {labels.shape}")

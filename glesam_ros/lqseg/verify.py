@@ -21,7 +21,7 @@ def verify(folder: Path, track: Track = lambda items, total: items) -> list[str]
     info = read_lqseg_info(folder)
     manifest = (folder / LQSEG_MANIFEST).read_bytes()
     problems: list[str] = []
-    if hashlib.sha256(manifest).hexdigest() != info["manifest_sha256"]:
+    if hashlib.sha256(manifest).hexdigest() != info.get("manifest_sha256"):
         problems.append(f"{LQSEG_MANIFEST}: changed since the build")
     checksums: dict[str, str] = {}
     for number, line in enumerate(manifest.splitlines(), 1):

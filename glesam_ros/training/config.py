@@ -370,7 +370,7 @@ def load_any(name: str | Path, changes: Sequence[str] = ()) -> Any:
     """
     data = read_config(name, changes)
     model = data.get("model", "nano")
-    if model not in RECIPES:
+    if not isinstance(model, str) or model not in RECIPES:
         raise ValueError(f"{name}: model: expected one of {', '.join(RECIPES)}; got {model!r}")
     if model == "nano":
         return make_config({key: value for key, value in data.items() if key != "model"}, str(name))

@@ -351,8 +351,11 @@ def rate_share(step: int, settings: StageConfig) -> float:
     return warm * (settings.final + (1 - settings.final) * cosine)
 
 
-class _Draws(Dataset[Batch]):
-    """Batch k of a stage, whoever asks for it and when."""
+class _Draws(Dataset[Batch | Exception]):
+    """Batch k of a stage, whoever asks for it and when; or what is wrong with the data, for `_batches` to raise.
+
+    Raised in a process of a DataLoader, it would come with the traceback of that process as its message.
+    """
 
     def __init__(self, draw: Draw, seed: tuple[int, ...], rank: int, numbers: Sequence[tuple[int, int]]) -> None:
         self.draw, self.seed, self.rank, self.numbers = draw, seed, rank, numbers
@@ -360,8 +363,11 @@ class _Draws(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, k: int) -> Batch:
-        return self.draw(np.random.default_rng([*self.seed, *self.numbers[k], self.rank]))
+    def __getitem__(self, k: int) -> Batch | Exception:
+        try:
+            return self.draw(np.random.default_rng([*self.seed, *self.numbers[k], self.rank]))
+        except (OSError, ValueError) as error:
+            return error
 
 
 def _start_worker(_: int) -> None:
@@ -380,6 +386,8 @@ def _batches(
         worker_init_fn=_start_worker, pin_memory=device.type == "cuda",
     )
     for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
         yield send_to_device(batch, device)
 
 

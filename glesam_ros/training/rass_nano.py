@@ -76,6 +76,9 @@ def class_weights(scenes: LabelledScenes, balance: float) -> Tensor:
     """(K,) weights of the classes, with the mean 1 over pixels: share of the pixels to the power -balance.
 
     Classes that no counted picture shows get the weight of the rarest that one shows.
+
+    Raises:
+        ValueError: no counted picture shows a class.
     """
     count = len(scenes.classes)
     pixels = np.zeros(count)
@@ -83,6 +86,11 @@ def class_weights(scenes: LabelledScenes, balance: float) -> Tensor:
         for index in np.linspace(0, len(folder) - 1, min(len(folder), COUNTED)).astype(int):
             labels = folder.labels(int(index))
             pixels += np.bincount(labels[labels < count], minlength=count)
+    if not pixels.any():
+        raise ValueError(
+            f"sources: expected labels with a class, found none in up to {COUNTED} pictures of "
+            f"{', '.join(folder.name for folder in scenes.folders)}; take other labels, or see what is ignored"
+        )
     share = np.maximum(pixels, pixels[pixels > 0].min()) / pixels.sum()
     weights = share**-balance
     return torch.from_numpy(weights / (weights * pixels / pixels.sum()).sum()).float()
