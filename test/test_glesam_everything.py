@@ -39,6 +39,8 @@ class Aspect:
 class Labelled:
     """A runtime whose images hold object ids in red: a point gets its object; of three masks only the first is sure."""
 
+    device = "a test"
+
     def __init__(self, base: Any) -> None:
         self.base, self.batches, self.encoded = base, [], 0
 
@@ -65,7 +67,7 @@ class Labelled:
 class Noise:
     """A runtime that answers each point with three boxes of its own, drawn by its position: many half-overlap."""
 
-    cells = 64
+    cells, device = 64, "a test"
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -158,6 +160,28 @@ def test_unstable_masks_do_not_suppress_stable_ones() -> None:
     shaky = run(Shaky(Square()), Square(), scene(), Budget(points_per_side=16, stability_threshold=0.5))
     assert shaky.scores.tolist() == pytest.approx([0.98, 0.97, 0.96])
     assert run(Shaky(Square()), Square(), scene(), Budget(points_per_side=16)).scores.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("worst", [np.nan, np.inf])
+def test_scores_that_overflow_are_no_empty_scene(worst: float) -> None:
+    class Overflows(Labelled):
+        def decode(self, features: Features, *prompts: Any) -> Any:
+            logits, scores = super().decode(features, *prompts)
+            return logits * float("nan"), torch.where(scores > 0.5, worst, scores)
+
+    with pytest.raises(RuntimeError, match="scores on a test: expected finite values, got NaN or infinity.*precision"):
+        run(Overflows(Square()), Square(), scene(), Budget(points_per_side=16, stability_threshold=0.95))
+
+
+def test_masks_are_measured_alike_on_the_cpu_and_on_a_device() -> None:
+    noise = torch.randn(40, 9, 11, generator=torch.manual_seed(0)) * 2 - 3
+    cases = torch.cat([noise, torch.full((1, 9, 11), -5.0), torch.full((1, 9, 11), 5.0), torch.zeros(1, 9, 11)])
+    cases[0], cases[0, 3, 4:7] = -0.5, torch.tensor([0.5, 2.0, 1.0])
+    found = everything._measured(cases)
+    assert found[0].tolist() == [1, 99, 4, 3, 7, 4]
+    assert found[-3:].tolist() == [[0] * 6, [99, 99, 0, 0, 11, 9], [0, 99, 0, 0, 0, 0]]
+    assert torch.equal(found, everything._measured_by_torch(cases))
+    assert everything._measured(cases[:0]).shape == everything._measured_by_torch(cases[:0]).shape == (0, 6)
 
 
 @pytest.mark.parametrize("limit", [5, 60])

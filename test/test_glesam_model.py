@@ -45,6 +45,7 @@ class TinyBase(BaseModel):
 
     name = "tiny"
     mean, std = (120.0, 110.0, 100.0), (60.0, 60.0, 60.0)
+    thresholds = (0.7, 0.6)
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
 
 from glesam_ros.validation import FloatArray, UInt8Array
 
@@ -14,6 +17,29 @@ STABILITY_OFFSET = 1.0
 
 class OutOfMemory(RuntimeError):
     """A call needed more memory than the device has; the model is still usable after its `free`."""
+
+
+def check_finite(values: Any, of: str) -> None:
+    """Refuse what overflowed: dropped silently, it would read as an empty scene or a clear picture.
+
+    Args:
+        values: an array or number.
+        of: model and device, for the message.
+
+    Raises:
+        RuntimeError: NaN or infinity among them.
+    """
+    if not np.isfinite(values).all():
+        raise RuntimeError(
+            f"{of}: expected finite values, got NaN or infinity, as half precision may give; take precision fp32, or "
+            "bf16 where it is to be had"
+        )
+
+
+def return_freed_memory() -> None:
+    """Let glibc give the system what it keeps after loading or closing a model: hundreds of MB of a Jetson."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 @dataclass(frozen=True)
@@ -84,11 +110,13 @@ class Candidates:
         logits: (K, h, w) float32 mask logits at the model's own resolution, covering the whole image; 0 is the edge.
         scores: (K,) float32 in 0..1, predicted IoU.
         rank: (K,) float32, by which everything mode orders and suppresses, highest first; None: by the scores.
+        islands: share of a mask's largest part, 0..1; separate parts that are smaller go from masks of everything mode.
     """
 
     logits: FloatArray
     scores: FloatArray
     rank: FloatArray | None = None
+    islands: float = 0.0
 
 
 class SegmentationModel(Protocol):
@@ -107,6 +135,9 @@ class SegmentationModel(Protocol):
     own_size: int
     """Long side of the image inside the model in pixels where the budget names none."""
 
+    thresholds: tuple[float, float]
+    """Score and stability below which everything mode drops masks where the settings name none, 0..1."""
+
     overlaps: bool
     """Whether decoding one embedding gains time beside encoding the next image, from another thread."""
 
@@ -115,6 +146,7 @@ class SegmentationModel(Protocol):
 
         Raises:
             OutOfMemory: here and in all other calls; smaller numbers in the budget need less.
+            RuntimeError: here and in all other calls; half precision overflowed, see `check_finite`.
         """
         ...
 

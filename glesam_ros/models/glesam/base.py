@@ -44,12 +44,14 @@ class BaseModel(nn.Module, ABC):
     Attributes:
         name: of `glesam_ros.models.glesam.catalogue`, for example "sam_vit_b" or "sam2.1_hiera_tiny".
         mean, std: (3,) of the input, for values 0..255.
+        thresholds: score and stability below which upstream's automatic masks are dropped, 0..1.
         mask_decoder: what stage 2 of GleSAM trains.
     """
 
     name: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    thresholds: tuple[float, float]
     mask_decoder: nn.Module
 
     @abstractmethod

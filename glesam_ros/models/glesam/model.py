@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import logging
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glesam_ros.models.base import Budget, Candidates, Embedding
+from glesam_ros.models.base import Budget, Candidates, Embedding, check_finite, return_freed_memory
 from glesam_ros.models.glesam import catalogue, everything
 from glesam_ros.models.glesam.base import LOGIT_STRIDE, STRIDE, BaseModel, Features
 from glesam_ros.models.glesam.enhancer import Enhancer, SmallEnhancer, load_config, load_enhancer
@@ -37,6 +36,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 LEAST_SIDE = 2 * SIDE_MULTIPLE
 """Smallest side of the square input."""
+ENHANCED = (0.15, 0.5)
+"""Score and stability below which masks of everything mode go with an enhancer: less than upstream asks for, so that
+bad pictures have masks, too."""
 LEVEL_THREADS = 2
 """CPU threads of nano where it measures the level."""
 
@@ -64,6 +66,7 @@ class GlesamModel:
     def __init__(self, name: str, runtime: Runtime, base: BaseModel, enhances: bool) -> None:
         self.name, self.device = name, runtime.device
         self.own_size, self.overlaps = runtime.side, runtime.overlaps
+        self.thresholds = ENHANCED if enhances else base.thresholds
         self._runtime, self._base, self._enhances = runtime, base, enhances
         if not enhances:
             _LOG.info("%s has no enhancer: enhancement changes nothing; add +glesam to its name for one", name)
@@ -143,6 +146,7 @@ class GlesamModel:
                 logits, quality = self._runtime.decode(features, *prompts, several)
                 logits, quality = _best(logits[..., : masks.shape[1], : masks.shape[2]], quality)
                 masks[batch], scores[batch] = logits.cpu().numpy(), quality.cpu().numpy()
+        check_finite(scores, f"{self.name} on {self.device}")
         return Candidates(masks, scores)
 
     def free(self) -> None:
@@ -198,15 +202,9 @@ def load_glesam(name: str, device: str = "auto", precision: str = "auto", *, com
     dtype = choose_precision(precision, place)
     base, enhancer = load_parts(name, catalogue.home())
     runtime = TorchRuntime(base, enhancer, place, dtype, compile=compile)
-    _return_freed_memory()
+    return_freed_memory()
     _LOG.info("%s runs on %s", name, runtime.device)
     return GlesamModel(name, runtime, base, enhancer is not None)
-
-
-def _return_freed_memory() -> None:
-    """Let glibc give the system what loading left free between the weights: hundreds of MB of a Jetson."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def load_parts(name: str, folder: Path) -> tuple[Sam | Sam2, Enhancer | SmallEnhancer | None]:

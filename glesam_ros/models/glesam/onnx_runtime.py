@@ -15,6 +15,7 @@ from glesam_ros.models.base import OutOfMemory
 from glesam_ros.models.glesam import catalogue
 from glesam_ros.models.glesam.base import BaseModel, Features
 from glesam_ros.models.glesam.onnx_export import ENGINES, Manifest, read_manifest
+from glesam_ros.models.glesam.runtime import checked_level
 from glesam_ros.models.onnx_session import Shapes, choose_device, open_session, run_session
 from glesam_ros.validation import FloatArray, UInt8Array
 
@@ -125,7 +126,7 @@ class OnnxRuntime:
         if not self._manifest.levels:
             return None
         (level,) = self._run("level", _named(features))
-        return min(1.0, max(0.0, float(level[0])))
+        return checked_level(float(level[0]), self.device)
 
     def enhance(self, features: Features, level: float) -> Features:
         """Features with a restored latent; as they came where there is no enhancer."""
@@ -144,7 +145,10 @@ class OnnxRuntime:
             ValueError: more points a prompt than the engines are built for.
         """
         if labels.shape[1] > MOST_POINTS:
-            raise ValueError(f"prompts: expected at most {MOST_POINTS} points each, got {labels.shape[1]}")
+            raise ValueError(
+                f"prompts: expected at most {MOST_POINTS} points each on {self.device}, a box counts as two, got "
+                f"{labels.shape[1]}; give fewer, or take device cuda or cpu"
+            )
         part = "decoder_three" if several else "decoder_one"
         found = []
         for first in range(0, len(points), MOST_PROMPTS):

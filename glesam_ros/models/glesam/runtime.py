@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glesam_ros.models.base import OutOfMemory
+from glesam_ros.models.base import OutOfMemory, check_finite
 from glesam_ros.models.glesam.base import SIDE, BaseModel, Features
 from glesam_ros.models.glesam.enhancer import Enhancer, SmallEnhancer
 from glesam_ros.models.glesam.replay import Compiled, Function, Replayed, capturer, give_back, means_out_of_memory
@@ -160,6 +160,12 @@ def loading(call: Call) -> Call:
     return loaded  # type: ignore[return-value]
 
 
+def checked_level(level: float, device: str) -> float:
+    """A predicted level as 0..1. Raises RuntimeError where it is not finite: a clamp would make "clear" of that."""
+    check_finite(level, f"level on {device}")
+    return min(1.0, max(0.0, level))
+
+
 def rounded_up(rows: FloatArray) -> FloatArray:
     """(K, ...), K > 0 -> the last row again until their number is a power of two; above 64 as they are."""
     count = len(rows)
@@ -244,7 +250,7 @@ class TorchRuntime:
         if self._enhancer is None or self._enhancer.level is None:
             return None
         with self._encoding, torch.inference_mode(), torch.cuda.stream(self._stream):
-            return min(1.0, max(0.0, float(self._enhancer.predict_level(features)[0])))
+            return checked_level(float(self._enhancer.predict_level(features)[0]), self.device)
 
     @memory_errors
     def enhance(self, features: Features, level: float) -> Features:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 MEAN = (123.675, 116.28, 103.53)
 """Of the input, for 0..255."""
 STD = (58.395, 57.12, 57.375)
+THRESHOLDS = (0.88, 0.95)
+"""Least score and stability of upstream's automatic masks."""
 WINDOW = 14
 """Side of the attention windows in cells of the latent."""
 BOX_CORNER = 2
@@ -118,7 +120,7 @@ class Sam(BaseModel):
 
     def __init__(self, name: str, net: OfficialSam) -> None:
         super().__init__()
-        self.name, self.mean, self.std = name, MEAN, STD
+        self.name, self.mean, self.std, self.thresholds = name, MEAN, STD, THRESHOLDS
         self.net = net
         self.mask_decoder = net.mask_decoder
         self.eval()

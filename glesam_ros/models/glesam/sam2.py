@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MEAN = (123.675, 116.28, 103.53)
 """Of the input, for 0..255; upstream has the same for 0..1."""
 STD = (58.395, 57.12, 57.375)
+THRESHOLDS = (0.8, 0.95)
+"""Least score and stability of upstream's automatic masks."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Sam2(BaseModel):
 
     def __init__(self, name: str, net: SAM2Base) -> None:
         super().__init__()
-        self.name, self.mean, self.std = name, MEAN, STD
+        self.name, self.mean, self.std, self.thresholds = name, MEAN, STD, THRESHOLDS
         self.net = net
         self.mask_decoder = net.sam_mask_decoder
         # sine encodings of the pyramid are for the memory attention alone, and their cache would hold 85 MB at 1024

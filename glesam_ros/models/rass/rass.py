@@ -45,6 +45,7 @@ from torch.nn import functional as F
 
 from glesam_ros import ade20k
 from glesam_ros.checksum import sha256
+from glesam_ros.models.base import check_finite
 from glesam_ros.models.glesam import catalogue
 from glesam_ros.models.glesam.enhancer import (
     TOKENS,
@@ -640,10 +641,7 @@ class RassModel:
             pixels = torch.from_numpy(np.ascontiguousarray(resized))[None].to(self._place)
             shares = self._network.head(self._network.slide(pixels, self._features)).shares()[0]
             found = shares.clamp_min(LEAST_SHARE).log().cpu().numpy()
-        if not np.isfinite(found).all():
-            raise RuntimeError(
-                f"{NAME} on {self.device}: expected finite values, got NaN or infinity; take precision bf16 or fp32"
-            )
+        check_finite(found, f"{NAME} on {self.device}")
         return np.asarray(found, np.float32)
 
     def free(self) -> None:

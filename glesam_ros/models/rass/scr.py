@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glesam_ros.models.base import OutOfMemory
+from glesam_ros.models.base import OutOfMemory, check_finite
 from glesam_ros.models.glesam import catalogue
 from glesam_ros.models.glesam.enhancer import (
     LORA_TARGETS,
@@ -585,10 +585,7 @@ class ScrRestorer:
             total[rows, columns] += self._run(padded[rows, columns], text) * weight[..., None]
             weights[rows, columns] += weight[..., None]
         restored: FloatArray = np.asarray((total / weights)[:height, :width], np.float32)
-        if not np.isfinite(restored).all():
-            raise RuntimeError(
-                f"{NAME} on {self.device}: expected finite pixels, got NaN or infinity; take precision bf16 or fp32"
-            )
+        check_finite(restored, f"{NAME} on {self.device}")
         return np.asarray(np.clip(np.rint(keep_colours(restored, image)), 0, 255), np.uint8)
 
     def _run(self, tile: UInt8Array, prompt: Tensor) -> FloatArray:
