@@ -15,6 +15,7 @@ from glesam_ros.masks import Indices, areas, extents_of, mask_nms, upsample_into
 from glesam_ros.memory import MemoryLadder
 from glesam_ros.models import Budget, Candidates, Embedding, OutOfMemory, SegmentationModel, load_model
 from glesam_ros.models.base import STABILITY_OFFSET
+from glesam_ros.models.shapes import drop_islands
 from glesam_ros.pace import Pace
 from glesam_ros.settings import Settings
 from glesam_ros.validation import FloatArray, UInt8Array, check_boxes, check_image, check_points
@@ -80,8 +81,14 @@ class Pipeline:
     @settings.setter
     def settings(self, settings: Settings) -> None:
         self._settings = settings
+        self._resolved = resolved(settings, self.model)
         self.memory.ask(settings.processing_size, settings.points_per_batch)
         self.pace.ask(settings.processing_size, settings.frame_budget_ms)
+
+    @property
+    def resolved(self) -> Settings:
+        """The settings with the model's own thresholds where they name none."""
+        return self._resolved
 
     def encode(self, image: Any, gate: EnhancementGate | None = None) -> Embedding:
         """Embed an image and enhance its latent where the mode says so; the expensive half.
@@ -114,7 +121,7 @@ class Pipeline:
             ValueError: prompts of wrong shape, range or count.
             OutOfMemory, RuntimeError: as for `encode`.
         """
-        s = self.settings
+        s = self.resolved
         if points is None and labels is not None:
             raise ValueError("labels: expected None without points, got labels; hand in the points they belong to")
         if points is None and boxes is None:
@@ -252,8 +259,14 @@ class Pipeline:
         )
 
 
+def resolved(settings: Settings, model: SegmentationModel) -> Settings:
+    """Settings with the model's own thresholds where they are below 0."""
+    own = dict(zip(("score_threshold", "stability_threshold"), model.thresholds))
+    return settings.replace(**{name: value for name, value in own.items() if getattr(settings, name) < 0})
+
+
 def budget(s: Settings) -> Budget:
-    """What the settings allow a call into the model."""
+    """What the settings allow a call into the model; its own thresholds `resolved`."""
     return Budget(
         s.processing_size, s.points_per_side, s.points_per_batch, s.crop_layers, s.stability_threshold, s.nms_iou,
         s.second_look,
@@ -334,6 +347,8 @@ def _to_instances(
         row = len(rows)
         if row == limit:
             break
+        if found.islands:
+            drop_islands(found.logits[k], found.islands, extent=extent)
         box, area = upsample_into(masks[row], found.logits[k], extent)
         if area < min_area:
             masks[row, box[1] : box[3], box[0] : box[2]] = False
@@ -344,7 +359,8 @@ def _to_instances(
     return Instances(
         masks=masks[:count],
         boxes=boxes[:count],
-        scores=np.clip(found.scores[rows], 0, 1).astype(np.float32),
+        # an empty mask, which a prompt may have, is nothing to trust
+        scores=np.where(boxes[:count, 2] > 0, np.clip(found.scores[rows], 0, 1), 0).astype(np.float32),
         stability=stability[rows],
         ids=np.arange(1, count + 1, dtype=np.int32),
         degradation=float(np.clip(embedding.degradation, 0, 1)),

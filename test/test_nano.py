@@ -460,7 +460,53 @@ def test_size_of_the_second_look(bad, first: int, afar: int, near: int) -> None:
     model.prompt(embedding, np.float32([[[9, 9]]]), np.float32([[1]]), Budget())
     model.prompt(embedding, np.float32([[[9, 9], [40, 40]]]), np.float32([[2, 3]]), Budget())
     assert [4 * s4.shape[3] for s4, _, _ in kept.results] == [afar, near]
-    assert (long_side(first, True), long_side(first, False)) == (afar, near)
+    assert (long_side(first, False), long_side(first, True)) == (afar, near)
+
+
+def test_what_fills_the_frame_is_looked_at_as_what_is_near(bad) -> None:
+    model = Nano("cpu", threads=1)
+    embedding = dataclasses.replace(model.enhance(model.encode(bad, Budget())), degradation=1.0)
+    model._stem = kept = Kept(model._stem)
+    height, width = bad.shape[:2]
+    large, small = [[5, 5], [width - 5, height - 5]], [[0, 0], [20, 20]]
+    for boxes in ([large], [large], [large, small], [small, [[width - 20, height - 20], [width, height]]], [large]):
+        model.prompt(embedding, np.float32(boxes), np.float32([[2, 3]] * len(boxes)), Budget())
+    # several may be small, so they are seen in more detail; the same look is not taken twice
+    assert [4 * s4.shape[3] for s4, _, _ in kept.results] == [320, 384, 320]
+
+
+@pytest.mark.parametrize(("part", "call"), [
+    ("_stem", lambda model, image, seen: model.encode(image, Budget())),
+    ("_decoder", lambda model, image, seen: model.propose(seen, 0.1, 64, Budget())),
+    ("_prompt", lambda model, image, seen: model.prompt(seen, np.float32([[[9, 9]]]), np.float32([[1]]), Budget())),
+])
+def test_what_overflows_is_an_error_and_no_empty_scene(scene, part: str, call: Any) -> None:
+    class Overflows(Kept):
+        def run(self, *args: Any) -> Any:
+            *others, last = super().run(*args)
+            return [*others, np.full_like(last, np.nan)]
+
+    model = Nano("cpu", threads=1)
+    seen = model.encode(scene[0], Budget()).finished()
+    setattr(model, part, Overflows(getattr(model, part)))
+    with pytest.raises(RuntimeError, match="of nano on cpu .*: expected finite values, got NaN or infinity.*precision"):
+        call(model, scene[0], seen)
+
+
+def test_specks_of_everything_mode_go(scene) -> None:
+    pipe = load_pipeline("nano", device="cpu", enhancement="off")
+    embedding = pipe.encode(scene[0])
+    found = pipe.model.propose(embedding, 0.15, 256, Budget(stability_threshold=0.5))
+    least = {}
+    for islands in (0.0, found.islands):
+        shown = pipe._everything(embedding, dataclasses.replace(found, islands=islands), pipe.resolved)
+        shares = []
+        for mask in shown.masks:
+            sizes = np.bincount(cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)[1].ravel())[1:]
+            shares.append(sizes.min() / sizes.max())
+        least[islands] = min(shares)
+    # interpolation changes the sizes of small parts
+    assert least[0.0] < 0.05 < 0.5 * shapes.SPECK < least[shapes.SPECK]
 
 
 def test_two_threads_may_decode_an_embedding(scene) -> None:

@@ -25,12 +25,14 @@ class Known:
     device = "cpu"
     classes: tuple[str, ...] = ("object",)
     own_size = 512
+    thresholds = (0.15, 0.5)
     overlaps = False
 
     def __init__(self, logits: Any = None, scores: Any = None, pause: float = 0.0) -> None:
         self.logits = np.zeros((0, HEIGHT, WIDTH), np.float32) if logits is None else np.asarray(logits, np.float32)
         self.scores = np.asarray([] if scores is None else scores, np.float32)
         self.rank: Any = None
+        self.islands = 0.0
         self.pause = pause
         self.inside = 0
         self.most_inside = 0
@@ -56,7 +58,7 @@ class Known:
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Any) -> Candidates:
         self._work()
         self.asked.append((score_threshold, limit))
-        return Candidates(self.logits, self.scores, self.rank)
+        return Candidates(self.logits.copy(), self.scores, self.rank, self.islands)
 
     def prompt(self, embedding: Embedding, points: Any, labels: Any, budget: Any) -> Candidates:
         self._work()
@@ -206,6 +208,37 @@ class TestEverything:
         assert found.areas.tolist() == [100]
         assert len(pipeline(Known(logits, [0.9]), stability_threshold=0.26).segment(picture())) == 0
 
+    def test_thresholds_below_0_are_those_of_the_model(self) -> None:
+        logits = rectangles((0, 0, 9, 9), (20, 0, 29, 9), (40, 0, 49, 9))
+        logits[2, 3:9, 40:49] = 0.5  # of stability a third
+        model = Known(logits, [0.75, 0.5, 0.9])
+        model.thresholds = (0.6, 0.4)
+        pipe = pipeline(model)
+        assert pipe.segment(picture()).scores.tolist() == [0.75]
+        assert model.asked[-1][0] == 0.6
+        for asked, expected, kept in (
+            ((0.0, -1.0), (0.0, 0.4), [0.75, 0.5]),
+            ((-0.5, 0.0), (0.6, 0.0), [0.9, 0.75]),
+            ((0.0, 0.0), (0.0, 0.0), [0.9, 0.75, 0.5]),
+        ):
+            pipe.settings = pipe.settings.replace(**dict(zip(("score_threshold", "stability_threshold"), asked)))
+            assert (pipe.resolved.score_threshold, pipe.resolved.stability_threshold) == expected
+            assert pipe.segment(picture()).scores.tolist() == pytest.approx(kept)
+        assert (pipe.settings.score_threshold, pipe.settings.stability_threshold) == (0.0, 0.0)
+
+    def test_small_separate_parts_go_where_the_model_says_so(self) -> None:
+        logits = rectangles((0, 0, 20, 10))
+        logits[0, 20:24, 40:50] = logits[0, 30:32, 40:50] = 1e3  # a fifth and a tenth of the other
+        model = Known(logits, [0.9])
+        sizes = {}
+        for share in (0.0, 0.2, 0.21):
+            model.islands = share
+            found = pipeline(model).segment(picture())
+            sizes[share] = found.areas.tolist(), found.boxes[0].tolist()
+        assert sizes == {
+            0.0: ([260], [0, 0, 50, 32]), 0.2: ([240], [0, 0, 50, 24]), 0.21: ([200], [0, 0, 20, 10])
+        }
+
     def test_min_area_is_in_pixels_of_the_image(self) -> None:
         logits = np.full((3, 12, 16), -1e-3, np.float32)
         logits[0, 2:5, 2:5] = logits[1, 8:10, 8:10] = logits[2, 8, 2] = 1e3
@@ -213,6 +246,17 @@ class TestEverything:
         for smallest in (*areas, areas[1] + 1):
             pipe = pipeline(Known(logits, [0.9, 0.8, 0.7]), min_area=smallest, stability_threshold=0.0)
             assert pipe.segment(picture()).areas.tolist() == [a for a in areas if a >= smallest]
+
+    def test_an_empty_mask_of_a_prompt_is_nothing_to_trust(self) -> None:
+        logits = rectangles((1, 2, 11, 12), (1, 1, 1, 1))
+
+        class Prompted(Known):
+            def prompt(self, *_: Any) -> Candidates:
+                return Candidates(logits, np.float32([0.7, 0.9]))
+
+        found = pipeline(Prompted()).segment(picture(), boxes=[[1, 2, 11, 12], [40, 5, 41, 6]])
+        assert found.areas.tolist() == [100, 0] and found.boxes[1].tolist() == [0, 0, 0, 0]
+        assert found.scores.tolist() == pytest.approx([0.7, 0])
 
     def test_a_mask_without_a_pixel_is_no_instance(self) -> None:
         logits = np.full((1, 12, 16), -1000, np.float32)

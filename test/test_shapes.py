@@ -26,24 +26,40 @@ def middle(x: int, y: int) -> np.ndarray:
 
 def test_a_part_below_half_of_the_largest_becomes_background() -> None:
     logits = parts((0, 0, 10, 2), (20, 10, 30, 11), (0, 10, 9, 11))
-    drop_islands(logits, middle(15, 15))
-    assert ISLAND == 0.5
+    drop_islands(logits, 0.5, middle(15, 15))
     # 20 cells, 10, 9: the last is less than half of the first
     expected = parts((0, 0, 10, 2), (20, 10, 30, 11))
-    expected[10, :9] = -1 - 2
+    expected[10, :9] = -2
     np.testing.assert_array_equal(logits, expected)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 36), (0.25, 36), (0.26, 31), (0.55, 31), (0.56, 20), (1.0, 20)])
+def test_the_share_says_what_is_small(share: float, kept: int) -> None:
+    # beside the background, which here is the smallest part of all
+    logits = parts((0, 0, 10, 2), (12, 0, 23, 1), (25, 0, 30, 1))[:2, :30]
+    drop_islands(logits, share, extent=(0, 0, 30, 2))
+    assert (logits > 0).sum() == kept
+
+
+def test_only_the_extent_is_looked_at() -> None:
+    logits = parts((2, 3, 12, 5), (20, 10, 22, 11))
+    whole = logits.copy()
+    drop_islands(whole, 0.5)
+    drop_islands(logits, 0.5, extent=(2, 3, 22, 11))
+    np.testing.assert_array_equal(logits, whole)
+    assert (logits > 0).sum() == 20
 
 
 def test_cells_that_touch_at_a_corner_are_apart() -> None:
     logits = parts((0, 0, 10, 2), (10, 2, 12, 3))
-    drop_islands(logits, middle(0, 0))
+    drop_islands(logits, ISLAND, middle(0, 0))
     assert (logits > 0).sum() == 20
 
 
 @pytest.mark.parametrize(("point", "kept"), [((25, 5), 22), ((3, 1), 20), ((15, 15), 20), ((24, 5), 22), ((23, 5), 20)])
 def test_the_part_under_the_point_stays(point: tuple[int, int], kept: int) -> None:
     logits = parts((0, 0, 10, 2), (24, 5, 26, 6))
-    drop_islands(logits, middle(*point))
+    drop_islands(logits, ISLAND, middle(*point))
     assert (logits > 0).sum() == kept
 
 
@@ -52,16 +68,16 @@ def test_the_part_under_the_point_stays(point: tuple[int, int], kept: int) -> No
 )
 def test_points_at_and_beyond_the_border_count_for_the_nearest_cell(xy, corner) -> None:
     logits = parts((5, 5, 15, 7), (0, 0, 1, 1), (29, 19, 30, 20), (29, 0, 30, 1))
-    drop_islands(logits, np.float32(xy))
+    drop_islands(logits, ISLAND, np.float32(xy))
     assert logits[corner] == 2
     assert (logits > 0).sum() == 21
 
 
 @pytest.mark.parametrize("rectangles", [(), ((9, 9, 10, 10),), ((0, 0, 30, 20),)])
-def test_masks_in_one_piece_and_empty_ones_stay(rectangles) -> None:
+def test_masks_in_one_piece_and_empty_ones_stay(rectangles: tuple[tuple[int, int, int, int], ...]) -> None:
     logits = parts(*rectangles)
     before = logits.copy()
-    drop_islands(logits, middle(3, 3))
+    drop_islands(logits, ISLAND, middle(3, 3))
     np.testing.assert_array_equal(logits, before)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from glesam_ros.masks import extents_of
 from glesam_ros.models import second_look, shapes
-from glesam_ros.models.base import Budget, Candidates, Embedding
+from glesam_ros.models.base import Budget, Candidates, Embedding, check_finite
 from glesam_ros.models.onnx_session import AGAIN, engine_cache, on_device, open_session, run_session
 from glesam_ros.models.proposals import choose
 from glesam_ros.validation import FloatArray, UInt8Array
@@ -26,6 +26,8 @@ _LOG = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"
 OWN_SIZE = 512
 """Long side of the image inside the model where the budget names none."""
+THRESHOLDS = (0.15, 0.5)
+"""Score and stability below which everything mode drops masks where the settings name none."""
 LEAST_SIZE = 256
 """Smaller long sides inside the model are taken as this."""
 MULTIPLE = 32
@@ -66,6 +68,7 @@ class Nano:
     name = "nano"
     classes: tuple[str, ...] = ("object",)
     own_size = OWN_SIZE
+    thresholds = THRESHOLDS
     overlaps = False
 
     def __init__(
@@ -109,6 +112,7 @@ class Nano:
         size = (int(image.shape[0]), int(image.shape[1]))
         inside = resized(image, model_size(size, max(LEAST_SIZE, budget.processing_size or OWN_SIZE)))
         s4, s8, level = run_session(self._stem, {"image": inside[None]})
+        check_finite(level, f"level of nano on {self.device}")
         seen = Embedding(None, size, float(level[0]), extra={"image": image, "s4": s4, "s8": s8})
         finish, adapt = (functools.partial(self._finish, seen, trunk) for trunk in (self._trunk, self._adapted))
         return dataclasses.replace(seen, finish=finish, adapt=adapt)
@@ -125,11 +129,12 @@ class Nano:
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
         """As `SegmentationModel.propose`: logits (K, h / 4, w / 4) float32. Raises OutOfMemory."""
         features, _, _, weights, scores = self._shared(embedding)
+        check_finite(scores, f"scores of nano on {self.device}")
         chosen, found, rank = choose(
             weights.reshape(-1, weights.shape[-1]), scores.ravel(), features[0],
             score_threshold, budget.stability_threshold, budget.nms_iou, math.ceil(DISTINCT * limit),
         )
-        return Candidates(_masks(chosen, features), found, rank)
+        return Candidates(_masks(chosen, features), found, rank, islands=shapes.SPECK)
 
     def prompt(self, embedding: Embedding, points: FloatArray, labels: FloatArray, budget: Budget) -> Candidates:
         """As `SegmentationModel.prompt`: logits (B, h / 4, w / 4) float32. Raises OutOfMemory.
@@ -147,12 +152,13 @@ class Nano:
         # a lone point may mean several things, the most convincing wins; anything more has one answer
         is_lone = (labels >= 0).sum(1) == 1
         share = second_look.share(embedding.degradation) if budget.second_look and embedding.enhanced else 0.0
-        window = second_look.whole(features.shape[2:])
+        window, is_near = second_look.whole(features.shape[2:]), False
         if share > 0:
             if not is_lone.any():  # what a lone point means is seen best from afar
                 extents = [extents_of(_masks(weights[piece, 0], features) > 0) for piece in pieces]
                 window = second_look.around(window.grid, np.concatenate(extents), xy, labels)
-            second = self._second(embedding, window)
+                is_near = len(xy) == 1 or not window.is_whole
+            second = self._second(embedding, window, is_near)
             others, their_scores = self._kernels(second, *window.prompts(xy, labels), pieces)
             scores = (1 - share) * scores + share * their_scores
         chosen = np.arange(len(xy)), np.where(is_lone, 1 + scores[:, 1:].argmax(1), 0)
@@ -168,7 +174,7 @@ class Nano:
                 part[piece] += share * (_enlarged(seen, part.shape[1:]) - part[piece])
         shapes.keep_to_boxes(logits, xy, labels)
         for k in np.flatnonzero(is_lone):
-            shapes.drop_islands(logits[k], xy[k][labels[k] >= 0][0])
+            shapes.drop_islands(logits[k], shapes.ISLAND, xy[k][labels[k] >= 0][0])
         return Candidates(logits, scores)
 
     def free(self) -> None:
@@ -191,15 +197,16 @@ class Nano:
         shared: tuple[Any, ...] = tuple(embedding.extra["shared"])
         return shared
 
-    def _second(self, embedding: Embedding, window: second_look.Window) -> Embedding:
+    def _second(self, embedding: Embedding, window: second_look.Window, is_near: bool) -> Embedding:
         """That of a part of the image, mirrored, the last one kept: another opinion, whose errors are others."""
-        kept: tuple[second_look.Window, Embedding] | None = embedding.extra.get("second")
-        if kept is None or kept[0] != window:
-            image, first = embedding.extra["image"], 4 * max(embedding.extra["s4"].shape[2:])
-            size = model_size(image.shape[:2], second_look.long_side(first, window.is_whole))
+        image, first = embedding.extra["image"], 4 * max(embedding.extra["s4"].shape[2:])
+        look = window, second_look.long_side(first, is_near)
+        kept: tuple[tuple[second_look.Window, int], Embedding] | None = embedding.extra.get("second")
+        if kept is None or kept[0] != look:
+            size = model_size(image.shape[:2], look[1])
             seen = self.encode(resized(window.mirrored(image), size), Budget(processing_size=max(size)))
             # measured: the denoising step changes nothing here
-            kept = embedding.extra["second"] = window, seen.adapted()
+            kept = embedding.extra["second"] = look, seen.adapted()
         return kept[1]
 
     def _kernels(
@@ -212,6 +219,7 @@ class Nano:
             run_session(self._prompt, {**seen, "xy": xy[None, part], "labels": labels[None, part]}) for part in pieces
         ]
         weights, scores = (np.concatenate([part[0] for part in parts]) for parts in zip(*found))
+        check_finite(scores, f"scores of nano on {self.device}")
         return weights, scores
 
 

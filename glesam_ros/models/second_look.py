@@ -18,10 +18,11 @@ UNCLEAR = (0.15, 0.25)
 Clear frames are answered once, in less time. A step instead of the slope would flicker in the masks of a camera near
 it.
 """
-WHOLE_SIZE = 0.75
-"""Long side of a second look at the whole frame, beside that of the first."""
+AFAR_SIZE = 0.75
+"""Long side of a second look at the frame that things may be small in, beside that of the first: several, or what a
+lone point means."""
 NEAR_SIZE = 0.625
-"""Long side of a second look at a part of the frame, beside that of a first look at all of it."""
+"""Long side of a second look at a part of the frame, or at one thing that fills it, beside that of the first."""
 LEAST_SIZE = 320
 """Below this a second look is as large as the first: smaller ones err too much to help."""
 MARGIN = 1.5
@@ -115,6 +116,6 @@ def share(level: float) -> float:
     return 0.5 * min(max((level - least) / (full - least), 0.0), 1.0)
 
 
-def long_side(first: int, is_whole: bool) -> int:
+def long_side(first: int, is_near: bool) -> int:
     """Long side of a second look in pixels, beside the `first` one's, before it is rounded to what the model takes."""
-    return max(int((WHOLE_SIZE if is_whole else NEAR_SIZE) * first), min(first, LEAST_SIZE))
+    return max(int((NEAR_SIZE if is_near else AFAR_SIZE) * first), min(first, LEAST_SIZE))

@@ -1,15 +1,18 @@
-"""What nano's masks may look like: what a box holds, what a lone point is on. What it brings: docs/models.md."""
+"""What nano's masks may look like: what a box holds, in how many parts they are. What it brings: docs/models.md."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
 
+from glesam_ros.masks import Extent, measure
 from glesam_ros.models.base import STABILITY_OFFSET
 from glesam_ros.validation import FloatArray
 
 ISLAND = 0.5
 """A separate part of a lone point's mask that is smaller than this share of the largest one does not belong to it."""
+SPECK = 0.2
+"""The same in everything mode: less than with a lone point, for what stands behind something may be in two parts."""
 OUTSIDE = 80.0
 """What logits lose outside a box for each length of its side: only certain ones stay positive a twentieth outside.
 
@@ -18,23 +21,34 @@ tight boxes and worse for loose ones.
 """
 
 
-def drop_islands(logits: FloatArray, point: FloatArray) -> None:
+def drop_islands(
+    logits: FloatArray, share: float, point: FloatArray | None = None, extent: Extent | None = None
+) -> None:
     """Make separate small parts of a mask background, in place, but not the one under the point.
 
     Args:
         logits: (h, w) float32.
-        point: (2,) xy in -1..1 of the frame.
+        share: of the largest part, 0..1; smaller ones go.
+        point: (2,) xy in -1..1 of the frame; None where no part is meant.
+        extent: of the positive logits, as `masks.measure` gives it; None where it is not at hand.
     """
-    h, w = logits.shape
-    count, parts = cv2.connectedComponents((logits > 0).astype(np.uint8), connectivity=4)
-    if count <= 2:  # the background and one part
+    left, top, right, bottom = measure(logits > 0)[0] if extent is None else extent
+    if left == right:
         return
-    x, y = np.floor((point + 1) / 2 * (w, h)).astype(np.intp).clip(0, (w - 1, h - 1))
+    window = logits[top:bottom, left:right]
+    count, parts = cv2.connectedComponents((window > 0).view(np.uint8), connectivity=4)
+    if count == 2:  # the background and one part
+        return
     sizes = np.bincount(parts.ravel())
-    is_kept = sizes >= ISLAND * sizes[1:].max()
-    is_kept[[0, parts[y, x]]] = True
+    is_small = sizes < share * sizes[1:].max()
+    is_small[0] = False
+    if point is not None:
+        h, w = logits.shape
+        x, y = np.floor((point + 1) / 2 * (w, h)).astype(np.intp).clip(0, (w - 1, h - 1))
+        if left <= x < right and top <= y < bottom:
+            is_small[parts[y - top, x - left]] = False
     # so far below 0 that the stability does not count them either
-    np.copyto(logits, -STABILITY_OFFSET - logits, where=~is_kept[parts])
+    window[is_small.take(parts)] = -2 * STABILITY_OFFSET
 
 
 def keep_to_boxes(logits: FloatArray, xy: FloatArray, labels: FloatArray) -> None:
