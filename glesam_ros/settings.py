@@ -93,6 +93,11 @@ class Settings:
     autostart: bool = _param(
         True, "Configure and activate by itself; false waits for a lifecycle manager.", read_only=True
     )
+    significant_bits: int = _param(
+        16, "What 16-bit images (mono16, bayer_rggb16, ...) fill from below; 10, 12 or 14 of cameras whose driver does "
+        "not shift their values up.",
+        low=8, high=16, unit="bits",
+    )
     enhancement: str = _param(
         "auto", "Latent enhancement: off, always, or auto (by measured degradation, with hysteresis).",
         choices=ENHANCEMENT_MODES,
@@ -106,12 +111,14 @@ class Settings:
         low=0.0, high=1.0,
     )
     score_threshold: float = _param(
-        0.15, "Instances with a lower score (predicted IoU) are dropped in everything mode.",
-        low=0.0, high=1.0,
+        -1.0, "Instances with a lower score (predicted IoU) are dropped in everything mode; below 0 it is the model's "
+        "own: nano and +glesam 0.15, SAM 0.88, SAM 2 0.8.",
+        low=-1.0, high=1.0,
     )
     stability_threshold: float = _param(
-        0.5, "Instances with a lower stability (mask IoU under a shifted threshold) are dropped in everything mode.",
-        low=0.0, high=1.0,
+        -1.0, "Instances with a lower stability (mask IoU under a shifted threshold) are dropped in everything mode; "
+        "below 0 it is the model's own: nano and +glesam 0.5, SAM and SAM 2 0.95.",
+        low=-1.0, high=1.0,
     )
     nms_iou: float = _param(
         0.7, "Of two masks that overlap more than this, the worse is dropped in everything mode: that with the lower "

@@ -19,6 +19,7 @@ class BrightRegions:
     device = "cpu"
     classes = ("object",)
     own_size = 512
+    thresholds = (0.15, 0.5)
     overlaps = False
 
     def encode(self, image: Any, budget: Any) -> Embedding:

@@ -483,11 +483,13 @@ def test_pictures_that_cannot_be_read_are_named_and_the_others_become_a_bag(tmp_
     (folder / "a.png").write_bytes(b"no picture")
     (folder / "b.png").symlink_to("/proc/self/mem")  # a file that gives an I/O error
     cv2.imwrite(str(folder / "c.png"), bright_model.scene())
-    assert bag("--from-images", folder, "--out", tmp_path / "film") == 1
+    cv2.imwrite(str(folder / "d.png"), np.zeros((2, 32767, 3), np.uint8))  # too long for this kind
+    assert bag("--from-images", folder, "--out", tmp_path / "film", "--degrade", "rolling_shutter") == 1
     said = capsys.readouterr()
-    assert "1 of 3 pictures" in said.out
+    assert "1 of 4 pictures" in said.out
     assert f"skipped {folder}/a.png: expected a picture" in said.err
     assert f"skipped {folder}/b.png: [Errno 5]" in said.err
+    assert f"skipped {folder}/d.png: image: expected a size that OpenCV can degrade" in said.err
 
 
 def test_degraded_pictures_are_worse_and_repeat_by_seed(tmp_path):

@@ -218,6 +218,7 @@ class Tight:
     name, device = "tight", "a device"
     classes: tuple[str, ...] = ("object",)
     own_size = 1024
+    thresholds = (0.15, 0.5)
 
     def __init__(self, size: int = 1024, batch: int = 1024, *, overlaps: bool = False) -> None:
         self.room, self.batch, self.overlaps = size, batch, overlaps

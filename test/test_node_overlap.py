@@ -118,7 +118,7 @@ class Sheet:
 class Numbered:
     """The number of a frame is its brightness; what is to happen to it is in `on_encode` and `on_decode`."""
 
-    name, device, classes, own_size = "numbered", "cpu", ("object",), 1024
+    name, device, classes, own_size, thresholds = "numbered", "cpu", ("object",), 1024, (0.15, 0.5)
 
     def __init__(self, overlaps=True):
         self.overlaps = overlaps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 from geometry_msgs.msg import Point, PointStamped
 from ros_graph import image_message, picture, pixels_of, wait_for
@@ -155,6 +156,28 @@ def test_a_point_outside_is_refused_with_the_numbers(fresh):
 def test_a_box_outside_or_empty_is_refused_with_the_numbers(fresh, box, parts):
     fresh.boxes(box)
     fresh.client.wait_log("refused", *parts)
+
+
+def test_a_bad_box_does_not_take_the_good_ones_with_it_and_these_keep_their_ids(fresh):
+    nan = float("nan")
+    fresh.boxes((16, 16, 48, 48), (170, 10, 200, 40), (80, 80, 120, 112), (nan, 5, nan, 9))
+    fresh.see("boxes 1 and 3", lambda m: set(np.unique(m)) == {0, 1, 3} and m[30, 30] == 1 and m[100, 100] == 3)
+    fresh.client.wait_log("refused", "touches the 160x120 image", "2 of 4 boxes are left out, the others hold")
+    fresh.point(IN_LEFT)
+    fresh.see("the point's object before them", lambda m: m[50, 40] == 1 and m[100, 100] == 4)
+    # where none is good, those before hold
+    fresh.boxes((170, 10, 200, 40))
+    fresh.client.wait_count("noticed_refused_prompt", 2)
+    assert fresh.client.counts()["prompt_boxes"] == 2
+
+
+def test_of_more_than_64_boxes_the_first_hold(fresh):
+    cells = [(20 * x, 15 * y, 20 * x + 20, 15 * y + 15) for y in range(8) for x in range(8)]
+    fresh.boxes(*cells, (0, 0, 160, 120))
+    fresh.client.wait_log("refused", "at most 64, got 65; 1 of 65 boxes are left out")
+    fresh.see("64 objects", lambda m: set(np.unique(m)) == set(range(65)))
+    fresh.boxes()
+    fresh.client.wait_count("prompt_boxes", 0)
 
 
 def test_refused_prompts_are_counted_and_the_1st_and_the_10th_are_logged(fresh):

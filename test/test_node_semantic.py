@@ -280,6 +280,22 @@ def test_more_than_256_classes_need_16_bit_and_each_camera_has_its_own_topics(la
         assert info.last.class_map[299].class_name == "person"
 
 
+def test_a_picture_that_is_ready_after_deactivate_gave_up_on_it_is_no_fault(launch, tmp_path, monkeypatch):
+    file = tmp_path / "stuck"
+    monkeypatch.setenv("STUCK_RESTORER", str(file))
+    monkeypatch.setenv("STOP_TIMEOUT_S", "0.2")
+    client = launch(restorer="negative", max_frame_age_ms=10_000)
+    file.touch()  # after the warm-up
+    masks, enhanced = client.subscribe(Image, "masks"), client.subscribe(Image, "enhanced")
+    client.stream(frames(client), lambda: masks.messages and calls(client, "restorer call"), "a call of the restorer")
+    assert not client.change_state("deactivate")
+    client.wait_log("error processing done")
+    file.unlink()
+    client.wait_log("the frame that deactivate gave up on has ended")
+    assert not enhanced.messages and client.counts()["dropped_internal_error"] == 0
+    assert "Traceback" not in client.ros.output
+
+
 def test_a_fault_beside_the_masks_costs_its_own_result_only(launch):
     client = launch(semantic="horizon", restorer="negative", max_frame_age_ms=10_000)
     inboxes = {name: client.subscribe(Image, name) for name in ("masks", "semantic", "overlay", "enhanced")}

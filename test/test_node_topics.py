@@ -95,6 +95,44 @@ def test_a_dark_image_is_enhanced(launch):
     assert scores["enhanced"] == 1.0
 
 
+def test_cameras_that_fill_12_of_16_bits(launch):
+    """Their pictures are black but for the parameter that says so, and a notice names it."""
+    client = launch(max_frame_age_ms=10_000)
+    masks = client.subscribe(Image, "masks")
+    grey = picture(((40, 30, 40, 40),), ground=(20, 20, 20))[..., 0].astype(np.uint16) << 4
+
+    def frame():
+        height, width = grey.shape
+        message = Image(height=height, width=width, encoding="mono16", step=2 * width, data=grey.tobytes())
+        message.header.stamp = client.stamp()
+        return message
+
+    client.stream(frame, lambda: masks.messages, "masks")
+    line = client.wait_log("few_values: of 16 bits the upper 8 count", "1 .. 15 only", "set significant_bits (12")
+    assert "[1 so far" in line and not pixels_of(masks.last).any()
+    client.set_parameters(significant_bits=12)
+    client.stream(frame, lambda: pixels_of(masks.last)[50, 60] == 1, "the object")
+    client.wait_count("noticed_few_values", 1)
+    time.sleep(1.2)  # diagnostics come once a second
+    noticed, before = client.counts()["noticed_few_values"], len(masks)
+    client.stream(frame, lambda: len(masks) > before + 5, "more")
+    time.sleep(1.2)
+    assert client.counts()["noticed_few_values"] == noticed
+
+
+def test_label_info_has_the_threshold_of_the_model_where_none_is_set(launch):
+    client = launch()
+    inbox = client.subscribe(LabelInfo, "label_info", QoSProfile(
+        depth=1, durability=QoSDurabilityPolicy.TRANSIENT_LOCAL
+    ))
+    wait_for(lambda: inbox.messages, "label_info")
+    assert inbox.last.threshold == pytest.approx(0.15)
+    client.set_parameters(score_threshold=0.5)
+    wait_for(lambda: inbox.last.threshold == pytest.approx(0.5), "the threshold that is set")
+    client.set_parameters(score_threshold=-1.0)
+    wait_for(lambda: inbox.last.threshold == pytest.approx(0.15), "that of the model")
+
+
 def test_label_info_waits_for_late_subscribers(launch):
     client = launch(score_threshold=0.25)
     latched = QoSProfile(depth=1, durability=QoSDurabilityPolicy.TRANSIENT_LOCAL)

@@ -157,6 +157,7 @@ class Slow(BrightRegions):
     """Remembers the sizes that it was asked for; lacks memory above `room`."""
 
     own_size = 512
+    thresholds = (0.15, 0.5)
 
     def __init__(self) -> None:
         self.sizes: list[int] = []

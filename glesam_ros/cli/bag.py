@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from glesam_ros.semantic import Restorer, SemanticSegmenter
     from glesam_ros.validation import UInt8Array
 
-SETTINGS = (*MODEL_SETTINGS, "semantic", "restorer", *SELECTION_SETTINGS, "overlay_alpha")
+SETTINGS = ("significant_bits", *MODEL_SETTINGS, "semantic", "restorer", *SELECTION_SETTINGS, "overlay_alpha")
 NAMESPACE = re.compile(r"[A-Za-z_]\w*(/[A-Za-z_]\w*)*", re.ASCII)
 """Names that ROS takes, joined by /."""
 NAMED_FRAMES = 5
@@ -236,12 +236,12 @@ def _bag_of_pictures(args: argparse.Namespace) -> int:
         nonlocal failures
         for number, path in enumerate(tqdm(paths, unit="picture", disable=None)):
             try:
-                image = read_picture(path)
+                image = _degraded(read_picture(path), args, number)
             except FAILURES as error:
                 failures += 1
                 say_skipped("bag", path, error)
                 continue
-            yield _degraded(image, args, number)
+            yield image
 
     topic = args.topic[0] if args.topic else "/camera/image_raw"
     count = write_pictures(

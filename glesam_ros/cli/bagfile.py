@@ -328,7 +328,7 @@ class ResultWriter:
             if frame.error:
                 raise frame.error
             convert = compressed_to_rgb if hasattr(frame.message, "format") else image_to_rgb
-            image = convert(frame.message)
+            image = convert(frame.message, self.pipeline.settings.significant_bits)
         except ConversionError as error:
             self.tally.bad[error.reason] += 1
             return error

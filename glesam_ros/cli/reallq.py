@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import CommandError, add_settings, not_negative, open_pipeline, positive, progress
+from glesam_ros.settings import default
 
 if TYPE_CHECKING:
     from glesam_ros.cli.bagfile import BagSource, Frame
@@ -87,7 +88,7 @@ def add_parser(commands: Any) -> None:
     pick.add_argument(
         "--force", action="store_true", help="pick anew where SET has other settings; never where it has labels"
     )
-    add_settings(pick, SETTINGS)
+    add_settings(pick, (*SETTINGS, "significant_bits"))
     pick.set_defaults(func=run_pick, usage_error=pick.error, model=LEVEL_MODEL, enhancement="off")
     read = actions.add_parser("read", help="read the labels back as annotations")
     read.add_argument("folder", type=Path, metavar="SET", help="what `glesam reallq pick` made")
@@ -114,7 +115,7 @@ def run_pick(args: argparse.Namespace) -> int:
         topics, notes = source.image_topics(args.topic, "/glesam")
         for note in notes:
             print(f"glesam reallq: {note}", file=sys.stderr)
-        return _pick(args, BagRecording(source, topics), args.measure)
+        return _pick(args, BagRecording(source, topics, args.significant_bits), args.measure)
 
 
 def run_read(args: argparse.Namespace) -> int:
@@ -145,10 +146,12 @@ class BagRecording:
     Args:
         source: an open bag.
         topics: image topics.
+        bits: significant ones of 16-bit images, see `glesam_ros.Settings`.
     """
 
-    def __init__(self, source: BagSource, topics: Sequence[str]) -> None:
+    def __init__(self, source: BagSource, topics: Sequence[str], bits: int) -> None:
         self.source = source
+        self.bits = bits
         self.topics = list(topics)
         counts = {topic: sum(c.msgcount for c in source.connections if c.topic == topic) for topic in topics}
         self.total = sum(counts.values())
@@ -156,6 +159,8 @@ class BagRecording:
         self.identity: dict[str, Any] = {
             "bag": source.path.name, "topics": counts, "start": reader.start_time, "end": reader.end_time,
         }
+        if bits != default("significant_bits"):  # sets that were picked before there was a choice go on
+            self.identity["significant_bits"] = bits
 
     def shots(self) -> Iterator[Shot]:
         """All messages of the topics, the bad ones too."""
@@ -167,7 +172,7 @@ class BagRecording:
             moment = stamp or frame.log_time  # some drivers leave the stamp empty
             yield Shot(
                 number, frame.topic, frame.topic, f"{frame.topic}_{moment // 10**9}_{moment % 10**9:09d}",
-                frame.log_time, stamp, "" if header is None else header.frame_id, _reader(frame),
+                frame.log_time, stamp, "" if header is None else header.frame_id, _reader(frame, self.bits),
             )
 
 
@@ -205,13 +210,13 @@ class PictureFolder:
             yield Shot(number, path.name, "", path.stem, moment, None, "", functools.partial(read_picture, path))
 
 
-def _reader(frame: Frame) -> Callable[[], UInt8Array]:
+def _reader(frame: Frame, bits: int) -> Callable[[], UInt8Array]:
     from glesam_ros.ros.conversions import compressed_to_rgb, image_to_rgb
 
     def read() -> UInt8Array:
         if frame.error:
             raise frame.error
-        return (compressed_to_rgb if hasattr(frame.message, "format") else image_to_rgb)(frame.message)
+        return (compressed_to_rgb if hasattr(frame.message, "format") else image_to_rgb)(frame.message, bits)
 
     return read
 

@@ -100,20 +100,24 @@ _ALIASES = {
     "16UC4": "bgra16",
 }
 
+MOST_BITS = 16
+"""Of a channel."""
 ENCODINGS = (*_LAYOUTS, *_PLANAR, *_ALIASES)
 """Every `sensor_msgs/Image.encoding` that `image_to_rgb` understands."""
 
 
-def image_to_rgb(msg: Any) -> UInt8Array:
+def image_to_rgb(msg: Any, significant_bits: int = MOST_BITS) -> UInt8Array:
     """Pixels of a `sensor_msgs/Image` as (H, W, 3) uint8 RGB.
 
     rgb8 comes back as a view of `msg.data` (rows may be padded: do not write into it), everything else as one new
-    array. 16-bit channels become 8-bit by ``>> 8`` (before demosaicing); 32-bit floats are expected in 0..1 and become
-    ``round(255 * value)``. Alpha is dropped. The generic OpenCV names 8UC3, 16UC3 and 32FC3 are read in BGR order. The
-    plane of chroma of nv12, nv21 and nv24 follows that of Y; `step` is the stride of both, of nv24's chroma twice that.
+    array. 16-bit channels become 8-bit by ``>> 8`` (before demosaicing), by less where fewer bits are significant;
+    32-bit floats are expected in 0..1 and become ``round(255 * value)``. Alpha is dropped. The generic OpenCV names
+    8UC3, 16UC3 and 32FC3 are read in BGR order. The plane of chroma of nv12, nv21 and nv24 follows that of Y; `step` is
+    the stride of both, of nv24's chroma twice that.
 
     Args:
         msg: sensor_msgs/Image of rclpy or rosbags; `data` may be array.array, bytes or a numpy array.
+        significant_bits: what 16-bit channels fill from below, 8..16; larger values are white.
 
     Raises:
         ConversionError: zero_size, unknown_encoding, odd_width (of yuv422, nv12, nv21), odd_height (of nv12, nv21),
@@ -142,6 +146,9 @@ def image_to_rgb(msg: Any) -> UInt8Array:
     big = bool(msg.is_bigendian)
     if layout.depth == 4:
         channels = _unit_to_byte(_view(data, height, width, layout.channels, step, np.dtype(">f4" if big else "<f4")))
+    elif layout.depth == 2 and significant_bits < MOST_BITS:
+        values = _view(data, height, width, layout.channels, step, np.dtype(">u2" if big else "<u2"))
+        channels = _upper_8(values, significant_bits)
     elif layout.depth == 2:
         # value >> 8 is the high byte of each value, wherever it lies
         pairs = _view(data, height, width * layout.channels, 2, step, np.dtype(np.uint8))
@@ -150,6 +157,11 @@ def image_to_rgb(msg: Any) -> UInt8Array:
     else:
         channels = _view(data, height, width, layout.channels, step, np.dtype(np.uint8))
     return _to_rgb(channels, layout.to_rgb)
+
+
+def _upper_8(values: Any, significant_bits: int) -> UInt8Array:
+    """Unsigned 16-bit values that fill so many bits -> the upper 8 of these, uint8; 255 for larger ones."""
+    return np.asarray(np.minimum(values >> (significant_bits - 8), 255), np.uint8)
 
 
 def _planar_to_rgb(msg: Any, layout: _Planar) -> UInt8Array:
@@ -192,15 +204,16 @@ def _checked_data(msg: Any, row: int, what: str, needed: int) -> UInt8Array:
     return np.frombuffer(msg.data, np.uint8)
 
 
-def compressed_to_rgb(msg: Any) -> UInt8Array:
+def compressed_to_rgb(msg: Any, significant_bits: int = MOST_BITS) -> UInt8Array:
     """Pixels of a `sensor_msgs/CompressedImage` (JPEG or PNG) as (H, W, 3) uint8 RGB.
 
-    The format strings of image_transport ("bgr8; jpeg compressed bgr8") and of plain drivers ("jpeg", "png") are both
-    understood. 16-bit PNG becomes 8-bit by ``>> 8``; a Bayer mosaic stored as it is is demosaiced; alpha is dropped;
-    the EXIF orientation is ignored, so that masks fit the pixels as stored.
+    The format strings of image_transport ("bgr8; jpeg compressed bgr8") and of plain drivers ("jpeg", "png", "") are
+    understood. 16-bit PNG becomes 8-bit as with `image_to_rgb`; a Bayer mosaic stored as it is is demosaiced; alpha is
+    dropped; the EXIF orientation is ignored, so that masks fit the pixels as stored.
 
     Args:
         msg: sensor_msgs/CompressedImage of rclpy or rosbags; `data` may be array.array, bytes or a numpy array.
+        significant_bits: as for `image_to_rgb`.
 
     Raises:
         ConversionError: unknown_format (also compressedDepth), zero_size (no data), corrupt_image (cut or broken).
@@ -213,14 +226,10 @@ def compressed_to_rgb(msg: Any) -> UInt8Array:
             f"expected format jpeg or png of a colour camera, got {stated!r}, which holds distances; subscribe to the "
             "colour camera's compressed topic",
         )
-    if not re.search(r"\b(m?jpe?g|png)\b", stated.lower()):
-        raise ConversionError(
-            "unknown_format", f"expected format jpeg or png, got {stated!r}; set the camera driver to one of them"
-        )
     data = bytes(memoryview(msg.data))
     if not data:
         raise ConversionError("zero_size", f"expected a picture ({stated!r}), got no data; check the camera driver")
-    # the bytes decide: many drivers state one format and send the other
+    # the bytes decide: many drivers state one format and send the other, or none
     jpeg_end = None
     if data[:2] == b"\xff\xd8":
         jpeg_end = end_of_jpeg(data)
@@ -228,6 +237,10 @@ def compressed_to_rgb(msg: Any) -> UInt8Array:
             raise _truncated("JPEG", len(data), "its end marker FF D9")
     elif data[:8] == b"\x89PNG\r\n\x1a\n":
         _check_png(data)
+    elif not re.search(r"\b(m?jpe?g|png)\b", stated.lower()):
+        raise ConversionError(
+            "unknown_format", f"expected format jpeg or png, got {stated!r}; set the camera driver to one of them"
+        )
     else:
         raise ConversionError(
             "corrupt_image",
@@ -255,7 +268,7 @@ def compressed_to_rgb(msg: Any) -> UInt8Array:
         if not np.array_equal(pixels, decoded):
             raise _truncated("JPEG", len(data), "its last rows")
     if pixels.dtype == np.uint16:
-        pixels = (pixels >> 8).astype(np.uint8)
+        pixels = _upper_8(pixels, significant_bits)
     if mosaic and bayer is not None:
         return _to_rgb(pixels[..., None], _BAYER[bayer[1]])
     # image_transport states "compressed rgb8" when the channels were not swapped before the coder

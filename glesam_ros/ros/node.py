@@ -29,6 +29,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import SetBool, Trigger
 
 from glesam_ros.models import OutOfMemory
+from glesam_ros.models.base import return_freed_memory
 from glesam_ros.pipeline import Pipeline, load_pipeline
 from glesam_ros.ros import diagnostics, parameters, qos
 from glesam_ros.ros.camera import Camera
@@ -197,7 +198,7 @@ class PerceptionNode(LifecycleNode):
         for name in self.settings.cameras:
             prefix = f"{name}/" if name else ""
             outputs = Outputs(
-                self, prefix, pipeline.model.classes, self.settings.score_threshold,
+                self, prefix, pipeline.model.classes, pipeline.resolved.score_threshold,
                 semantic_classes=self._segmenter.classes if self._segmenter is not None else None,
                 restores=self._restorer is not None,
             )
@@ -245,6 +246,7 @@ class PerceptionNode(LifecycleNode):
         _close(models)
         del worker, models
         gc.collect()
+        return_freed_memory()
         for camera in self._cameras.values():
             camera.ledger.rest()
 
@@ -255,6 +257,7 @@ class PerceptionNode(LifecycleNode):
             _close(models)
         finally:
             self._is_stuck = False
+        return_freed_memory()
         self.get_logger().info("the frame that deactivate gave up on has ended, its model is freed; configure again")
 
     def _load(self) -> Pipeline:
@@ -467,8 +470,8 @@ class PerceptionNode(LifecycleNode):
             return SetParametersResult(successful=False, reason=str(error))
         if (pipeline := self._pipeline) is not None:
             pipeline.settings = self.settings
-        for camera in list(self._cameras.values()):
-            camera.outputs.tell_threshold(self.settings.score_threshold)
+            for camera in list(self._cameras.values()):
+                camera.outputs.tell_threshold(pipeline.resolved.score_threshold)
         return SetParametersResult(successful=True)
 
     def _tell_what_counts(self, names: Iterable[str]) -> None:

@@ -134,7 +134,7 @@ class Outputs:
             message = _detections(instances, header, self._classes[0])
             if semantic is not None:
                 _add_classes(message, instances, semantic)
-            self._publishers["detections"].publish(message)
+            self._publish("detections", message)
 
     def publish_semantic(self, wanted: frozenset[str], header: Header, semantic: SemanticMap) -> None:
         """Publish `semantic` (mono8, or mono16 where there are more than 256 classes) and its confidence where wanted.
@@ -160,7 +160,7 @@ class Outputs:
                 vision.ObjectHypothesis(class_id="degradation", score=float(degradation)),
                 vision.ObjectHypothesis(class_id="enhanced", score=float(enhanced)),
             ]
-            self._publishers["quality"].publish(message)
+            self._publish("quality", message)
 
     def publish_overlay(
         self,
@@ -178,7 +178,12 @@ class Outputs:
             self._show("overlay", picture, "bgr8", header)
 
     def _is_heard(self, topic: str) -> bool:
-        return self._publishers[topic].get_subscription_count() > 0
+        return topic in self._publishers and self._publishers[topic].get_subscription_count() > 0
+
+    def _publish(self, topic: str, message: Any) -> None:
+        """Publish, unless the topics are gone: a frame that deactivate gave up on ends after them."""
+        if topic in self._publishers:
+            self._publishers[topic].publish(message)
 
     def _show(self, name: str, array: np.ndarray[Any, Any], encoding: str, header: Header) -> None:
         """Publish an image, raw, compressed or both, as its subscribers have it."""

@@ -38,7 +38,7 @@ class CameraPrompts:
         self._lock = threading.Lock()
         self._points: list[_Point] = []
         self._points_since = 0.0
-        self._boxes: list[tuple[float, float, float, float]] = []
+        self._boxes: dict[int, tuple[float, float, float, float]] = {}
         self._boxes_since = 0.0
         self._size = 0, 0
 
@@ -69,7 +69,7 @@ class CameraPrompts:
             return "; ".join(warnings)
 
     def set_boxes(self, boxes: Any, size: tuple[int, int], timeout_s: float) -> str:
-        """Replace all boxes; none clears them.
+        """Replace all boxes; none clears them. A bad one is left out, and the others keep their places in the order.
 
         Args:
             boxes: (M, 4) xyxy in pixels of the image of `size` (height, width).
@@ -79,23 +79,33 @@ class CameraPrompts:
             A warning when prompts of another resolution were dropped, else "".
 
         Raises:
-            ValueError: a box that is empty or does not touch the image, or too many boxes.
+            ValueError: some were refused, and the others hold: empty, not finite, beside the image, or one too many.
+                Where none is good, those before hold.
         """
-        if len(boxes) > MAX_BOXES:
-            raise ValueError(f"boxes: expected at most {MAX_BOXES}, got {len(boxes)}")
-        checked = check_boxes(boxes, size) if len(boxes) else np.zeros((0, 4), np.float32)
+        good: dict[int, tuple[float, float, float, float]] = {}
+        fault = f"boxes: expected at most {MAX_BOXES}, got {len(boxes)}" if len(boxes) > MAX_BOXES else ""
+        for place, box in enumerate(boxes[:MAX_BOXES]):
+            try:
+                good[place] = tuple(check_boxes([box], size)[0].tolist())
+            except ValueError as error:
+                fault = fault or str(error)
+        if fault and not good:
+            raise ValueError(fault)
         with self._lock:
-            self._boxes = []
+            self._boxes = {}
             warnings = self._forget_gone(size, timeout_s)
-            self._boxes = [tuple(b) for b in checked.tolist()]
+            self._boxes = good
             self._boxes_since = self._clock()
-            return "; ".join(warnings)
+        if fault:
+            left_out = f"{len(boxes) - len(good)} of {len(boxes)} boxes are left out, the others hold"
+            raise ValueError("; ".join([fault, left_out, *warnings]))
+        return "; ".join(warnings)
 
     def clear(self) -> tuple[int, int]:
         """Forget everything; (points, boxes) that were held."""
         with self._lock:
             held = len(self._points), len(self._boxes)
-            self._points, self._boxes = [], []
+            self._points, self._boxes = [], {}
             return held
 
     def count(self) -> tuple[int, int]:
@@ -103,24 +113,29 @@ class CameraPrompts:
         with self._lock:
             return len(self._points), len(self._boxes)
 
-    def current(self, size: tuple[int, int], timeout_s: float) -> tuple[dict[str, Any], list[str]]:
+    def current(self, size: tuple[int, int], timeout_s: float) -> tuple[dict[str, Any], list[int], list[str]]:
         """Prompts for a frame of `size` (height, width), and warnings for prompts that were dropped.
 
         Args:
             timeout_s: age at which a prompt expires; 0 keeps it.
 
         Returns:
-            Arguments for `Pipeline.decode` (empty: everything mode), and one text for each dropped prompt.
+            Arguments for `Pipeline.decode` (empty: everything mode); the id of each object: 1 is that of the points,
+            where there are any, and then come the places of the boxes; and one text for each dropped prompt.
         """
         with self._lock:
             warnings = self._forget_gone(size, timeout_s)
             arguments: dict[str, Any] = {}
+            ids: list[int] = []
             if any(p.label for p in self._points):
+                ids.append(1)
                 arguments["points"] = np.array([(p.x, p.y) for p in self._points], np.float32)
                 arguments["labels"] = np.array([p.label for p in self._points], np.float32)
             if self._boxes:
-                arguments["boxes"] = np.array(self._boxes, np.float32)
-            return arguments, warnings
+                arguments["boxes"] = np.array(list(self._boxes.values()), np.float32)
+                first = 1 + len(ids)
+                ids += [first + place for place in self._boxes]
+            return arguments, ids, warnings
 
     def _forget_gone(self, size: tuple[int, int], timeout_s: float) -> list[str]:
         """Forget what expired and, with a text each, what was for an image of another size than (height, width)."""
@@ -129,10 +144,10 @@ class CameraPrompts:
             if now - self._points_since > timeout_s:
                 self._points = []
             if now - self._boxes_since > timeout_s:
-                self._boxes = []
+                self._boxes = {}
         gone: list[str] = []
         if size != self._size:
             gone = [f"point ({p.x:g}, {p.y:g})" for p in self._points]
-            gone += ["box ({:g}, {:g}, {:g}, {:g})".format(*box) for box in self._boxes]
-            self._points, self._boxes, self._size = [], [], size
+            gone += ["box ({:g}, {:g}, {:g}, {:g})".format(*box) for box in self._boxes.values()]
+            self._points, self._boxes, self._size = [], {}, size
         return [f"{prompt} dropped: the image is {size[1]}x{size[0]} now" for prompt in gone]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 import traceback
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import cv2
+import numpy as np
 from rclpy.clock import Clock, ROSClock
 from sensor_msgs.msg import CompressedImage
 
@@ -17,15 +20,18 @@ from glesam_ros.instances import Instances
 from glesam_ros.models import Embedding, OutOfMemory
 from glesam_ros.pipeline import Pipeline
 from glesam_ros.ros.camera import Camera
-from glesam_ros.ros.conversions import ConversionError, compressed_to_rgb, image_to_rgb
+from glesam_ros.ros.conversions import MOST_BITS, ConversionError, compressed_to_rgb, image_to_rgb
 from glesam_ros.ros.diagnostics import Ring, worth_a_log_line
 from glesam_ros.ros.outputs import OF_CLASSES, OF_EMBEDDING, OF_INSTANCES, WITH_CLASSES
 from glesam_ros.ros.scheduling import Frame, HandOver, NewestFrames
 from glesam_ros.semantic import Restorer, SemanticSegmenter
+from glesam_ros.settings import Settings
 from glesam_ros.validation import UInt8Array
 
 OTHER_TIME_MS = 10_000
 """A frame that is older when it comes is no late one: its stamp is of another time than the node's clock."""
+FEW_VALUES = 16
+"""A 16-bit picture whose upper 8 bits differ by less than this: 12 bits that nobody shifted up give no more."""
 
 Result = TypeVar("Result")
 
@@ -45,6 +51,7 @@ class Encoded:
     Attributes:
         wanted: outputs that had a subscriber when it was taken.
         prompts: arguments for `Pipeline.decode`.
+        ids: of their objects.
         stamp_ns: 0 where the stamp is.
         embedding: None where no output needs it.
         own_s: seconds spent on it beside the model.
@@ -56,6 +63,7 @@ class Encoded:
     wanted: frozenset[str]
     image: UInt8Array
     prompts: dict[str, Any]
+    ids: list[int]
     stamp_ns: int
     embedding: Embedding | None
     own_s: float
@@ -166,10 +174,12 @@ class Worker:
         ledger, header, settings = camera.ledger, frame.message.header, self._pipeline.settings
         started = time.perf_counter()
         is_compressed = isinstance(frame.message, CompressedImage)
-        image = compressed_to_rgb(frame.message) if is_compressed else image_to_rgb(frame.message)
+        convert = compressed_to_rgb if is_compressed else image_to_rgb
+        image = convert(frame.message, settings.significant_bits)
+        self._check_bits(camera, frame.message.format if is_compressed else frame.message.encoding, image, settings)
         ledger.size = image.shape[0], image.shape[1]
         stamp_ns = self._check_stamp(camera, header.stamp)
-        prompts, gone = camera.prompts.current(ledger.size, settings.prompt_timeout_s)
+        prompts, ids, gone = camera.prompts.current(ledger.size, settings.prompt_timeout_s)
         for text in gone:
             ledger.noticed("dropped_prompt", text)
         if gone:
@@ -182,7 +192,8 @@ class Worker:
                 embedding = self._pipeline.encode(image, camera.gate)
             after = time.perf_counter()
         return Encoded(
-            camera, frame, wanted, image, prompts, stamp_ns, embedding, own_s=before - started, encode_s=after - before
+            camera, frame, wanted, image, prompts, ids, stamp_ns, embedding,
+            own_s=before - started, encode_s=after - before,
         )
 
     def _finish(self, encoded: Encoded) -> None:
@@ -252,8 +263,9 @@ class Worker:
             return Instances.empty(embedding.size, embedding.degradation, embedding.enhanced)
         with _inference():
             instances = self._pipeline.decode(embedding, **encoded.prompts)
-        # ids of prompts are their order
-        return camera.identity.update(instances) if settings.stable_ids and not encoded.prompts else instances
+        if encoded.prompts:
+            return dataclasses.replace(instances, ids=np.array(encoded.ids, np.int32))
+        return camera.identity.update(instances) if settings.stable_ids else instances
 
     def _attempt(
         self, camera: Camera, what: str, times_ms: Ring, model: Callable[..., Result], *arguments: Any
@@ -271,6 +283,18 @@ class Worker:
             times_ms.add(1e3 * took_s)
             return result, took_s
         return None, time.perf_counter() - started
+
+    def _check_bits(self, camera: Camera, stated: str, image: UInt8Array, settings: Settings) -> None:
+        """Notice 16-bit pictures that hardly differ from black or grey: their cameras may fill fewer bits."""
+        if "16" not in stated or settings.significant_bits < MOST_BITS:
+            return
+        low, high, *_ = cv2.minMaxLoc(image.reshape(len(image), -1))
+        if high - low < FEW_VALUES:
+            self._notice(
+                camera, "few_values", f"of 16 bits the upper 8 count, and there this picture ({stated}) has {low:g} .. "
+                f"{high:g} only; if the camera fills fewer bits, set significant_bits (12 for values up to 4095), or "
+                "let its driver scale them",
+            )
 
     def _check_stamp(self, camera: Camera, stamp: Any) -> int:
         """The stamp in ns; a zero stamp is noticed, a frame older than the one before it is dropped."""

@@ -16,7 +16,8 @@ Each half takes 0.1 s and is logged with its times: `paired`, which overlaps, an
 Semantic models: `horizon` says white is "person", the rest "sky" in the upper half and "road" in the lower one, sure as
 `SURE` says; it raises on a red picture, lacks memory for a green one. `horizon300` has its classes at 0, 1 and 299 of
 300; `starless` never has memory; `horizon-filed` can be loaded where the file that SEMANTIC_WEIGHTS names is there.
-Restorer: `negative`, which raises on a red picture and lacks memory for a green one. Their calls are logged.
+Restorer: `negative`, which raises on a red picture and lacks memory for a green one, and is busy as long as the file
+that STUCK_RESTORER names is there. Their calls are logged.
 
 STOP_TIMEOUT_S, where it is set, is how long the node waits for an inference that should end.
 At its end the process prints which modules of ours and which libraries of networks it has imported.
@@ -59,6 +60,7 @@ class Bright:
 
     classes = ("object",)
     own_size = 512
+    thresholds = (0.15, 0.5)
     overlaps = False
 
     def __init__(self, device: str, precision: str) -> None:
@@ -288,6 +290,8 @@ class Negative:
         if self.is_closed:
             raise RuntimeError("the restorer was used after close()")
         LOG.info("restorer call with %s", list(classes))
+        while "STUCK_RESTORER" in os.environ and Path(os.environ["STUCK_RESTORER"]).exists():
+            time.sleep(0.01)
         refuse(image)
         return 255 - image
 
