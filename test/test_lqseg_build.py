@@ -196,6 +196,20 @@ def test_of_an_indexed_mask_the_index_counts(
     assert fault.kind == "mask_unreadable" and fault.message.startswith("expected a mask: Image size (768 pixels)")
 
 
+@pytest.mark.parametrize(("inner", "areas"), [(7, [64]), (255, [64 + 32])])
+def test_the_border_in_an_indexed_mask_is_no_object_unless_it_is_all_there_is(
+    tmp_path: Path, inner: int, areas: list[int]
+) -> None:
+    pytest.importorskip("PIL", reason="label maps need pillow; scripts/test.sh installs it")
+    picture(tmp_path / "i" / "x.jpg")
+    (tmp_path / "m").mkdir()
+    labels = np.where(box(0, 0, 8, 8), inner, np.where(box(8, 0, 12, 8), 255, 0))
+    write_label_map(tmp_path / "m" / "x.png", labels.astype(np.uint8), np.zeros((256, 3), np.uint8))
+    assert build(BuildOptions("folder", tmp_path / "i", tmp_path / "m", (1,)), tmp_path / "out").faults == []
+    (entry,) = entries(tmp_path / "out")
+    assert [i["area"] for i in entry["instances"]] == areas
+
+
 def test_of_an_indexed_binary_mask_the_grey_counts(tmp_path: Path) -> None:
     pytest.importorskip("PIL", reason="label maps need pillow; scripts/test.sh installs it")
     picture(tmp_path / "a.jpg")

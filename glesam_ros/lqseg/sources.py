@@ -35,6 +35,8 @@ KINDS = ("coco", "folder", "ade20k", "bsds")
 """Sources that `read_index` knows; coco is LVIS, too."""
 MAX_LABEL = 32767
 """Largest label; what reads the data set holds label maps as int16."""
+VOID = 255
+"""Index of the borders of objects in indexed masks of VOC, which are no object."""
 BOX_TOLERANCE = 1.0
 """Pixels by which a COCO box may stick out: its numbers are rounded."""
 
@@ -383,6 +385,8 @@ def _label_map(path: Path, size: tuple[int, int], may_be_binary: bool, binary: b
         labels = decoded(data, cv2.IMREAD_UNCHANGED)
         if is_indexed(data) and not binary:  # where grey counts, it is that of the colours
             labels = read_label_map(path)
+            if may_be_binary and labels[labels != VOID].any():
+                labels = np.where(labels == VOID, 0, labels)
     except OSError as error:  # what PIL says has no strerror
         raise Malformed("mask_unreadable", f"expected a mask: {error.strerror or error.__cause__}") from error
     except ValueError as error:
