@@ -42,6 +42,9 @@ class Malformed(ValueError):
         super().__init__(message)
         self.kind = kind
 
+    def __reduce__(self) -> tuple[type[Malformed], tuple[str, str]]:
+        return type(self), (self.kind, str(self))
+
 
 @dataclass(frozen=True)
 class Photograph:

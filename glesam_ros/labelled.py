@@ -211,18 +211,18 @@ def open_labelled(
         from glesam_ros import ade20k  # makes its 150 colours
 
         classes, palette = ade20k.CLASSES, ade20k.PALETTE if palette is None else palette
-    listed = read_class_list(root, classes)
+    class_list = read_class_list(root, classes)
     if palette is not None:
-        listed = listed._replace(palette=check_palette(palette, len(listed.classes)))
+        class_list = class_list._replace(palette=check_palette(palette, len(class_list.classes)))
     names, images = _pictures(root, split, _ADE_SPLITS if ade else {})
     label_files = tuple(labels_folder / f"{name}.png" for name in names)
     missing = [file for file in label_files if not file.is_file()]
     if missing:
         raise FileNotFoundError(f"{missing[0]}: expected labels, found no such file ({len(missing)} missing)")
-    values, colours = _tables(listed, 1 if ade else 0)
-    shown = listed.palette if listed.palette is not None else default_palette(len(listed.classes))
+    values, colours = _tables(class_list, 1 if ade else 0)
+    shown = class_list.palette if class_list.palette is not None else default_palette(len(class_list.classes))
     return LabelledFolder(
-        root.resolve().name, listed.classes, shown, names, images, label_files, values, colours,
+        root.resolve().name, class_list.classes, shown, names, images, label_files, values, colours,
     )
 
 
@@ -437,21 +437,21 @@ def _picture(images: Path, name: str) -> Path:
     raise FileNotFoundError(f"{path}: expected a picture ({' '.join(SUFFIXES)}), found none")
 
 
-def _tables(listed: ClassList, first: int) -> tuple[np.ndarray[Any, np.dtype[np.int32]], dict[int, int] | None]:
+def _tables(class_list: ClassList, first: int) -> tuple[np.ndarray[Any, np.dtype[np.int32]], dict[int, int] | None]:
     """`LabelledFolder.values` and `.colours`; `first` is the label value of class 0, those below it are ignored."""
-    count = len(listed.classes)
+    count = len(class_list.classes)
     ignore = _ignore_of(count)
     values = np.full(IGNORE_16 + 1, _NOT_A_CLASS, np.int32)
-    values[[IGNORE, IGNORE_16] if listed.ignore is None else list(listed.ignore)] = ignore
+    values[[IGNORE, IGNORE_16] if class_list.ignore is None else list(class_list.ignore)] = ignore
     values[:first] = ignore
     # of the values that both lists have, "ignore" was written on purpose
     classes = np.arange(count)
-    free = np.ones(count, bool) if listed.ignore is None else ~np.isin(classes + first, listed.ignore)
+    free = np.ones(count, bool) if class_list.ignore is None else ~np.isin(classes + first, class_list.ignore)
     values[classes[free] + first] = classes[free]
-    if listed.palette is None:
+    if class_list.palette is None:
         return values, None
-    colours = {_code(colour): ignore for colour in listed.ignore_colours}
-    colours.update({_code(colour): index for index, colour in enumerate(listed.palette.tolist())})
+    colours = {_code(colour): ignore for colour in class_list.ignore_colours}
+    colours.update({_code(colour): index for index, colour in enumerate(class_list.palette.tolist())})
     return values, colours
 
 

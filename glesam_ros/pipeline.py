@@ -102,7 +102,7 @@ class Pipeline:
             OutOfMemory: the device lacked memory; memory kept for later was freed, and the next call takes less.
             RuntimeError: the pipeline was closed.
         """
-        return self._encode(check_image(image), gate, self.settings)
+        return self._encode(check_image(image), gate, self.resolved)
 
     def decode(self, embedding: Embedding, points: Any = None, labels: Any = None, boxes: Any = None) -> Instances:
         """Masks for prompts, or for everything where there is none; the cheap half.
@@ -155,7 +155,7 @@ class Pipeline:
         Raises:
             OutOfMemory: memory lacks even for the least size and batch.
         """
-        image, s = check_image(image), self.settings
+        image, s = check_image(image), self.resolved
         if s.enhancement == "auto":
             s = s.replace(enhancement="always")
         while True:

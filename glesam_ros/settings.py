@@ -94,8 +94,8 @@ class Settings:
         True, "Configure and activate by itself; false waits for a lifecycle manager.", read_only=True
     )
     significant_bits: int = _param(
-        16, "What 16-bit images (mono16, bayer_rggb16, ...) fill from below; 10, 12 or 14 of cameras whose driver does "
-        "not shift their values up.",
+        16, "What image messages of 16 bits (mono16, bayer_rggb16, ...) fill from below; 10, 12 or 14 of cameras whose "
+        "driver does not shift their values up.",
         low=8, high=16, unit="bits",
     )
     enhancement: str = _param(

@@ -108,6 +108,20 @@ def drive() -> list[tuple[str, str, int, Any]]:
     ]
 
 
+def twelve_bits(number: int) -> Any:
+    """The scene in the lower 12 of 16 bits."""
+    return image(number, bright_model.scene()[..., :1].astype(np.uint16) << 4, "mono16")
+
+
+def test_a_camera_that_fills_12_of_16_bits(tmp_path):
+    source = write_bag(tmp_path / "drive", [("/cam", IMAGE, n, twelve_bits(n)) for n in range(2)])
+    for bits, expected in ((16, 0), (12, bright_model.scene_masks().any(0))):
+        out = tmp_path / str(bits)
+        assert bag(source, "--out", out, "--significant-bits", bits) == 0
+        for _, message in read(out)["/glesam/masks"]:
+            np.testing.assert_array_equal(pixels(message, "u2") > 0, expected)
+
+
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
 def test_results_fit_their_frames(storage, tmp_path, capsys):
     source = write_bag(tmp_path / "drive", drive(), storage)
@@ -475,6 +489,12 @@ def test_pictures_become_a_bag_that_can_be_segmented(compressed, tmp_path):
             np.testing.assert_array_equal(pixels(message, "u1"), bright_model.scene(level=200 + n))
     assert bag(tmp_path / "film", "--out", tmp_path / "out") == 0
     assert len(read(tmp_path / "out")["/glesam/masks"]) == 4
+
+
+def test_significant_bits_are_not_for_pictures(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bag("--from-images", tmp_path, "--out", tmp_path / "out", "--significant-bits", 12)
+    assert "--significant-bits: expected a bag, got a folder of pictures" in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be_read_are_named_and_the_others_become_a_bag(tmp_path, capsys):

@@ -162,12 +162,12 @@ def test_unstable_masks_do_not_suppress_stable_ones() -> None:
     assert run(Shaky(Square()), Square(), scene(), Budget(points_per_side=16)).scores.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("worst", [np.nan, np.inf])
-def test_scores_that_overflow_are_no_empty_scene(worst: float) -> None:
+@pytest.mark.parametrize(("score", "logit"), [(np.nan, 1), (np.inf, 1), (-np.inf, 1), (1, np.nan), (1, np.inf)])
+def test_what_overflows_is_no_empty_scene(score: float, logit: float) -> None:
     class Overflows(Labelled):
         def decode(self, features: Features, *prompts: Any) -> Any:
             logits, scores = super().decode(features, *prompts)
-            return logits * float("nan"), torch.where(scores > 0.5, worst, scores)
+            return logits * logit, torch.where(scores > 0.5, scores * score, scores)
 
     with pytest.raises(RuntimeError, match="scores on a test: expected finite values, got NaN or infinity.*precision"):
         run(Overflows(Square()), Square(), scene(), Budget(points_per_side=16, stability_threshold=0.95))

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from glesam_ros import Pipeline, Settings, load_pipeline  # noqa: E402
 from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.models import Budget, OutOfMemory, load_model, model_names  # noqa: E402
-from glesam_ros.models.glesam import catalogue, sam, sam2  # noqa: E402
+from glesam_ros.models.glesam import catalogue, everything, sam, sam2  # noqa: E402
 from glesam_ros.models.glesam import model as models  # noqa: E402
 from glesam_ros.models.glesam import runtime as runtimes  # noqa: E402
 from glesam_ros.models.glesam.base import BaseModel, Features  # noqa: E402
@@ -230,7 +230,7 @@ def test_other_errors_pass_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("module", "name", "prompts"),
-    [(torch, "count_nonzero", {}), (models, "_best", {"points": [[40, 50]]})],
+    [(everything, "_measured", {}), (models, "_best", {"points": [[40, 50]]})],
     ids=["everything mode", "a point"],
 )
 def test_lack_of_memory_between_the_stages_costs_a_rung_and_not_the_frame(
@@ -909,6 +909,41 @@ def test_an_embedding_made_without_crops_is_decoded_without() -> None:
     embedding = made.encode(picture(), Budget())
     made.propose(embedding, 0.5, 8, Budget(points_per_side=4, crop_layers=2))
     assert len(runtime.images) == 1
+
+
+def test_thresholds_are_those_of_the_base_and_lower_ones_with_an_enhancer() -> None:
+    runtime = Recorder()
+    assert GlesamModel("tiny", runtime, runtime.base, False).thresholds == TinyBase.thresholds
+    assert GlesamModel("tiny+glesam", runtime, runtime.base, True).thresholds == (0.15, 0.5)
+    # SamAutomaticMaskGenerator's and SAM2AutomaticMaskGenerator's
+    with torch.device("meta"):
+        for name, expected in (("sam_vit_b", (0.88, 0.95)), ("sam2.1_hiera_tiny", (0.8, 0.95))):
+            assert build_base(name).thresholds == expected
+
+
+@pytest.mark.parametrize("part", ["scores", "logits"])
+def test_a_prompt_whose_answer_overflowed_is_an_error(part: str) -> None:
+    class Overflows(Recorder):
+        def decode(self, *arguments: Any) -> Any:
+            logits, scores = super().decode(*arguments)
+            return (logits, scores * float("nan")) if part == "scores" else (logits * float("inf"), scores)
+
+    runtime = Overflows()
+    made = GlesamModel("tiny", runtime, runtime.base, False)
+    with pytest.raises(RuntimeError, match="tiny on a test: expected finite values, got .*take precision fp32"):
+        made.prompt(made.encode(picture(), Budget()), np.float32([[[40, 50]]]), np.float32([[1]]), Budget())
+
+
+def test_a_level_that_overflowed_does_not_pass_for_a_clear_picture() -> None:
+    assert [runtimes.checked_level(level, "a test") for level in (-0.5, 0.25, 7.0)] == [0.0, 0.25, 1.0]
+    for level in (float("nan"), float("inf")):
+        with pytest.raises(RuntimeError, match="level on a test: expected finite values"):
+            runtimes.checked_level(level, "a test")
+    torch_runtime = TorchRuntime(TinyBase(), enhancer(levels=True), CPU, torch.float32)
+    features = torch_runtime.encode(picture(), 256)
+    assert 0 <= torch_runtime.level(features) <= 1
+    with pytest.raises(RuntimeError, match="level on cpu"):
+        torch_runtime.level(Features(features.latent * float("nan")))
 
 
 def test_freeing_and_closing_reach_the_runtime() -> None:

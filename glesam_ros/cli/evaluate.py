@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("expected at least one photograph with a region of 1,000 pixels, got none")
     packages = ["onnxruntime", *(["torch"] if set(LEARNED) & set(baselines) else [])]
     results: dict[str, Any] = {
-        "settings": _recorded(args, settings, options), "versions": versions(*packages),
+        "settings": _recorded(args, evaluator.pipe.resolved, options), "versions": versions(*packages),
         **summarise(measurements, args.seed),
     }
     pictures: list[Path] = []

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from glesam_ros import __version__, settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from glesam_ros.pipeline import Pipeline
 
 _Model = TypeVar("_Model")
@@ -34,6 +36,12 @@ BESIDE_TEXTS = {
 
 class CommandError(Exception):
     """Something a user can mend; `main` prints it as one line and exits with 1."""
+
+
+def refuse_bits(args: argparse.Namespace, folder: Path) -> None:
+    """End with a usage error where --significant-bits is set, which is for messages, and `folder` holds pictures."""
+    if args.significant_bits != settings.default("significant_bits"):
+        args.usage_error(f"--significant-bits: expected a bag, got a folder of pictures: {folder}")
 
 
 def add_settings(

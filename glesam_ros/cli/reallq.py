@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glesam_ros.cli.options import CommandError, add_settings, not_negative, open_pipeline, positive, progress
+from glesam_ros.cli.options import (
+    CommandError,
+    add_settings,
+    not_negative,
+    open_pipeline,
+    positive,
+    progress,
+    refuse_bits,
+)
 from glesam_ros.settings import default
 
 if TYPE_CHECKING:
@@ -108,6 +116,7 @@ def run_pick(args: argparse.Namespace) -> int:
     if args.source.is_dir() and not (args.source / "metadata.yaml").is_file():
         if args.topic:
             args.usage_error(f"--topic: expected a bag, got a folder of pictures: {args.source}")
+        refuse_bits(args, args.source)
         return _pick(args, PictureFolder(args.source, args.rate), rate=0.0)
     from glesam_ros.cli.bagfile import open_bag
 

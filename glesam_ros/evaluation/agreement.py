@@ -166,6 +166,6 @@ def _everything(
 ) -> tuple[Embedding, dict[str, BoolArray]]:
     """The embedding without enhancement, and the masks of each mode."""
     pipe = evaluator.pipe
-    raw = pipe.model.encode(image, budget(pipe.settings))
+    raw = pipe.model.encode(image, budget(pipe.resolved))
     decode = functools.cache(pipe.decode)
     return raw, {mode: decode(embedding).masks for mode, embedding in by_mode(pipe, raw, modes).items()}

@@ -314,7 +314,7 @@ class Evaluator:
         return clear if condition == CLEAR else degrade(clear, condition.kind, condition.level, self._seed(case)).image
 
     def _encode(self, image: UInt8Array) -> Embedding:
-        return self.pipe.model.encode(image, budget(self.pipe.settings))
+        return self.pipe.model.encode(image, budget(self.pipe.resolved))
 
     def _measure(
         self, case: Case, target: Target, condition: Condition, given: UInt8Array | None

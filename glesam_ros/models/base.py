@@ -108,6 +108,7 @@ class Candidates:
 
     Attributes:
         logits: (K, h, w) float32 mask logits at the model's own resolution, covering the whole image; 0 is the edge.
+            Who gets them may write into them.
         scores: (K,) float32 in 0..1, predicted IoU.
         rank: (K,) float32, by which everything mode orders and suppresses, highest first; None: by the scores.
         islands: share of a mask's largest part, 0..1; separate parts that are smaller go from masks of everything mode.

@@ -47,7 +47,7 @@ def drop_islands(
         x, y = np.floor((point + 1) / 2 * (w, h)).astype(np.intp).clip(0, (w - 1, h - 1))
         if left <= x < right and top <= y < bottom:
             is_small[parts[y - top, x - left]] = False
-    # so far below 0 that the stability does not count them either
+    # so far below 0 that a stability measured afterwards does not count them either
     window[is_small.take(parts)] = -2 * STABILITY_OFFSET
 
 

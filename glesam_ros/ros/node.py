@@ -222,6 +222,7 @@ class PerceptionNode(LifecycleNode):
         worker.start()
         self._worker = worker
         for camera in self._cameras.values():
+            camera.outputs.tell_threshold(pipeline.resolved.score_threshold)
             camera.forget_time()
             self._listen(camera)
             camera.ledger.listens(time.monotonic())
@@ -257,6 +258,8 @@ class PerceptionNode(LifecycleNode):
             _close(models)
         finally:
             self._is_stuck = False
+        del worker, models
+        gc.collect()
         return_freed_memory()
         self.get_logger().info("the frame that deactivate gave up on has ended, its model is freed; configure again")
 

@@ -178,27 +178,30 @@ class Outputs:
             self._show("overlay", picture, "bgr8", header)
 
     def _is_heard(self, topic: str) -> bool:
-        return topic in self._publishers and self._publishers[topic].get_subscription_count() > 0
+        with contextlib.suppress(InvalidHandle):
+            publisher = self._publishers.get(topic)
+            return publisher is not None and publisher.get_subscription_count() > 0
+        return False
 
     def _publish(self, topic: str, message: Any) -> None:
         """Publish, unless the topics are gone: a frame that deactivate gave up on ends after them."""
-        if topic in self._publishers:
-            self._publishers[topic].publish(message)
+        with contextlib.suppress(InvalidHandle):
+            if (publisher := self._publishers.get(topic)) is not None:
+                publisher.publish(message)
 
     def _show(self, name: str, array: np.ndarray[Any, Any], encoding: str, header: Header) -> None:
         """Publish an image, raw, compressed or both, as its subscribers have it."""
         if self._is_heard(name):
-            self._publishers[name].publish(array_to_image(array, encoding, header))
+            self._publish(name, array_to_image(array, encoding, header))
         if name in IN_BOTH and self._is_heard(name + COMPRESSED):
-            self._publishers[name + COMPRESSED].publish(array_to_compressed(array, encoding, header))
+            self._publish(name + COMPRESSED, array_to_compressed(array, encoding, header))
 
     def destroy(self) -> None:
         """Remove the topics."""
-        for publisher in self._publishers.values():
-            self._node.destroy_publisher(publisher)
-        for publisher, _ in self._label_infos:
-            self._node.destroy_publisher(publisher)
+        gone = [*self._publishers.values(), *(publisher for publisher, _ in self._label_infos)]
         self._publishers, self._label_infos = {}, []
+        for publisher in gone:
+            self._node.destroy_publisher(publisher)
 
     def _latch(self, topic: str, classes: Iterable[tuple[int, str]], threshold: float) -> None:
         message = vision.LabelInfo(threshold=float(threshold))

@@ -83,22 +83,23 @@ class CameraPrompts:
                 Where none is good, those before hold.
         """
         good: dict[int, tuple[float, float, float, float]] = {}
-        fault = f"boxes: expected at most {MAX_BOXES}, got {len(boxes)}" if len(boxes) > MAX_BOXES else ""
+        faults: list[str] = []
         for place, box in enumerate(boxes[:MAX_BOXES]):
             try:
                 good[place] = tuple(check_boxes([box], size)[0].tolist())
             except ValueError as error:
-                fault = fault or str(error)
-        if fault and not good:
-            raise ValueError(fault)
+                faults.append(str(error))
+        faults[1:] = [f"boxes: expected at most {MAX_BOXES}, got {len(boxes)}"] if len(boxes) > MAX_BOXES else []
+        if faults and not good:
+            raise ValueError(faults[0])
         with self._lock:
             self._boxes = {}
             warnings = self._forget_gone(size, timeout_s)
             self._boxes = good
             self._boxes_since = self._clock()
-        if fault:
+        if faults:
             left_out = f"{len(boxes) - len(good)} of {len(boxes)} boxes are left out, the others hold"
-            raise ValueError("; ".join([fault, left_out, *warnings]))
+            raise ValueError("; ".join([*faults, left_out, *warnings]))
         return "; ".join(warnings)
 
     def clear(self) -> tuple[int, int]:

@@ -30,8 +30,8 @@ from glesam_ros.validation import UInt8Array
 
 OTHER_TIME_MS = 10_000
 """A frame that is older when it comes is no late one: its stamp is of another time than the node's clock."""
-FEW_VALUES = 16
-"""A 16-bit picture whose upper 8 bits differ by less than this: 12 bits that nobody shifted up give no more."""
+FEW_VALUES = 64
+"""Of the upper 8 bits of 16, more than 14 bits that nobody shifted up give."""
 
 Result = TypeVar("Result")
 
@@ -285,15 +285,15 @@ class Worker:
         return None, time.perf_counter() - started
 
     def _check_bits(self, camera: Camera, stated: str, image: UInt8Array, settings: Settings) -> None:
-        """Notice 16-bit pictures that hardly differ from black or grey: their cameras may fill fewer bits."""
-        if "16" not in stated or settings.significant_bits < MOST_BITS:
+        """Notice dark pictures of which is `stated` that they have 16 bits: their cameras may fill fewer."""
+        if "16" not in stated or "jpeg" in stated or settings.significant_bits < MOST_BITS:
             return
-        low, high, *_ = cv2.minMaxLoc(image.reshape(len(image), -1))
-        if high - low < FEW_VALUES:
+        _, high, *_ = cv2.minMaxLoc(image.reshape(len(image), -1))
+        if high < FEW_VALUES:
             self._notice(
-                camera, "few_values", f"of 16 bits the upper 8 count, and there this picture ({stated}) has {low:g} .. "
-                f"{high:g} only; if the camera fills fewer bits, set significant_bits (12 for values up to 4095), or "
-                "let its driver scale them",
+                camera, "few_values", f"of 16 bits the upper 8 count, and there this picture ({stated}) reaches "
+                f"{high:g} of 255 only; if the camera fills fewer bits, set significant_bits (12 for values up to "
+                "4095), or let its driver scale them",
             )
 
     def _check_stamp(self, camera: Camera, stamp: Any) -> int:

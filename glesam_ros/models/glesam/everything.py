@@ -232,10 +232,11 @@ def _filter(
         RuntimeError: a score is not finite; `device` is for the message.
     """
     choices, height, width = logits.shape[1:]
-    scores = scores.flatten()
-    sure = torch.nonzero(~(scores < score_threshold))[:, 0]  # NaN among them
-    scores = scores[sure]
     masks = logits.flatten(0, 1)
+    # what overflowed in a mask makes its score so
+    scores = scores.flatten() + 0 * masks[:, 0, 0]
+    sure = torch.nonzero(~(scores < score_threshold) | ~scores.isfinite())[:, 0]
+    scores = scores[sure]
     measured = _measured(masks[sure] if len(sure) < len(masks) else masks)  # a copy, mostly of few
     inner, outer, right = measured[:, 0], measured[:, 1], measured[:, 4]
     stable = (right > 0) & (inner >= stability_threshold * outer)

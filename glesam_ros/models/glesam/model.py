@@ -146,7 +146,8 @@ class GlesamModel:
                 logits, quality = self._runtime.decode(features, *prompts, several)
                 logits, quality = _best(logits[..., : masks.shape[1], : masks.shape[2]], quality)
                 masks[batch], scores[batch] = logits.cpu().numpy(), quality.cpu().numpy()
-        check_finite(scores, f"{self.name} on {self.device}")
+        for values in (scores, masks):
+            check_finite(values, f"{self.name} on {self.device}")
         return Candidates(masks, scores)
 
     def free(self) -> None:

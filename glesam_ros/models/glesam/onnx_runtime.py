@@ -147,7 +147,7 @@ class OnnxRuntime:
         if labels.shape[1] > MOST_POINTS:
             raise ValueError(
                 f"prompts: expected at most {MOST_POINTS} points each on {self.device}, a box counts as two, got "
-                f"{labels.shape[1]}; give fewer, or take device cuda or cpu"
+                f"{labels.shape[1]}; give fewer, or take the model itself instead of its export"
             )
         part = "decoder_three" if several else "decoder_one"
         found = []
