@@ -113,8 +113,8 @@ def test_cameras_that_fill_12_of_16_bits(launch):
     client.set_parameters(significant_bits=12)
     client.stream(frame, lambda: pixels_of(masks.last)[50, 60] == 1, "the object")
     noticed = client.wait_count("noticed_few_values", 1)["noticed_few_values"]
-    processed = client.counts()["processed"]
-    client.stream(frame, lambda: client.counts()["processed"] > processed + 20, "more")
+    processed = client.counts()["frames_processed"]
+    client.stream(frame, lambda: client.counts()["frames_processed"] > processed + 20, "more")
     # of what was under way when the parameter came, a few
     assert client.counts()["noticed_few_values"] < noticed + 10
 
