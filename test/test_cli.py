@@ -100,7 +100,7 @@ def test_help_loads_neither_models_nor_bags_nor_ros():
         (["segment", "a.png", "--out", "o", "--points", "3"], "X,Y"),
         (["segment", "a.png", "--out", "o", "--points", "3,4,7"], "1 (inside) or 0 (outside)"),
         (["segment", "a.png", "--out", "o", "--box", "1,2,3"], "X1,Y1,X2,Y2"),
-        (["segment", "a.png", "--out", "o", "--score-threshold", "1.5"], "expected 0 .. 1, got 1.5"),
+        (["segment", "a.png", "--out", "o", "--score-threshold", "1.5"], "expected -1 .. 1, got 1.5"),
         (["segment", "a.png", "--out", "o", "--processing-size", "2000"], "expected 0 .. 1024 px, got 2000"),
         (["segment", "a.png", "--out", "o", "--enhancement", "sometimes"], "always"),
         (["bench", "--size", "640"], "WIDTHxHEIGHT"),

@@ -286,7 +286,7 @@ class Worker:
 
     def _check_bits(self, camera: Camera, stated: str, image: UInt8Array, settings: Settings) -> None:
         """Notice dark pictures of which is `stated` that they have 16 bits: their cameras may fill fewer."""
-        if "16" not in stated or "jpeg" in stated or settings.significant_bits < MOST_BITS:
+        if "16" not in stated or "jpeg" in stated.lower() or settings.significant_bits < MOST_BITS:
             return
         _, high, *_ = cv2.minMaxLoc(image.reshape(len(image), -1))
         if high < FEW_VALUES:
