@@ -544,7 +544,7 @@ def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="a kernel is missing"):
         restorer.restore(picture())
     restorer, _ = restorer_of(lambda x: x * float("nan"))
-    with pytest.raises(RuntimeError, match="expected finite pixels.*precision bf16 or fp32"):
+    with pytest.raises(RuntimeError, match="expected finite values.*take precision fp32, or bf16"):
         restorer.restore(picture())
     with pytest.raises(TypeError, match="expected dtype uint8"):
         restorer.restore(picture().astype(np.float32))
