@@ -220,12 +220,12 @@ class PictureFolder:
 
 
 def _reader(frame: Frame, bits: int) -> Callable[[], UInt8Array]:
-    from glesam_ros.ros.conversions import compressed_to_rgb, image_to_rgb
+    from glesam_ros.ros.conversions import message_to_rgb
 
     def read() -> UInt8Array:
         if frame.error:
             raise frame.error
-        return (compressed_to_rgb if hasattr(frame.message, "format") else image_to_rgb)(frame.message, bits)
+        return message_to_rgb(frame.message, bits)
 
     return read
 

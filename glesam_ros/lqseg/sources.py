@@ -26,7 +26,7 @@ from glesam_ros.datasets import (
     decode_segmentation,
     parse_coco,
 )
-from glesam_ros.labelled import read_label_map
+from glesam_ros.labelled import IGNORE, read_label_map
 from glesam_ros.masks import measure
 from glesam_ros.picture_files import SUFFIXES, decoded, is_indexed, listed, without_ending
 from glesam_ros.validation import BoolArray, UInt8Array
@@ -35,8 +35,6 @@ KINDS = ("coco", "folder", "ade20k", "bsds")
 """Sources that `read_index` knows; coco is LVIS, too."""
 MAX_LABEL = 32767
 """Largest label; what reads the data set holds label maps as int16."""
-VOID = 255
-"""Index of the borders of objects in indexed masks of VOC, which are no object."""
 BOX_TOLERANCE = 1.0
 """Pixels by which a COCO box may stick out: its numbers are rounded."""
 
@@ -385,8 +383,8 @@ def _label_map(path: Path, size: tuple[int, int], may_be_binary: bool, binary: b
         labels = decoded(data, cv2.IMREAD_UNCHANGED)
         if is_indexed(data) and not binary:  # where grey counts, it is that of the colours
             labels = read_label_map(path)
-            if may_be_binary and labels[labels != VOID].any():
-                labels = np.where(labels == VOID, 0, labels)
+            if may_be_binary and labels[labels != IGNORE].any():  # borders between objects, as in VOC
+                labels = np.where(labels == IGNORE, 0, labels)
     except OSError as error:  # what PIL says has no strerror
         raise Malformed("mask_unreadable", f"expected a mask: {error.strerror or error.__cause__}") from error
     except ValueError as error:

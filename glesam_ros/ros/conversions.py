@@ -106,6 +106,11 @@ ENCODINGS = (*_LAYOUTS, *_PLANAR, *_ALIASES)
 """Every `sensor_msgs/Image.encoding` that `image_to_rgb` understands."""
 
 
+def message_to_rgb(msg: Any, significant_bits: int = MOST_BITS) -> UInt8Array:
+    """`compressed_to_rgb` of a `sensor_msgs/CompressedImage`, `image_to_rgb` of an Image. Raises ConversionError."""
+    return (compressed_to_rgb if hasattr(msg, "format") else image_to_rgb)(msg, significant_bits)
+
+
 def image_to_rgb(msg: Any, significant_bits: int = MOST_BITS) -> UInt8Array:
     """Pixels of a `sensor_msgs/Image` as (H, W, 3) uint8 RGB.
 

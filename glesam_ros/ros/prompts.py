@@ -83,13 +83,14 @@ class CameraPrompts:
                 Where none is good, those before hold.
         """
         good: dict[int, tuple[float, float, float, float]] = {}
-        faults: list[str] = []
+        fault = ""
         for place, box in enumerate(boxes[:MAX_BOXES]):
             try:
                 good[place] = tuple(check_boxes([box], size)[0].tolist())
             except ValueError as error:
-                faults.append(str(error))
-        faults[1:] = [f"boxes: expected at most {MAX_BOXES}, got {len(boxes)}"] if len(boxes) > MAX_BOXES else []
+                fault = fault or str(error)
+        too_many = f"boxes: expected at most {MAX_BOXES}, got {len(boxes)}" if len(boxes) > MAX_BOXES else ""
+        faults = [text for text in (fault, too_many) if text]
         if faults and not good:
             raise ValueError(faults[0])
         with self._lock:

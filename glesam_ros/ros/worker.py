@@ -20,7 +20,7 @@ from glesam_ros.instances import Instances
 from glesam_ros.models import Embedding, OutOfMemory
 from glesam_ros.pipeline import Pipeline
 from glesam_ros.ros.camera import Camera
-from glesam_ros.ros.conversions import MOST_BITS, ConversionError, compressed_to_rgb, image_to_rgb
+from glesam_ros.ros.conversions import MOST_BITS, ConversionError, message_to_rgb
 from glesam_ros.ros.diagnostics import Ring, worth_a_log_line
 from glesam_ros.ros.outputs import OF_CLASSES, OF_EMBEDDING, OF_INSTANCES, WITH_CLASSES
 from glesam_ros.ros.scheduling import Frame, HandOver, NewestFrames
@@ -173,10 +173,8 @@ class Worker:
             return None
         ledger, header, settings = camera.ledger, frame.message.header, self._pipeline.settings
         started = time.perf_counter()
-        is_compressed = isinstance(frame.message, CompressedImage)
-        convert = compressed_to_rgb if is_compressed else image_to_rgb
-        image = convert(frame.message, settings.significant_bits)
-        self._check_bits(camera, frame.message.format if is_compressed else frame.message.encoding, image, settings)
+        image = message_to_rgb(frame.message, settings.significant_bits)
+        self._check_bits(camera, frame.message, image, settings)
         ledger.size = image.shape[0], image.shape[1]
         stamp_ns = self._check_stamp(camera, header.stamp)
         prompts, ids, gone = camera.prompts.current(ledger.size, settings.prompt_timeout_s)
@@ -284,8 +282,9 @@ class Worker:
             return result, took_s
         return None, time.perf_counter() - started
 
-    def _check_bits(self, camera: Camera, stated: str, image: UInt8Array, settings: Settings) -> None:
-        """Notice dark pictures of which is `stated` that they have 16 bits: their cameras may fill fewer."""
+    def _check_bits(self, camera: Camera, message: Any, image: UInt8Array, settings: Settings) -> None:
+        """Notice dark pictures whose message states that they have 16 bits: their cameras may fill fewer."""
+        stated = message.format if isinstance(message, CompressedImage) else message.encoding
         if "16" not in stated or "jpeg" in stated.lower() or settings.significant_bits < MOST_BITS:
             return
         _, high, *_ = cv2.minMaxLoc(image.reshape(len(image), -1))
