@@ -93,10 +93,18 @@ class Settings:
     autostart: bool = _param(
         True, "Configure and activate by itself; false waits for a lifecycle manager.", read_only=True
     )
-    significant_bits: int = _param(
-        16, "What image messages of 16 bits (mono16, bayer_rggb16, ...) fill from below; 10, 12 or 14 of cameras whose "
-        "driver does not shift their values up.",
-        low=8, high=16, unit="bits",
+    min_image_value: float = _param(
+        0.0, "What is black in image messages of 16 bits or floats, where max_image_value is larger.",
+        low=-1000.0, high=65535.0,
+    )
+    max_image_value: float = _param(
+        0.0, "What is white there: 4095 of a camera that fills 12 of 16 bits, 310 of one that gives Kelvin; not above "
+        "min_image_value: 65535 of 16 bits, 1 of floats.",
+        low=-1000.0, high=65535.0,
+    )
+    do_dynamic_scaling: bool = _param(
+        False, "Black and white of such images are what 0.5 % of their own values lie below and above, for thermal "
+        "cameras with raw counts; goes before min_image_value and max_image_value.",
     )
     enhancement: str = _param(
         "auto", "Latent enhancement: off, always, or auto (by measured degradation, with hysteresis).",

@@ -115,9 +115,9 @@ def twelve_bits(number: int) -> Any:
 
 def test_a_camera_that_fills_12_of_16_bits(tmp_path):
     source = write_bag(tmp_path / "drive", [("/cam", IMAGE, n, twelve_bits(n)) for n in range(2)])
-    for bits, expected in ((16, 0), (12, bright_model.scene_masks().any(0))):
-        out = tmp_path / str(bits)
-        assert bag(source, "--out", out, "--significant-bits", bits) == 0
+    for white, expected in ((0, 0), (4095, bright_model.scene_masks().any(0))):
+        out = tmp_path / str(white)
+        assert bag(source, "--out", out, "--max-image-value", white) == 0
         for _, message in read(out)["/glesam/masks"]:
             np.testing.assert_array_equal(pixels(message, "u2") > 0, expected)
 
@@ -491,10 +491,11 @@ def test_pictures_become_a_bag_that_can_be_segmented(compressed, tmp_path):
     assert len(read(tmp_path / "out")["/glesam/masks"]) == 4
 
 
-def test_significant_bits_are_not_for_pictures(tmp_path, capsys):
+@pytest.mark.parametrize("option", [["--max-image-value", 4095], ["--min-image-value", -20], ["--do-dynamic-scaling"]])
+def test_what_is_black_and_white_of_messages_is_not_for_pictures(tmp_path, capsys, option):
     with pytest.raises(SystemExit):
-        bag("--from-images", tmp_path, "--out", tmp_path / "out", "--significant-bits", 12)
-    assert "--significant-bits: expected a bag, got a folder of pictures" in capsys.readouterr().err
+        bag("--from-images", tmp_path, "--out", tmp_path / "out", *option)
+    assert f"{option[0]}: expected a bag, got a folder of pictures" in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be_read_are_named_and_the_others_become_a_bag(tmp_path, capsys):

@@ -107,15 +107,15 @@ def test_a_camera_that_fills_12_of_16_bits(tmp_path, capsys):
     frames = [("/cam", IMAGE, 30 * n, image(30 * n, grey.astype(np.uint16) << 4, "mono16")) for n in range(2)]
     bag, out = write_bag(tmp_path / "drive", frames), tmp_path / "set"
     arguments = ("pick", bag, "--out", out, "--count", 1, "--measure", 0, *CLASSES)
-    assert reallq(*arguments, "--significant-bits", 12) == 0
+    assert reallq(*arguments, "--max-image-value", 255 << 4) == 0
     (entry,) = manifest(out)["pictures"]
     written = cv2.imread(str(out / f"images/validation/{entry['name']}.png"))
     np.testing.assert_array_equal(written, np.repeat(grey, 3, 2))
     assert reallq(*arguments) == 1  # that would be other pictures
     assert "--force" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        reallq("pick", tmp_path, "--out", out, "--significant-bits", 12, *CLASSES)
-    assert "--significant-bits: expected a bag, got a folder of pictures" in capsys.readouterr().err
+        reallq("pick", tmp_path, "--out", out, "--do-dynamic-scaling", *CLASSES)
+    assert "--do-dynamic-scaling: expected a bag, got a folder of pictures" in capsys.readouterr().err
 
 
 def test_one_topic_and_fewer_frames_than_asked(tmp_path, capsys):

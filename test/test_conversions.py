@@ -16,6 +16,7 @@ import pytest
 from glesam_ros.ros.conversions import (
     ENCODINGS,
     ConversionError,
+    ValueRange,
     array_to_compressed,
     array_to_image,
     compressed_to_rgb,
@@ -284,24 +285,79 @@ def test_16_bit_png() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
-def test_fewer_significant_bits_than_16(bits: int) -> None:
+def test_cameras_that_fill_fewer_than_16_bits(bits: int) -> None:
     """A camera that puts 12 bits into 16 and does not shift them up gives the same picture as one that does."""
-    values = wide(GREY) >> (16 - bits)
+    values, full = GREY.astype(np.uint16) << (bits - 8), ValueRange(high=255 << (bits - 8))
     expected = np.dstack([GREY] * 3)
     for big in (False, True):
         for padding in (0, 4):
             msg = message(values, "mono16", padding, big)
-            np.testing.assert_array_equal(image_to_rgb(msg, bits), expected)
-    colours = message(wide(RGB) >> (16 - bits), "rgb16")
-    np.testing.assert_array_equal(image_to_rgb(colours, bits), RGB)
+            np.testing.assert_array_equal(image_to_rgb(msg, full), expected)
+    colours = message(RGB.astype(np.uint16) << (bits - 8), "rgb16")
+    np.testing.assert_array_equal(image_to_rgb(colours, full), RGB)
     flat = message(mosaic("rggb", RED, (6, 8)).astype(np.uint16) << (bits - 8), "bayer_rggb16")
-    np.testing.assert_array_equal(image_to_rgb(flat, bits), np.broadcast_to(np.array(RED, np.uint8), (6, 8, 3)))
+    np.testing.assert_array_equal(image_to_rgb(flat, full), np.broadcast_to(np.array(RED, np.uint8), (6, 8, 3)))
     png = compressed(coded(".png", values), "mono16; png compressed ")
-    np.testing.assert_array_equal(compressed_to_rgb(png, bits), expected)
-    # what is beyond these bits is white, and 8-bit pictures stay
+    np.testing.assert_array_equal(compressed_to_rgb(png, full), expected)
+    # what is beyond is white, and 8-bit pictures stay
     beyond = message(np.full((3, 4), 65535, np.uint16), "mono16")
-    np.testing.assert_array_equal(image_to_rgb(beyond, bits), np.full((3, 4, 3), 255))
-    np.testing.assert_array_equal(image_to_rgb(message(RGB, "rgb8"), bits), RGB)
+    np.testing.assert_array_equal(image_to_rgb(beyond, full), np.full((3, 4, 3), 255))
+    np.testing.assert_array_equal(image_to_rgb(message(RGB, "rgb8"), full), RGB)
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("encoding", ["mono16", "32FC1"])
+def test_a_range_of_values(encoding: str, big: bool) -> None:
+    """A thermal camera: 20 and 40 are black and white, what lies between is in proportion, beyond is clipped."""
+    dtype = np.uint16 if encoding == "mono16" else np.float32
+    msg = message(np.array([[0, 20, 25, 30, 40, 900]], dtype), encoding, 4, big)
+    expected = np.dstack([np.array([[0, 0, 64, 128, 255, 255]])] * 3)  # 63.75, 127.5
+    np.testing.assert_array_equal(image_to_rgb(msg, ValueRange(20, 40)), expected)
+
+
+def test_a_range_below_zero_and_one_that_is_none() -> None:
+    celsius = message(np.array([[-40, -20, 0, 60]], np.float32), "32FC1")
+    np.testing.assert_array_equal(image_to_rgb(celsius, ValueRange(-20, 60))[0, :, 0], [0, 0, 64, 255])
+    words = message(np.array([[0, 256, 65535]], np.uint16), "mono16")
+    for low, high in ((0, 0), (300, 300), (300, 20)):
+        np.testing.assert_array_equal(image_to_rgb(words, ValueRange(low, high))[0, :, 0], [0, 1, 255])
+        with pytest.raises(ConversionError, match=r"expected floats in 0..1, got -40 .. 60; set min_image_value"):
+            image_to_rgb(celsius, ValueRange(low, high))
+
+
+@pytest.mark.parametrize("stored", ["mono16", "mono16 big", "32FC1", "png"])
+def test_dynamic_scaling(stored: str) -> None:
+    """Of raw counts between 7300 and 8300 all of black to white is used, and a dead and a hot pixel do not matter."""
+    ramp = np.tile(np.linspace(7300, 8300, 500), (400, 1)).round().astype(np.uint16)
+    ramp[100, 100], ramp[200, 300] = 0, 65535
+    if stored == "png":
+        got = compressed_to_rgb(compressed(coded(".png", ramp), "16UC1; png compressed "), ValueRange(dynamic=True))
+    else:
+        encoding = stored.split()[0]
+        values = ramp.astype(np.float32) if encoding == "32FC1" else ramp
+        got = image_to_rgb(message(values, encoding, big="big" in stored), ValueRange(20, 40, dynamic=True))
+    # half a per cent of 1000 counts at each end: 5
+    expected = np.clip((ramp[0] - 7305.0) * 255 / 990, 0, 255)
+    assert np.abs(got[0, :, 0] - expected).max() <= 1
+    assert got[100, 100].tolist() == [0, 0, 0] and got[200, 300].tolist() == [255, 255, 255]
+
+
+def test_dynamic_scaling_takes_all_colours_of_a_mosaic_and_of_pixels_alike() -> None:
+    """One range for all channels, else colours would shift; the rows of a mosaic take turns and both count."""
+    tall = np.zeros((2000, 640), np.uint16)
+    tall[::2], tall[1::2] = 1000, 3000
+    assert set(np.unique(image_to_rgb(message(tall, "mono16"), ValueRange(dynamic=True)))) == {0, 255}
+    pixels = np.full((50, 60, 3), (1000, 2000, 3000), np.uint16)
+    rgb = image_to_rgb(message(pixels, "rgb16"), ValueRange(dynamic=True))
+    np.testing.assert_array_equal(rgb, np.broadcast_to(np.array([0, 128, 255]), (50, 60, 3)))
+
+
+def test_dynamic_scaling_of_a_flat_picture_and_of_floats_that_are_none() -> None:
+    flat = message(np.full((4, 5), 7300, np.uint16), "mono16")
+    np.testing.assert_array_equal(image_to_rgb(flat, ValueRange(dynamic=True)), np.zeros((4, 5, 3)))
+    for values in (ValueRange(dynamic=True), ValueRange(20, 40)):
+        with pytest.raises(ConversionError, match="expected finite floats, got NaN or infinity"):
+            image_to_rgb(message(np.array([[20, np.nan]], np.float32), "32FC1"), values)
 
 
 @pytest.mark.parametrize("pattern", ["rggb", "bggr", "gbrg", "grbg"])

@@ -108,9 +108,9 @@ def test_cameras_that_fill_12_of_16_bits(launch):
         return message
 
     client.stream(frame, lambda: masks.messages, "masks")
-    line = client.wait_log("few_values: of 16 bits the upper 8 count", "15 of 255 only", "set significant_bits (12")
+    line = client.wait_log("few_values: of 16 bits the upper 8 count", "1 to 15 of 255", "set max_image_value (4095")
     assert "[1 so far" in line and not pixels_of(masks.last).any()
-    client.set_parameters(significant_bits=12)
+    client.set_parameters(max_image_value=4095.0)
     client.stream(frame, lambda: pixels_of(masks.last)[50, 60] == 1, "the object")
     noticed = client.wait_count("noticed_few_values", 1)["noticed_few_values"]
     processed = client.counts()["frames_processed"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import (
+    MESSAGE_SETTINGS,
     MODEL_SETTINGS,
     SELECTION_SETTINGS,
     CommandError,
@@ -18,7 +19,7 @@ from glesam_ros.cli.options import (
     open_pipeline,
     opened,
     positive,
-    refuse_bits,
+    refuse_message_settings,
     seed,
 )
 from glesam_ros.cli.result_topics import ALL_RESULTS, RESTORER_RESULTS, RESULTS, SEMANTIC_RESULTS
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from glesam_ros.semantic import Restorer, SemanticSegmenter
     from glesam_ros.validation import UInt8Array
 
-SETTINGS = ("significant_bits", *MODEL_SETTINGS, "semantic", "restorer", *SELECTION_SETTINGS, "overlay_alpha")
+SETTINGS = (*MESSAGE_SETTINGS, *MODEL_SETTINGS, "semantic", "restorer", *SELECTION_SETTINGS, "overlay_alpha")
 NAMESPACE = re.compile(r"[A-Za-z_]\w*(/[A-Za-z_]\w*)*", re.ASCII)
 """Names that ROS takes, joined by /."""
 NAMED_FRAMES = 5
@@ -228,7 +229,7 @@ def _bag_of_pictures(args: argparse.Namespace) -> int:
 
     if len(args.topic) > 1:
         args.usage_error(f"--topic: expected one topic with --from-images, got {len(args.topic)}")
-    refuse_bits(args, args.from_images)
+    refuse_message_settings(args, args.from_images)
     if not args.from_images.is_dir():
         raise CommandError(f"{args.from_images}: expected a folder of pictures")
     paths = [path for path, _ in find_pictures([args.from_images], recursive=False)]

@@ -38,7 +38,7 @@ from glesam_ros.instances import Instances
 from glesam_ros.models import OutOfMemory
 from glesam_ros.overlay import draw_overlay
 from glesam_ros.pipeline import EnhancementGate, Pipeline
-from glesam_ros.ros.conversions import ConversionError, message_to_rgb
+from glesam_ros.ros.conversions import ConversionError, ValueRange, message_to_rgb
 from glesam_ros.semantic import NO_CLASS, Restorer, SemanticMap, SemanticSegmenter, class_of_instances
 from glesam_ros.validation import UInt8Array
 
@@ -327,7 +327,7 @@ class ResultWriter:
         try:
             if frame.error:
                 raise frame.error
-            image = message_to_rgb(frame.message, self.pipeline.settings.significant_bits)
+            image = message_to_rgb(frame.message, ValueRange.of(self.pipeline.settings))
         except ConversionError as error:
             self.tally.bad[error.reason] += 1
             return error

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import (
+    MESSAGE_SETTINGS,
     CommandError,
     add_settings,
     not_negative,
     open_pipeline,
     positive,
     progress,
-    refuse_bits,
+    refuse_message_settings,
 )
-from glesam_ros.settings import default
 
 if TYPE_CHECKING:
     from glesam_ros.cli.bagfile import BagSource, Frame
     from glesam_ros.reallq import Recording, Shot
+    from glesam_ros.ros.conversions import ValueRange
     from glesam_ros.validation import UInt8Array
 
 SETTINGS = ("device", "precision")
@@ -96,7 +97,7 @@ def add_parser(commands: Any) -> None:
     pick.add_argument(
         "--force", action="store_true", help="pick anew where SET has other settings; never where it has labels"
     )
-    add_settings(pick, (*SETTINGS, "significant_bits"))
+    add_settings(pick, (*SETTINGS, *MESSAGE_SETTINGS))
     pick.set_defaults(func=run_pick, usage_error=pick.error, model=LEVEL_MODEL, enhancement="off")
     read = actions.add_parser("read", help="read the labels back as annotations")
     read.add_argument("folder", type=Path, metavar="SET", help="what `glesam reallq pick` made")
@@ -116,15 +117,16 @@ def run_pick(args: argparse.Namespace) -> int:
     if args.source.is_dir() and not (args.source / "metadata.yaml").is_file():
         if args.topic:
             args.usage_error(f"--topic: expected a bag, got a folder of pictures: {args.source}")
-        refuse_bits(args, args.source)
+        refuse_message_settings(args, args.source)
         return _pick(args, PictureFolder(args.source, args.rate), rate=0.0)
     from glesam_ros.cli.bagfile import open_bag
+    from glesam_ros.ros.conversions import ValueRange
 
     with open_bag(args.source, args.ros_distro) as source:
         topics, notes = source.image_topics(args.topic, "/glesam")
         for note in notes:
             print(f"glesam reallq: {note}", file=sys.stderr)
-        return _pick(args, BagRecording(source, topics, args.significant_bits), args.measure)
+        return _pick(args, BagRecording(source, topics, ValueRange.of(args)), args.measure)
 
 
 def run_read(args: argparse.Namespace) -> int:
@@ -155,12 +157,12 @@ class BagRecording:
     Args:
         source: an open bag.
         topics: image topics.
-        bits: significant ones of 16-bit images, see `glesam_ros.Settings`.
+        values: what is black and white of images of 16 bits or floats.
     """
 
-    def __init__(self, source: BagSource, topics: Sequence[str], bits: int) -> None:
+    def __init__(self, source: BagSource, topics: Sequence[str], values: ValueRange) -> None:
         self.source = source
-        self.bits = bits
+        self.values = values
         self.topics = list(topics)
         counts = {topic: sum(c.msgcount for c in source.connections if c.topic == topic) for topic in topics}
         self.total = sum(counts.values())
@@ -168,8 +170,8 @@ class BagRecording:
         self.identity: dict[str, Any] = {
             "bag": source.path.name, "topics": counts, "start": reader.start_time, "end": reader.end_time,
         }
-        if bits != default("significant_bits"):  # sets that were picked before there was a choice go on
-            self.identity["significant_bits"] = bits
+        if not values.is_own:  # sets that were picked before there was a choice go on
+            self.identity["values"] = values._asdict()
 
     def shots(self) -> Iterator[Shot]:
         """All messages of the topics, the bad ones too."""
@@ -181,7 +183,7 @@ class BagRecording:
             moment = stamp or frame.log_time  # some drivers leave the stamp empty
             yield Shot(
                 number, frame.topic, frame.topic, f"{frame.topic}_{moment // 10**9}_{moment % 10**9:09d}",
-                frame.log_time, stamp, "" if header is None else header.frame_id, _reader(frame, self.bits),
+                frame.log_time, stamp, "" if header is None else header.frame_id, _reader(frame, self.values),
             )
 
 
@@ -219,13 +221,13 @@ class PictureFolder:
             yield Shot(number, path.name, "", path.stem, moment, None, "", functools.partial(read_picture, path))
 
 
-def _reader(frame: Frame, bits: int) -> Callable[[], UInt8Array]:
+def _reader(frame: Frame, values: ValueRange) -> Callable[[], UInt8Array]:
     from glesam_ros.ros.conversions import message_to_rgb
 
     def read() -> UInt8Array:
         if frame.error:
             raise frame.error
-        return message_to_rgb(frame.message, bits)
+        return message_to_rgb(frame.message, values)
 
     return read
 

@@ -36,6 +36,37 @@ class ConversionError(ValueError):
         return type(self), (self.reason, str(self))
 
 
+class ValueRange(NamedTuple):
+    """What becomes black and white of channels of 16 bits or floats; as cv_bridge's CvtColorForDisplayOptions.
+
+    Attributes:
+        low, high: black and white; where high is not larger, the encoding's own: 0 and 65535 of 16 bits, 0 and 1 of
+            floats, which are then refused beyond.
+        dynamic: from the picture itself instead: `TAIL` of its values are darker, as many lighter.
+    """
+
+    low: float = 0.0
+    high: float = 0.0
+    dynamic: bool = False
+
+    @classmethod
+    def of(cls, settings: Any) -> ValueRange:
+        """That of `Settings`, or of the options of a command, which have the same names."""
+        return cls(settings.min_image_value, settings.max_image_value, settings.do_dynamic_scaling)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the encoding's own."""
+        return not self.dynamic and self.high <= self.low
+
+
+OWN_RANGE = ValueRange()
+TAIL = 0.005
+"""Share of the values at each end that a dynamic range leaves out, such as dead pixels."""
+SAMPLES = 1 << 16
+"""Values that are enough to find the ends of a dynamic range."""
+
+
 class _Layout(NamedTuple):
     """How one pixel of an encoding lies in memory."""
 
@@ -100,29 +131,27 @@ _ALIASES = {
     "16UC4": "bgra16",
 }
 
-MOST_BITS = 16
-"""Of a channel."""
 ENCODINGS = (*_LAYOUTS, *_PLANAR, *_ALIASES)
 """Every `sensor_msgs/Image.encoding` that `image_to_rgb` understands."""
 
 
-def message_to_rgb(msg: Any, significant_bits: int = MOST_BITS) -> UInt8Array:
+def message_to_rgb(msg: Any, values: ValueRange = OWN_RANGE) -> UInt8Array:
     """`compressed_to_rgb` of a `sensor_msgs/CompressedImage`, `image_to_rgb` of an Image. Raises ConversionError."""
-    return (compressed_to_rgb if hasattr(msg, "format") else image_to_rgb)(msg, significant_bits)
+    return (compressed_to_rgb if hasattr(msg, "format") else image_to_rgb)(msg, values)
 
 
-def image_to_rgb(msg: Any, significant_bits: int = MOST_BITS) -> UInt8Array:
+def image_to_rgb(msg: Any, values: ValueRange = OWN_RANGE) -> UInt8Array:
     """Pixels of a `sensor_msgs/Image` as (H, W, 3) uint8 RGB.
 
     rgb8 comes back as a view of `msg.data` (rows may be padded: do not write into it), everything else as one new
-    array. 16-bit channels become 8-bit by ``>> 8`` (before demosaicing), by less where fewer bits are significant;
-    32-bit floats are expected in 0..1 and become ``round(255 * value)``. Alpha is dropped. The generic OpenCV names
-    8UC3, 16UC3 and 32FC3 are read in BGR order. The plane of chroma of nv12, nv21 and nv24 follows that of Y; `step` is
-    the stride of both, of nv24's chroma twice that.
+    array. 16-bit channels become 8-bit by ``>> 8``; 32-bit floats are expected in 0..1 and become
+    ``round(255 * value)``; both by ``round(255 * (value - low) / (high - low))``, clipped, in another range, and before
+    demosaicing. Alpha is dropped. The generic OpenCV names 8UC3, 16UC3 and 32FC3 are read in BGR order. The plane of
+    chroma of nv12, nv21 and nv24 follows that of Y; `step` is the stride of both, of nv24's chroma twice that.
 
     Args:
         msg: sensor_msgs/Image of rclpy or rosbags; `data` may be array.array, bytes or a numpy array.
-        significant_bits: what 16-bit channels fill from below, 8..16; larger values are white.
+        values: what is black and white of channels of 16 bits or floats.
 
     Raises:
         ConversionError: zero_size, unknown_encoding, odd_width (of yuv422, nv12, nv21), odd_height (of nv12, nv21),
@@ -150,10 +179,11 @@ def image_to_rgb(msg: Any, significant_bits: int = MOST_BITS) -> UInt8Array:
     data = _checked_data(msg, width * pixel, f"{width} pixels of {pixel} bytes", step * (height - 1) + width * pixel)
     big = bool(msg.is_bigendian)
     if layout.depth == 4:
-        channels = _unit_to_byte(_view(data, height, width, layout.channels, step, np.dtype(">f4" if big else "<f4")))
-    elif layout.depth == 2 and significant_bits < MOST_BITS:
-        values = _view(data, height, width, layout.channels, step, np.dtype(">u2" if big else "<u2"))
-        channels = _upper_8(values, significant_bits)
+        floats = _view(data, height, width, layout.channels, step, np.dtype(">f4" if big else "<f4"))
+        channels = _float_to_byte(floats, values)
+    elif layout.depth == 2 and not values.is_own:
+        words = _view(data, height, width, layout.channels, step, np.dtype(">u2" if big else "<u2"))
+        channels = _ranged(words, values)
     elif layout.depth == 2:
         # value >> 8 is the high byte of each value, wherever it lies
         pairs = _view(data, height, width * layout.channels, 2, step, np.dtype(np.uint8))
@@ -164,9 +194,17 @@ def image_to_rgb(msg: Any, significant_bits: int = MOST_BITS) -> UInt8Array:
     return _to_rgb(channels, layout.to_rgb)
 
 
-def _upper_8(values: Any, significant_bits: int) -> UInt8Array:
-    """Unsigned 16-bit values that fill so many bits -> the upper 8 of these, uint8; 255 for larger ones."""
-    return np.asarray(np.minimum(values >> (significant_bits - 8), 255), np.uint8)
+def _ranged(channels: np.ndarray[Any, Any], values: ValueRange) -> UInt8Array:
+    """(H, W, C) uint16 or finite float32 -> uint8: `values.low` is 0, `values.high` 255, clipped."""
+    rows = channels.reshape(len(channels), -1)
+    low, high = values.low, values.high
+    if values.dynamic:
+        every = -(-rows.size // SAMPLES) | 1  # odd, as the rows of a Bayer mosaic take turns
+        low, high = (float(end) for end in np.quantile(rows[::every], (TAIL, 1 - TAIL)))
+    scale = 255 / (high - low) if high > low else 0.0
+    scaled = np.subtract(rows, np.float32(low), dtype=np.float32)
+    scaled *= np.float32(scale)
+    return np.asarray(np.rint(np.clip(scaled, 0, 255, out=scaled)), np.uint8).reshape(channels.shape)
 
 
 def _planar_to_rgb(msg: Any, layout: _Planar) -> UInt8Array:
@@ -209,7 +247,7 @@ def _checked_data(msg: Any, row: int, what: str, needed: int) -> UInt8Array:
     return np.frombuffer(msg.data, np.uint8)
 
 
-def compressed_to_rgb(msg: Any, significant_bits: int = MOST_BITS) -> UInt8Array:
+def compressed_to_rgb(msg: Any, values: ValueRange = OWN_RANGE) -> UInt8Array:
     """Pixels of a `sensor_msgs/CompressedImage` (JPEG or PNG) as (H, W, 3) uint8 RGB.
 
     The format strings of image_transport ("bgr8; jpeg compressed bgr8") and of plain drivers ("jpeg", "png", "") are
@@ -218,7 +256,7 @@ def compressed_to_rgb(msg: Any, significant_bits: int = MOST_BITS) -> UInt8Array
 
     Args:
         msg: sensor_msgs/CompressedImage of rclpy or rosbags; `data` may be array.array, bytes or a numpy array.
-        significant_bits: as for `image_to_rgb`.
+        values: as for `image_to_rgb`.
 
     Raises:
         ConversionError: unknown_format (also compressedDepth), zero_size (no data), corrupt_image (cut or broken).
@@ -273,7 +311,7 @@ def compressed_to_rgb(msg: Any, significant_bits: int = MOST_BITS) -> UInt8Array
         if not np.array_equal(pixels, decoded):
             raise _truncated("JPEG", len(data), "its last rows")
     if pixels.dtype == np.uint16:
-        pixels = _upper_8(pixels, significant_bits)
+        pixels = np.asarray(pixels >> 8, np.uint8) if values.is_own else _ranged(pixels, values)
     if mosaic and bayer is not None:
         return _to_rgb(pixels[..., None], _BAYER[bayer[1]])
     # image_transport states "compressed rgb8" when the channels were not swapped before the coder
@@ -373,19 +411,22 @@ def _view(
     return np.ndarray((height, width, channels), dtype, data, strides=strides)
 
 
-def _unit_to_byte(values: np.ndarray[Any, Any]) -> UInt8Array:
-    low, high = float(values.min()), float(values.max())  # NaN comes through min and max
+def _float_to_byte(channels: np.ndarray[Any, Any], values: ValueRange) -> UInt8Array:
+    low, high = float(channels.min()), float(channels.max())  # NaN comes through min and max
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ConversionError(
-            "not_finite", "expected finite floats in 0..1, got NaN or infinity; the publisher must fill invalid pixels"
+            "not_finite", f"expected finite floats{' in 0..1' if values.is_own else ''}, got NaN or infinity; the "
+            "publisher must fill invalid pixels",
         )
+    if not values.is_own:
+        return _ranged(channels, values)
     if low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE:
         raise ConversionError(
             "out_of_range",
-            f"expected floats in 0..1, got {low:g} .. {high:g}; scale them, or is this a distance image?",
+            f"expected floats in 0..1, got {low:g} .. {high:g}; set min_image_value and max_image_value, or is this a "
+            "distance image?",
         )
-    native = values.astype(np.float32)
-    return np.rint(np.clip(native, 0, 1, out=native) * np.float32(255)).astype(np.uint8)
+    return _ranged(channels, ValueRange(0, 1))
 
 
 def _to_rgb(channels: np.ndarray[Any, Any], code: int | None) -> UInt8Array:

@@ -20,18 +20,19 @@ from glesam_ros.instances import Instances
 from glesam_ros.models import Embedding, OutOfMemory
 from glesam_ros.pipeline import Pipeline
 from glesam_ros.ros.camera import Camera
-from glesam_ros.ros.conversions import MOST_BITS, ConversionError, message_to_rgb
+from glesam_ros.ros.conversions import ConversionError, ValueRange, message_to_rgb
 from glesam_ros.ros.diagnostics import Ring, worth_a_log_line
 from glesam_ros.ros.outputs import OF_CLASSES, OF_EMBEDDING, OF_INSTANCES, WITH_CLASSES
 from glesam_ros.ros.scheduling import Frame, HandOver, NewestFrames
 from glesam_ros.semantic import Restorer, SemanticSegmenter
-from glesam_ros.settings import Settings
 from glesam_ros.validation import UInt8Array
 
 OTHER_TIME_MS = 10_000
 """A frame that is older when it comes is no late one: its stamp is of another time than the node's clock."""
 FEW_VALUES = 64
 """Of the upper 8 bits of 16, more than 14 bits that nobody shifted up give."""
+FLAT = 16
+"""Of these, more than lies between the coldest and the warmest that a thermal camera sees in most scenes."""
 
 Result = TypeVar("Result")
 
@@ -173,8 +174,10 @@ class Worker:
             return None
         ledger, header, settings = camera.ledger, frame.message.header, self._pipeline.settings
         started = time.perf_counter()
-        image = message_to_rgb(frame.message, settings.significant_bits)
-        self._check_bits(camera, frame.message, image, settings)
+        values = ValueRange.of(settings)
+        image = message_to_rgb(frame.message, values)
+        if values.is_own:
+            self._check_values(camera, frame.message, image)
         ledger.size = image.shape[0], image.shape[1]
         stamp_ns = self._check_stamp(camera, header.stamp)
         prompts, ids, gone = camera.prompts.current(ledger.size, settings.prompt_timeout_s)
@@ -282,17 +285,17 @@ class Worker:
             return result, took_s
         return None, time.perf_counter() - started
 
-    def _check_bits(self, camera: Camera, message: Any, image: UInt8Array, settings: Settings) -> None:
-        """Notice dark pictures whose message states that they have 16 bits: their cameras may fill fewer."""
+    def _check_values(self, camera: Camera, message: Any, image: UInt8Array) -> None:
+        """Notice dark or flat pictures whose message states that they have 16 bits: their cameras may fill fewer."""
         stated = message.format if isinstance(message, CompressedImage) else message.encoding
-        if "16" not in stated or "jpeg" in stated.lower() or settings.significant_bits < MOST_BITS:
+        if "16" not in stated or "jpeg" in stated.lower():
             return
-        _, high, *_ = cv2.minMaxLoc(image.reshape(len(image), -1))
-        if high < FEW_VALUES:
+        low, high, *_ = cv2.minMaxLoc(image.reshape(len(image), -1))
+        if high < FEW_VALUES or high - low < FLAT:
             self._notice(
-                camera, "few_values", f"of 16 bits the upper 8 count, and there this picture ({stated}) reaches "
-                f"{high:g} of 255 only; if the camera fills fewer bits, set significant_bits (12 for values up to "
-                "4095), or let its driver scale them",
+                camera, "few_values", f"of 16 bits the upper 8 count, and of these this picture ({stated}) has {low:g} "
+                f"to {high:g} of 255 only; if the camera fills fewer bits, set max_image_value (4095 for 12 bits); if "
+                "it is a thermal one with raw counts, do_dynamic_scaling",
             )
 
     def _check_stamp(self, camera: Camera, stamp: Any) -> int:
