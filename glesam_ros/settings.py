@@ -94,7 +94,7 @@ class Settings:
         True, "Configure and activate by itself; false waits for a lifecycle manager.", read_only=True
     )
     min_image_value: float = _param(
-        0.0, "What is black in image messages of 16 bits or floats, where max_image_value is larger.",
+        0.0, "What is black in images of 16 bits or floats, where max_image_value is larger.",
         low=-1000.0, high=65535.0,
     )
     max_image_value: float = _param(

@@ -491,11 +491,15 @@ def test_pictures_become_a_bag_that_can_be_segmented(compressed, tmp_path):
     assert len(read(tmp_path / "out")["/glesam/masks"]) == 4
 
 
-@pytest.mark.parametrize("option", [["--max-image-value", 4095], ["--min-image-value", -20], ["--do-dynamic-scaling"]])
-def test_what_is_black_and_white_of_messages_is_not_for_pictures(tmp_path, capsys, option):
-    with pytest.raises(SystemExit):
-        bag("--from-images", tmp_path, "--out", tmp_path / "out", *option)
-    assert f"{option[0]}: expected a bag, got a folder of pictures" in capsys.readouterr().err
+def test_thermal_pictures_become_a_bag(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    counts = np.tile(np.arange(7000, 8000, 20, dtype=np.uint16), (60, 1))
+    cv2.imwrite(str(folder / "a.png"), counts)
+    limits = "--min-image-value", 7000, "--max-image-value", 8020
+    assert bag("--from-images", folder, "--out", tmp_path / "film", *limits) == 0
+    ((_, message),) = read(tmp_path / "film")["/camera/image_raw"]
+    np.testing.assert_array_equal(pixels(message, "u1")[..., 1], (counts - 7000) // 4)  # of 1020 to 255
 
 
 def test_pictures_that_cannot_be_read_are_named_and_the_others_become_a_bag(tmp_path, capsys):

@@ -415,6 +415,23 @@ def test_grey_16_bit_and_alpha_pictures(tmp_path):
         assert sorted_masks(masks) == sorted_masks(bright_model.scene_masks())
 
 
+def test_thermal_pictures_with_raw_counts_or_temperatures(tmp_path, capsys):
+    """Black as they are; with what is black and white said, or found, the objects are there."""
+    grey = bright_model.scene()[..., 0]
+    counts = write(tmp_path / "in/counts.png", grey.astype(np.uint16) + 7000)
+    kelvin = write(tmp_path / "in/kelvin.tiff", (grey / 10 + 280).astype(np.float32))
+    assert segment(counts, "--out", tmp_path / "own") == 0
+    assert not json.loads((tmp_path / "own/results.json").read_text())
+    for picture, low, high in ((counts, 7000, 7255), (kelvin, 280, 305.5)):
+        for options in (("--min-image-value", low, "--max-image-value", high), ("--do-dynamic-scaling",)):
+            assert segment(picture, "--out", tmp_path / "out", *options) == 0
+            entries = json.loads((tmp_path / "out/results.json").read_text())
+            assert sorted_masks(decoded(entries)) == sorted_masks(bright_model.scene_masks())
+    write(kelvin, np.full((8, 9), np.nan, np.float32))
+    assert segment(kelvin, "--out", tmp_path / "out", "--do-dynamic-scaling") == 1
+    assert f"skipped {kelvin}: expected finite values, got NaN or infinity" in capsys.readouterr().err
+
+
 def test_exif_orientation_is_applied(tmp_path):
     plain = cv2.imencode(".jpg", bright_model.scene(), [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
     # APP1 with one IFD entry: tag 0x0112 orientation, type short, value 6 (turn 90 degrees clockwise)

@@ -113,9 +113,20 @@ def test_a_camera_that_fills_12_of_16_bits(tmp_path, capsys):
     np.testing.assert_array_equal(written, np.repeat(grey, 3, 2))
     assert reallq(*arguments) == 1  # that would be other pictures
     assert "--force" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        reallq("pick", tmp_path, "--out", out, "--do-dynamic-scaling", *CLASSES)
-    assert "--do-dynamic-scaling: expected a bag, got a folder of pictures" in capsys.readouterr().err
+
+
+def test_a_folder_of_thermal_pictures(tmp_path, capsys):
+    folder, out = tmp_path / "thermal", tmp_path / "set"
+    folder.mkdir()
+    grey = clear()[..., 0]
+    cv2.imwrite(str(folder / "a.png"), grey.astype(np.uint16) + 7000)
+    arguments = ("pick", folder, "--out", out, "--count", 1, "--measure", 0, *CLASSES)
+    assert reallq(*arguments, "--min-image-value", 7000, "--max-image-value", 7255) == 0
+    (entry,) = manifest(out)["pictures"]
+    written = cv2.imread(str(out / f"images/validation/{entry['name']}.png"))
+    np.testing.assert_array_equal(written, np.dstack([grey] * 3))
+    assert reallq(*arguments, "--do-dynamic-scaling") == 1  # that would be other pictures
+    assert "--force" in capsys.readouterr().err
 
 
 def test_one_topic_and_fewer_frames_than_asked(tmp_path, capsys):

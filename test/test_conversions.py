@@ -16,12 +16,12 @@ import pytest
 from glesam_ros.ros.conversions import (
     ENCODINGS,
     ConversionError,
-    ValueRange,
     array_to_compressed,
     array_to_image,
     compressed_to_rgb,
     image_to_rgb,
 )
+from glesam_ros.value_range import ValueRange
 
 RED, GREEN, BLUE = (240, 0, 0), (0, 240, 0), (0, 0, 240)
 RGB = np.array([[(10, 20, 30), (200, 100, 50)], [(0, 255, 1), (7, 8, 9)], [(90, 80, 70), (255, 254, 253)]], np.uint8)

@@ -133,6 +133,7 @@ def test_what_cannot_be_restored_is_said_in_one_line(inverter, photos, tmp_path,
 
 def test_the_restorer_that_is_the_default(photos, tmp_path, capsys, monkeypatch):
     pytest.importorskip("torch")
+    pytest.importorskip("glesam_ros.models.glesam.torchvision_ops").allow_import_without_operators()
     for package in ("diffusers", "peft", "transformers"):
         pytest.importorskip(package)
     from tiny_sd import write_tiny_scr, write_tiny_sd

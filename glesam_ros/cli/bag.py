@@ -10,27 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import (
-    MESSAGE_SETTINGS,
     MODEL_SETTINGS,
     SELECTION_SETTINGS,
+    VALUE_SETTINGS,
     CommandError,
     add_settings,
     degradation,
     open_pipeline,
     opened,
     positive,
-    refuse_message_settings,
     seed,
 )
 from glesam_ros.cli.result_topics import ALL_RESULTS, RESTORER_RESULTS, RESULTS, SEMANTIC_RESULTS
 from glesam_ros.settings import OFF
+from glesam_ros.value_range import ValueRange
 
 if TYPE_CHECKING:
     from glesam_ros.cli.bagfile import BagSource, Frame, ResultWriter
     from glesam_ros.semantic import Restorer, SemanticSegmenter
     from glesam_ros.validation import UInt8Array
 
-SETTINGS = (*MESSAGE_SETTINGS, *MODEL_SETTINGS, "semantic", "restorer", *SELECTION_SETTINGS, "overlay_alpha")
+SETTINGS = (*VALUE_SETTINGS, *MODEL_SETTINGS, "semantic", "restorer", *SELECTION_SETTINGS, "overlay_alpha")
 NAMESPACE = re.compile(r"[A-Za-z_]\w*(/[A-Za-z_]\w*)*", re.ASCII)
 """Names that ROS takes, joined by /."""
 NAMED_FRAMES = 5
@@ -229,17 +229,16 @@ def _bag_of_pictures(args: argparse.Namespace) -> int:
 
     if len(args.topic) > 1:
         args.usage_error(f"--topic: expected one topic with --from-images, got {len(args.topic)}")
-    refuse_message_settings(args, args.from_images)
     if not args.from_images.is_dir():
         raise CommandError(f"{args.from_images}: expected a folder of pictures")
     paths = [path for path, _ in find_pictures([args.from_images], recursive=False)]
-    failures = 0
+    values, failures = ValueRange.of(args), 0
 
     def pictures() -> Iterator[UInt8Array]:
         nonlocal failures
         for number, path in enumerate(tqdm(paths, unit="picture", disable=None)):
             try:
-                image = _degraded(read_picture(path), args, number)
+                image = _degraded(read_picture(path, values), args, number)
             except FAILURES as error:
                 failures += 1
                 say_skipped("bag", path, error)

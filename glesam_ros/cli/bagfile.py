@@ -38,9 +38,10 @@ from glesam_ros.instances import Instances
 from glesam_ros.models import OutOfMemory
 from glesam_ros.overlay import draw_overlay
 from glesam_ros.pipeline import EnhancementGate, Pipeline
-from glesam_ros.ros.conversions import ConversionError, ValueRange, message_to_rgb
+from glesam_ros.ros.conversions import ConversionError, message_to_rgb
 from glesam_ros.semantic import NO_CLASS, Restorer, SemanticMap, SemanticSegmenter, class_of_instances
 from glesam_ros.validation import UInt8Array
+from glesam_ros.value_range import ValueRange
 
 NOT_A_PICTURE = ("16UC1", "32FC1", "32FC2", "64FC1", "16SC1", "32SC1")
 """Encodings of distances, flow and the like; a topic that starts with one is not taken by itself."""

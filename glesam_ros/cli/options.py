@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from glesam_ros import __version__, settings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from glesam_ros.pipeline import Pipeline
 
 _Model = TypeVar("_Model")
 
-MESSAGE_SETTINGS = ("min_image_value", "max_image_value", "do_dynamic_scaling")
-"""Settings that say how messages become pictures."""
+VALUE_SETTINGS = ("min_image_value", "max_image_value", "do_dynamic_scaling")
+"""Settings that say what is black and white."""
 MODEL_SETTINGS = (
     "model", "device", "precision", "enhancement", "processing_size", "points_per_side", "points_per_batch",
     "crop_layers", "second_look",
@@ -40,17 +38,6 @@ class CommandError(Exception):
     """Something a user can mend; `main` prints it as one line and exits with 1."""
 
 
-def refuse_message_settings(args: argparse.Namespace, folder: Path) -> None:
-    """End with a usage error where one of `MESSAGE_SETTINGS` is set and `folder` holds pictures."""
-    for name in MESSAGE_SETTINGS:
-        if getattr(args, name) != settings.default(name):
-            args.usage_error(f"{_flag(name)}: expected a bag, got a folder of pictures: {folder}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def add_settings(
     parser: argparse.ArgumentParser, names: Sequence[str], defaults: Mapping[str, Any] | None = None,
     texts: Mapping[str, str] | None = None,
@@ -66,20 +53,19 @@ def add_settings(
     group = parser.add_argument_group("model options", "names and ranges are those of the node's parameters")
     for name in names:
         spec, default = settings.spec(name), (defaults or {}).get(name, settings.default(name))
+        flag = "--" + name.replace("_", "-")
         about = [(texts or {}).get(name, spec.help).replace("%", "%%")]
         if spec.low is not None:
             about.append(f"{spec.low} .. {spec.high}{' ' + spec.unit if spec.unit else ''};")
         about.append(f"default: {default}")
         text = " ".join(about)
         if isinstance(default, bool):
-            group.add_argument(_flag(name), action=argparse.BooleanOptionalAction, default=default, help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
         elif spec.choices:
-            group.add_argument(_flag(name), choices=spec.choices, default=default, help=text)
+            group.add_argument(flag, choices=spec.choices, default=default, help=text)
         else:
             metavar = {int: "N", float: "X", str: "NAME"}[type(default)]
-            group.add_argument(
-                _flag(name), type=_checked(name, type(default)), default=default, metavar=metavar, help=text
-            )
+            group.add_argument(flag, type=_checked(name, type(default)), default=default, metavar=metavar, help=text)
 
 
 def chosen_settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import CommandError
 from glesam_ros.picture_files import SUFFIXES, decoded, encoded
+from glesam_ros.value_range import OWN_RANGE, ValueRange
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -95,18 +96,31 @@ def say_skipped(command: str, path: Path, error: Exception) -> None:
     tqdm.write(f"glesam {command}: skipped {path}: {str(error) or 'out of memory'}", file=sys.stderr)
 
 
-def read_picture(path: Path) -> UInt8Array:
-    """A picture file as (H, W, 3) uint8 RGB; EXIF orientation applied, grey repeated, 16 bit scaled, alpha dropped.
+def read_picture(path: Path, values: ValueRange = OWN_RANGE) -> UInt8Array:
+    """A picture file as (H, W, 3) uint8 RGB; EXIF orientation applied, grey repeated, alpha dropped.
+
+    Args:
+        path: the file.
+        values: what is black and white of pictures of 16 bits or floats.
 
     Raises:
-        ValueError: not a picture, or cut short.
+        ValueError: not a picture, or cut short; or floats that are not finite.
         OSError: cannot be read.
     """
     import cv2
     import numpy as np
 
+    # OpenCV makes no colours of grey floats, so that is left to the end
+    flags = cv2.IMREAD_COLOR if values.is_own else cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
+    pixels = decoded(path.read_bytes(), flags)
+    if pixels.dtype != np.uint8:
+        if not np.isfinite(pixels).all():
+            raise ValueError("expected finite values, got NaN or infinity")
+        pixels = values.to_byte(pixels)
+    if pixels.ndim == 2:
+        pixels = np.dstack([pixels] * 3)
     # not cv2.cvtColor: that of OpenCV 4.5 refuses a lone pixel
-    return np.ascontiguousarray(decoded(path.read_bytes(), cv2.IMREAD_COLOR)[..., ::-1], np.uint8)
+    return np.ascontiguousarray(pixels[..., ::-1], np.uint8)
 
 
 def write_picture(path: Path, image: NDArray[Any], quality: int = 95) -> None:

@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glesam_ros.cli.options import (
-    MESSAGE_SETTINGS,
+    VALUE_SETTINGS,
     CommandError,
     add_settings,
     not_negative,
     open_pipeline,
     positive,
     progress,
-    refuse_message_settings,
 )
+from glesam_ros.value_range import ValueRange
 
 if TYPE_CHECKING:
     from glesam_ros.cli.bagfile import BagSource, Frame
     from glesam_ros.reallq import Recording, Shot
-    from glesam_ros.ros.conversions import ValueRange
     from glesam_ros.validation import UInt8Array
 
 SETTINGS = ("device", "precision")
@@ -97,7 +96,7 @@ def add_parser(commands: Any) -> None:
     pick.add_argument(
         "--force", action="store_true", help="pick anew where SET has other settings; never where it has labels"
     )
-    add_settings(pick, (*SETTINGS, *MESSAGE_SETTINGS))
+    add_settings(pick, (*SETTINGS, *VALUE_SETTINGS))
     pick.set_defaults(func=run_pick, usage_error=pick.error, model=LEVEL_MODEL, enhancement="off")
     read = actions.add_parser("read", help="read the labels back as annotations")
     read.add_argument("folder", type=Path, metavar="SET", help="what `glesam reallq pick` made")
@@ -114,19 +113,18 @@ def run_pick(args: argparse.Namespace) -> int:
     """Pick; 1 when no frame could be used."""
     if not args.source.exists():
         raise CommandError(f"{args.source}: no such bag or folder")
+    values = ValueRange.of(args)
     if args.source.is_dir() and not (args.source / "metadata.yaml").is_file():
         if args.topic:
             args.usage_error(f"--topic: expected a bag, got a folder of pictures: {args.source}")
-        refuse_message_settings(args, args.source)
-        return _pick(args, PictureFolder(args.source, args.rate), rate=0.0)
+        return _pick(args, PictureFolder(args.source, args.rate, values), rate=0.0)
     from glesam_ros.cli.bagfile import open_bag
-    from glesam_ros.ros.conversions import ValueRange
 
     with open_bag(args.source, args.ros_distro) as source:
         topics, notes = source.image_topics(args.topic, "/glesam")
         for note in notes:
             print(f"glesam reallq: {note}", file=sys.stderr)
-        return _pick(args, BagRecording(source, topics, ValueRange.of(args)), args.measure)
+        return _pick(args, BagRecording(source, topics, values), args.measure)
 
 
 def run_read(args: argparse.Namespace) -> int:
@@ -170,8 +168,7 @@ class BagRecording:
         self.identity: dict[str, Any] = {
             "bag": source.path.name, "topics": counts, "start": reader.start_time, "end": reader.end_time,
         }
-        if not values.is_own:  # sets that were picked before there was a choice go on
-            self.identity["values"] = values._asdict()
+        _note_range(self.identity, values)
 
     def shots(self) -> Iterator[Shot]:
         """All messages of the topics, the bad ones too."""
@@ -193,12 +190,13 @@ class PictureFolder:
     Args:
         folder: with pictures.
         rate: pictures a second.
+        values: as of `BagRecording`.
 
     Raises:
         CommandError: there is none.
     """
 
-    def __init__(self, folder: Path, rate: float) -> None:
+    def __init__(self, folder: Path, rate: float, values: ValueRange) -> None:
         from glesam_ros.cli.pictures import find_pictures
 
         self.paths = [path for path, _ in find_pictures([folder], recursive=False)]
@@ -210,6 +208,8 @@ class PictureFolder:
         self.identity: dict[str, Any] = {
             "folder": folder.resolve().name, "pictures": self.total, "names_and_sizes": files.hexdigest(), "rate": rate,
         }
+        self.values = values
+        _note_range(self.identity, values)
 
     def shots(self) -> Iterator[Shot]:
         """All files, those that are no picture too."""
@@ -218,7 +218,13 @@ class PictureFolder:
 
         for number, path in enumerate(self.paths):
             moment = round(number * 1e9 / self.rate)
-            yield Shot(number, path.name, "", path.stem, moment, None, "", functools.partial(read_picture, path))
+            read = functools.partial(read_picture, path, self.values)
+            yield Shot(number, path.name, "", path.stem, moment, None, "", read)
+
+
+def _note_range(identity: dict[str, Any], values: ValueRange) -> None:
+    if not values.is_own:  # sets that were picked before there was a choice go on
+        identity["values"] = values._asdict()
 
 
 def _reader(frame: Frame, values: ValueRange) -> Callable[[], UInt8Array]:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from glesam_ros.cli.options import add_settings, opened
+from glesam_ros.cli.options import VALUE_SETTINGS, add_settings, opened
 from glesam_ros.cli.pictures import (
     FAILURES,
     add_pictures,
@@ -19,6 +19,7 @@ from glesam_ros.cli.pictures import (
     write_picture,
 )
 from glesam_ros.picture_files import SUFFIXES
+from glesam_ros.value_range import ValueRange
 
 SETTINGS = ("device", "precision")
 TEXTS = {
@@ -53,7 +54,7 @@ def add_parser(commands: Any) -> None:
         "--classes", nargs="+", type=_class_name, default=[], metavar="NAME",
         help="what the pictures show, in words, the most important first; default: nothing is said",
     )
-    add_settings(parser, SETTINGS, texts=TEXTS)
+    add_settings(parser, (*SETTINGS, *VALUE_SETTINGS), texts=TEXTS)
     parser.set_defaults(func=run)
 
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     failed, seconds = 0, 0.0
     for path, target in tqdm(pictures, unit="picture", disable=None):
         try:
-            image = read_picture(path)
+            image = read_picture(path, ValueRange.of(args))
             start = time.perf_counter()
             restored = restorer.restore(image, args.classes)
             seconds += time.perf_counter() - start

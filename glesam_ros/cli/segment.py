@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from glesam_ros.cli.options import (
     MODEL_SETTINGS,
     SELECTION_SETTINGS,
+    VALUE_SETTINGS,
     add_settings,
     numbers,
     open_pipeline,
@@ -26,6 +27,7 @@ from glesam_ros.cli.pictures import (
     say_skipped,
     write_picture,
 )
+from glesam_ros.value_range import ValueRange
 
 if TYPE_CHECKING:
     from glesam_ros.instances import Instances
@@ -67,7 +69,7 @@ def add_parser(commands: Any) -> None:
         "--box", action="append", type=_box, default=[], metavar="X1,Y1,X2,Y2",
         help="a box around an object in pixels; repeat for more objects",
     )
-    add_settings(parser, SETTINGS)
+    add_settings(parser, (*SETTINGS, *VALUE_SETTINGS))
     parser.set_defaults(func=run)
 
 
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         for image_id, (path, stem) in enumerate(tqdm(pictures, unit="picture", disable=None), start=1):
             try:
-                image = read_picture(path)
+                image = read_picture(path, ValueRange.of(args))
                 start = time.perf_counter()
                 instances = pipeline.segment(image, **prompts)
                 seconds += time.perf_counter() - start

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glesam_ros.cli.options import BESIDE_TEXTS, add_settings, opened
+from glesam_ros.cli.options import BESIDE_TEXTS, VALUE_SETTINGS, add_settings, opened
 from glesam_ros.cli.pictures import (
     FAILURES,
     add_pictures,
@@ -19,6 +19,7 @@ from glesam_ros.cli.pictures import (
     say_skipped,
     write_picture,
 )
+from glesam_ros.value_range import ValueRange
 
 if TYPE_CHECKING:
     from glesam_ros.semantic import SemanticMap
@@ -60,7 +61,7 @@ def add_parser(commands: Any) -> None:
         "--confidence", action=argparse.BooleanOptionalAction, default=True,
         help="write NAME_confidence.png; default: yes",
     )
-    add_settings(parser, SETTINGS, texts=BESIDE_TEXTS)
+    add_settings(parser, (*SETTINGS, *VALUE_SETTINGS), texts=BESIDE_TEXTS)
     parser.set_defaults(func=run)
 
 
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         for path, stem in tqdm(pictures, unit="picture", disable=None):
             try:
-                image = read_picture(path)
+                image = read_picture(path, ValueRange.of(args))
                 start = time.perf_counter()
                 found = segmenter.segment(image)
                 seconds += time.perf_counter() - start

@@ -15,6 +15,7 @@ import numpy as np
 
 from glesam_ros.picture_files import end_of_jpeg
 from glesam_ros.validation import UInt8Array
+from glesam_ros.value_range import OWN_RANGE, ValueRange
 
 FLOAT_TOLERANCE = 0.01
 """Float images may leave 0..1 by this much (resampling overshoot) and are clipped; further away they are refused."""
@@ -34,37 +35,6 @@ class ConversionError(ValueError):
 
     def __reduce__(self) -> tuple[type[ConversionError], tuple[str, str]]:
         return type(self), (self.reason, str(self))
-
-
-class ValueRange(NamedTuple):
-    """What becomes black and white of channels of 16 bits or floats; as cv_bridge's CvtColorForDisplayOptions.
-
-    Attributes:
-        low, high: black and white; where high is not larger, the encoding's own: 0 and 65535 of 16 bits, 0 and 1 of
-            floats, which are then refused beyond.
-        dynamic: from the picture itself instead: `TAIL` of its values are darker, as many lighter.
-    """
-
-    low: float = 0.0
-    high: float = 0.0
-    dynamic: bool = False
-
-    @classmethod
-    def of(cls, settings: Any) -> ValueRange:
-        """That of `Settings`, or of the options of a command, which have the same names."""
-        return cls(settings.min_image_value, settings.max_image_value, settings.do_dynamic_scaling)
-
-    @property
-    def is_own(self) -> bool:
-        """Whether it is the encoding's own."""
-        return not self.dynamic and self.high <= self.low
-
-
-OWN_RANGE = ValueRange()
-TAIL = 0.005
-"""Share of the values at each end that a dynamic range leaves out, such as dead pixels."""
-SAMPLES = 1 << 16
-"""Values that are enough to find the ends of a dynamic range."""
 
 
 class _Layout(NamedTuple):
@@ -183,7 +153,7 @@ def image_to_rgb(msg: Any, values: ValueRange = OWN_RANGE) -> UInt8Array:
         channels = _float_to_byte(floats, values)
     elif layout.depth == 2 and not values.is_own:
         words = _view(data, height, width, layout.channels, step, np.dtype(">u2" if big else "<u2"))
-        channels = _ranged(words, values)
+        channels = values.to_byte(words)
     elif layout.depth == 2:
         # value >> 8 is the high byte of each value, wherever it lies
         pairs = _view(data, height, width * layout.channels, 2, step, np.dtype(np.uint8))
@@ -192,19 +162,6 @@ def image_to_rgb(msg: Any, values: ValueRange = OWN_RANGE) -> UInt8Array:
     else:
         channels = _view(data, height, width, layout.channels, step, np.dtype(np.uint8))
     return _to_rgb(channels, layout.to_rgb)
-
-
-def _ranged(channels: np.ndarray[Any, Any], values: ValueRange) -> UInt8Array:
-    """(H, W, C) uint16 or finite float32 -> uint8: `values.low` is 0, `values.high` 255, clipped."""
-    rows = channels.reshape(len(channels), -1)
-    low, high = values.low, values.high
-    if values.dynamic:
-        every = -(-rows.size // SAMPLES) | 1  # odd, as the rows of a Bayer mosaic take turns
-        low, high = (float(end) for end in np.quantile(rows[::every], (TAIL, 1 - TAIL)))
-    scale = 255 / (high - low) if high > low else 0.0
-    scaled = np.subtract(rows, np.float32(low), dtype=np.float32)
-    scaled *= np.float32(scale)
-    return np.asarray(np.rint(np.clip(scaled, 0, 255, out=scaled)), np.uint8).reshape(channels.shape)
 
 
 def _planar_to_rgb(msg: Any, layout: _Planar) -> UInt8Array:
@@ -311,7 +268,7 @@ def compressed_to_rgb(msg: Any, values: ValueRange = OWN_RANGE) -> UInt8Array:
         if not np.array_equal(pixels, decoded):
             raise _truncated("JPEG", len(data), "its last rows")
     if pixels.dtype == np.uint16:
-        pixels = np.asarray(pixels >> 8, np.uint8) if values.is_own else _ranged(pixels, values)
+        pixels = np.asarray(pixels >> 8, np.uint8) if values.is_own else values.to_byte(pixels)
     if mosaic and bayer is not None:
         return _to_rgb(pixels[..., None], _BAYER[bayer[1]])
     # image_transport states "compressed rgb8" when the channels were not swapped before the coder
@@ -419,14 +376,14 @@ def _float_to_byte(channels: np.ndarray[Any, Any], values: ValueRange) -> UInt8A
             "publisher must fill invalid pixels",
         )
     if not values.is_own:
-        return _ranged(channels, values)
+        return values.to_byte(channels)
     if low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE:
         raise ConversionError(
             "out_of_range",
             f"expected floats in 0..1, got {low:g} .. {high:g}; set min_image_value and max_image_value, or is this a "
             "distance image?",
         )
-    return _ranged(channels, ValueRange(0, 1))
+    return ValueRange(0, 1).to_byte(channels)
 
 
 def _to_rgb(channels: np.ndarray[Any, Any], code: int | None) -> UInt8Array:

@@ -20,12 +20,13 @@ from glesam_ros.instances import Instances
 from glesam_ros.models import Embedding, OutOfMemory
 from glesam_ros.pipeline import Pipeline
 from glesam_ros.ros.camera import Camera
-from glesam_ros.ros.conversions import ConversionError, ValueRange, message_to_rgb
+from glesam_ros.ros.conversions import ConversionError, message_to_rgb
 from glesam_ros.ros.diagnostics import Ring, worth_a_log_line
 from glesam_ros.ros.outputs import OF_CLASSES, OF_EMBEDDING, OF_INSTANCES, WITH_CLASSES
 from glesam_ros.ros.scheduling import Frame, HandOver, NewestFrames
 from glesam_ros.semantic import Restorer, SemanticSegmenter
 from glesam_ros.validation import UInt8Array
+from glesam_ros.value_range import ValueRange
 
 OTHER_TIME_MS = 10_000
 """A frame that is older when it comes is no late one: its stamp is of another time than the node's clock."""

@@ -1,0 +1,52 @@
+"""What is black and white of pictures with more than 8 bits a channel."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from glesam_ros.validation import UInt8Array
+
+TAIL = 0.005
+"""Share of the values at each end that a dynamic range leaves out, such as dead pixels."""
+SAMPLES = 1 << 16
+"""Values that are enough to find the ends of a dynamic range."""
+
+
+class ValueRange(NamedTuple):
+    """What becomes black and white of channels of 16 bits or floats; as cv_bridge's CvtColorForDisplayOptions.
+
+    Attributes:
+        low, high: black and white; where high is not larger, the picture's own: 0 and 65535 of 16 bits, 0 and 1 of
+            floats.
+        dynamic: from the values of the picture instead: `TAIL` of them are darker, as many lighter.
+    """
+
+    low: float = 0.0
+    high: float = 0.0
+    dynamic: bool = False
+
+    @classmethod
+    def of(cls, settings: Any) -> ValueRange:
+        """That of `Settings`, or of the options of a command, which have the same names."""
+        return cls(settings.min_image_value, settings.max_image_value, settings.do_dynamic_scaling)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the picture's own."""
+        return not self.dynamic and self.high <= self.low
+
+    def to_byte(self, channels: np.ndarray[Any, Any]) -> UInt8Array:
+        """(H, W[, C]) of finite numbers -> uint8: ``round(255 * (value - low) / (high - low))``, clipped."""
+        rows = channels.reshape(len(channels), -1)
+        low, high = self.low, self.high
+        if self.dynamic:
+            every = -(-rows.size // SAMPLES) | 1  # odd, as the rows of a Bayer mosaic take turns
+            low, high = (float(end) for end in np.quantile(rows[::every], (TAIL, 1 - TAIL)))
+        scaled = np.subtract(rows, np.float32(low), dtype=np.float32)
+        scaled *= np.float32(255 / (high - low) if high > low else 0)
+        return np.asarray(np.rint(np.clip(scaled, 0, 255, out=scaled)), np.uint8).reshape(channels.shape)
+
+
+OWN_RANGE = ValueRange()
