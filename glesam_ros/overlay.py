@@ -124,7 +124,7 @@ def _draw_numbers(
     out: UInt8Array, labels: np.ndarray[Any, np.dtype[np.uint16]], instances: Instances
 ) -> None:
     scale = _scale(instances.size)
-    boxes = instances.boxes.astype(int)
+    boxes = instances.boxes.clip(0, 2 * instances.size[::-1]).astype(int)  # they may reach beyond the image
     for (x1, y1, x2, y2), number, score in zip(boxes, instances.ids, instances.scores):
         text = f"{number} {score:.2f}"
         (width, height), below = cv2.getTextSize(text, _FONT, scale, 1)

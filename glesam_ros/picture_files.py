@@ -22,7 +22,7 @@ def listed(listing: Path) -> list[str]:
     Raises:
         OSError, UnicodeDecodeError: the file cannot be read, or is not UTF-8.
     """
-    return [name for line in listing.read_text(encoding="utf-8").splitlines() if (name := line.strip())]
+    return [name for line in listing.read_text(encoding="utf-8-sig").splitlines() if (name := line.strip())]
 
 
 def without_ending(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from glesam_ros.instances import Instances
-from glesam_ros.masks import Indices, areas, extents_of, mask_nms, upsample_into
+from glesam_ros.masks import Indices, areas, extents_of, mask_nms, measure, upsample_into
 from glesam_ros.memory import MemoryLadder
 from glesam_ros.models import Budget, Candidates, Embedding, OutOfMemory, SegmentationModel, load_model
 from glesam_ros.models.base import STABILITY_OFFSET
@@ -68,6 +68,7 @@ class Pipeline:
         self.model = model
         self.memory = MemoryLadder(model.own_size)
         self.pace = Pace(model.own_size)
+        self._setting = threading.Lock()
         self.settings = settings or Settings()
         self._encoding = threading.RLock()
         self._decoding = threading.RLock() if model.overlaps else self._encoding
@@ -80,10 +81,11 @@ class Pipeline:
 
     @settings.setter
     def settings(self, settings: Settings) -> None:
-        self._settings = settings
-        self._resolved = resolved(settings, self.model)
-        self.memory.ask(settings.processing_size, settings.points_per_batch)
-        self.pace.ask(settings.processing_size, settings.frame_budget_ms)
+        with self._setting:  # of two threads that set them, all is from the same one
+            self._settings = settings
+            self._resolved = resolved(settings, self.model)
+            self.memory.ask(settings.processing_size, settings.points_per_batch)
+            self.pace.ask(settings.processing_size, settings.frame_budget_ms)
 
     @property
     def resolved(self) -> Settings:
@@ -253,6 +255,11 @@ class Pipeline:
         order = order[np.argsort(-rank[order], kind="stable")]
         best = binary[order]
         extents = extents_of(best)
+        if found.islands:  # before masks are compared: without their islands two may be the same
+            for row, (k, extent) in enumerate(zip(order, extents.tolist())):
+                if drop_islands(found.logits[k], found.islands, extent=extent):
+                    np.greater(found.logits[k], 0, out=best[row])
+                    extents[row] = measure(best[row])[0]
         kept = mask_nms(best, s.nms_iou, len(order), extents)
         return _to_instances(
             embedding, found, order[kept], extents[kept], stability, s.max_instances, max(1, s.min_area)
@@ -347,8 +354,6 @@ def _to_instances(
         row = len(rows)
         if row == limit:
             break
-        if found.islands:
-            drop_islands(found.logits[k], found.islands, extent=extent)
         box, area = upsample_into(masks[row], found.logits[k], extent)
         if area < min_area:
             masks[row, box[1] : box[3], box[0] : box[2]] = False

@@ -126,7 +126,7 @@ def check_boxes(boxes: Any, size: tuple[int, int]) -> FloatArray:
 def _floats(values: Any, name: str) -> FloatArray:
     try:
         array = np.asarray(values, dtype=np.float32)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name}: expected numbers that make a float32 array, got {values!r}") from error
     if not np.isfinite(array).all():
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")

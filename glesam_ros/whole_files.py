@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +32,8 @@ def write_whole(
         What `write` returned.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}{PART}" if is_shared else path.name + PART)
+    # not the process: those of two containers may have the same number
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART}" if is_shared else path.name + PART)
     try:
         result = write(beside)
         if sync:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,12 @@ def jpeg(number: int, rgb: np.ndarray, keep: float = 1.0) -> Any:
 
 def write_bag(path: Path, messages: list[tuple[str, str, int, Any]], storage: str = "mcap") -> Path:
     with Writer(path, version=9, storage_plugin=StoragePlugin[storage.upper()]) as writer:
-        connections: dict[str, Any] = {}
+        connections: dict[tuple[str, str], Any] = {}
         for topic, kind, number, message in messages:
-            if topic not in connections:
-                connections[topic] = writer.add_connection(topic, kind, typestore=TYPES)
+            if (topic, kind) not in connections:
+                connections[topic, kind] = writer.add_connection(topic, kind, typestore=TYPES)
             raw = message if isinstance(message, bytes) else TYPES.serialize_cdr(message, kind)
-            writer.write(connections[topic], START + number * FRAME, raw)
+            writer.write(connections[topic, kind], START + number * FRAME, raw)
     return path
 
 
@@ -469,6 +470,54 @@ def test_ros_1_bag_becomes_a_ros_2_bag(tmp_path):
     assert [stamp_of(m) for _, m in found["/cam"]] == [(100, 7, "old"), (101, 7, "old")]
     np.testing.assert_array_equal(pixels(found["/cam"][1][1], "u1"), scene)
     np.testing.assert_array_equal(pixels(found["/glesam/masks"][1][1], "u2") > 0, bright_model.scene_masks().any(0))
+
+
+def test_broken_messages_of_a_ros_1_bag_are_named_and_the_others_are_copied(tmp_path, capsys):
+    old = get_typestore(Stores.ROS1_NOETIC)
+    kinds = old.types
+    stamp = kinds["builtin_interfaces/msg/Time"](sec=100, nanosec=7)
+    scene = bright_model.scene()
+    whole = old.serialize_ros1(kinds[IMAGE](
+        header=kinds["std_msgs/msg/Header"](seq=0, stamp=stamp, frame_id="old"), height=64, width=96, encoding="rgb8",
+        is_bigendian=0, step=288, data=scene.reshape(-1),
+    ), IMAGE)
+    note = old.serialize_ros1(kinds["std_msgs/msg/String"](data="hello"), "std_msgs/msg/String")
+    with Writer1(tmp_path / "old.bag") as writer:
+        camera = writer.add_connection("/cam", IMAGE, typestore=old)
+        notes = writer.add_connection("/notes", "std_msgs/msg/String", typestore=old)
+        for n, (image_bytes, note_bytes) in enumerate(((whole, note), (whole[:20], note[:3]), (whole, note))):
+            writer.write(camera, (100 + n) * 10**9, image_bytes)
+            writer.write(notes, (100 + n) * 10**9, note_bytes)
+    assert bag(tmp_path / "old.bag", "--out", tmp_path / "out") == 0
+    said = capsys.readouterr()
+    assert "bad frame /cam at 101.000 s: broken_message" in said.err
+    assert "not copied /notes at 101.000 s: expected a std_msgs/msg/String, got 3 bytes" in said.err
+    assert "2 of 3 frames" in said.out and "1 other messages not copied" in said.out
+    found = read(tmp_path / "out")
+    assert [len(found[topic]) for topic in ("/cam", "/notes", "/glesam/masks")] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_a_topic_with_two_types_the_pictures_count(order, tmp_path, capsys):
+    messages = [("/cam", IMAGE, 1, image(1, bright_model.scene())), ("/cam", *note(2)[1:])]
+    source = write_bag(tmp_path / "drive", [messages[k] for k in order])
+    assert bag(source, "--out", tmp_path / "out", "--results-only") == 0
+    said = capsys.readouterr()
+    assert "1 of 2 frames" in said.out and "bad frames: wrong_type 1" in said.out
+    assert "expected sensor_msgs/Image or CompressedImage, got std_msgs/msg/String" in said.err
+    assert len(read(tmp_path / "out")["/glesam/masks"]) == 1
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    source = write_bag(tmp_path / "drive", drive())
+    monkeypatch.setattr(Writer, "write", full)
+    assert bag(source, "--out", tmp_path / "out", "--storage", "sqlite3") == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert line == f"glesam bag: error: {tmp_path}/out: cannot be written: database or disk is full"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("compressed", [False, True])

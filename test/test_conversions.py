@@ -423,6 +423,28 @@ def test_a_cut_jpeg_with_an_end_marker_put_on_is_refused(kind: str, kept: float)
     assert caught.value.reason == "corrupt_image"
 
 
+def test_a_jpeg_cut_within_a_marker_or_where_a_restart_is_due_is_refused() -> None:
+    whole = coded(".jpg", cv2.resize(BGR_PHOTO, (83, 61)), cv2.IMWRITE_JPEG_RST_INTERVAL, 3)
+    scan = whole.index(b"\xff\xda") + 14
+    cuts = [n for n in range(scan, len(whole) - 40) if whole[n - 1] == 0xFF or whole[n] == 0xFF]
+    assert len(cuts) > 10
+    for n in cuts:
+        with pytest.raises(ConversionError, match="last rows"):
+            compressed_to_rgb(compressed(whole[:n] + b"\xff\xd9", "jpeg"))
+
+
+@pytest.mark.parametrize("progressive", [0, 1])
+def test_a_whole_jpeg_that_ends_grey_after_fill_bytes_is_accepted(progressive: int) -> None:
+    """Any number of FF may stand before a marker (ITU T.81, B.1.1.2)."""
+    ends_grey = cv2.resize(BGR_PHOTO, (64, 48))
+    ends_grey[32:] = 128
+    whole = coded(".jpg", ends_grey, cv2.IMWRITE_JPEG_PROGRESSIVE, progressive)
+    expected = compressed_to_rgb(compressed(whole, "jpeg"))
+    assert (expected[-2:] == 128).all()
+    filled = whole[:-2] + b"\xff\xff\xff" + whole[-2:]
+    np.testing.assert_array_equal(compressed_to_rgb(compressed(filled, "jpeg")), expected)
+
+
 @pytest.mark.parametrize("interval", [0, 3])
 @pytest.mark.parametrize("shape", [(48, 64, 3), (45, 67, 3), (48, 64)])
 def test_a_whole_grey_jpeg_is_accepted(shape: tuple[int, ...], interval: int) -> None:
@@ -523,6 +545,7 @@ class TestArrayToImage:
             (RGB, "mono8", "bad_array"),
             (alpha(RGB), "rgb8", "bad_array"),
             (GREY.astype(np.float64), "32FC1", "bad_array"),
+            (np.zeros((0, 4), np.uint8), "mono8", "bad_array"),
             (RGB, "hsv8", "unknown_encoding"),
         ],
     )
@@ -554,7 +577,11 @@ class TestArrayToImage:
 
     @pytest.mark.parametrize(
         ("pixels", "encoding", "reason"),
-        [(GREY, "mono16", "bad_array"), (RGB, "mono8", "bad_array"), (GREY, "32FC1", "unknown_encoding")],
+        [
+            (GREY, "mono16", "bad_array"), (RGB, "mono8", "bad_array"), (GREY, "32FC1", "unknown_encoding"),
+            (np.zeros((4, 0, 3), np.uint8), "rgb8", "bad_array"),
+            (np.zeros((1, 65501, 3), np.uint8), "rgb8", "bad_array"),
+        ],
     )
     def test_faults_of_compression(self, pixels: np.ndarray[Any, Any], encoding: str, reason: str) -> None:
         with pytest.raises(ConversionError) as caught:

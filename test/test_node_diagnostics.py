@@ -67,6 +67,14 @@ def test_rates_are_means_over_the_last_five_seconds():
     assert rates[4:] == ["10.00", "12.00", "14.00", "16.00", "18.00", "20.00", "20.00"]
 
 
+@pytest.mark.parametrize("before", [0.01, 0.0, -0.001])
+def test_a_first_frame_just_before_the_first_second_is_no_rate(before):
+    """It may come after the second was read, too, from another thread."""
+    ledger = CameraLedger("/image")
+    ledger.arrived(5.0 - before)
+    assert float(values(ledger, 5.0)["input_rate_hz"]) <= 1.0
+
+
 def test_a_silence_is_told_once_and_its_length_when_it_ends():
     ledger = CameraLedger("/image")
     assert ledger.stopped(50.0) is None  # one that has not begun has not stopped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,16 @@ def test_a_thin_cross_gets_no_number() -> None:
     image = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
     out = draw_overlay(image, found, 0.0)
     assert {tuple(p) for p in out[50:200, 50:200].reshape(-1, 3).tolist()} == {(90, 90, 90), tuple(PALETTE[0].tolist())}
+
+
+def test_boxes_that_reach_beyond_the_image() -> None:
+    """As models may give them; they are cut there."""
+    masks = np.ones((1, 60, 90), np.bool_)
+    shown = []
+    for box in ((0, 0, 90, 60), (-5, -7, 200, 150)):
+        found = dataclasses.replace(instances([(0, 0, 90, 60)], (60, 90)), masks=masks, boxes=np.float32([box]))
+        shown.append(draw_overlay(np.zeros((60, 90, 3), np.uint8), found))
+    np.testing.assert_array_equal(shown[0], shown[1])
 
 
 def test_letters_stay_inside_of_a_mask_with_fine_holes() -> None:

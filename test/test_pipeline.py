@@ -239,6 +239,34 @@ class TestEverything:
             0.0: ([260], [0, 0, 50, 32]), 0.2: ([240], [0, 0, 50, 24]), 0.21: ([200], [0, 0, 20, 10])
         }
 
+    def test_masks_that_are_alike_without_their_small_parts_are_one(self) -> None:
+        logits = rectangles((0, 0, 20, 10), (0, 0, 20, 11), (30, 20, 40, 30))
+        logits[0, 26:30, 40:50] = 1e3  # with it they overlap by 200 of 260
+        model = Known(logits, [0.9, 0.8, 0.7])
+        model.islands = 0.5
+        found = pipeline(model, nms_iou=0.8).segment(picture())
+        assert found.scores.tolist() == pytest.approx([0.9, 0.7])
+        assert found.areas.tolist() == [200, 100]
+
+    def test_settings_of_two_threads_do_not_mix(self) -> None:
+        """What is derived of settings is of the same ones, whoever sets others meanwhile."""
+        pipe = pipeline(Known(rectangles((0, 0, 20, 10)), [0.9]))
+        first, second = (pipe.settings.replace(processing_size=size) for size in (300, 400))
+        other = threading.Thread(target=lambda: setattr(pipe, "settings", second))
+        ask = pipe.memory.ask
+
+        def slow(size: int, batch: int) -> None:
+            if not other.ident:
+                other.start()
+                other.join(0.3)  # it may get in between, or has to wait
+            ask(size, batch)
+
+        pipe.memory.ask = slow  # type: ignore[method-assign]
+        pipe.settings = first
+        other.join()
+        held = pipe.settings.processing_size, pipe.resolved.processing_size, pipe.memory.full.size
+        assert held == (400, 400, 400)
+
     def test_min_area_is_in_pixels_of_the_image(self) -> None:
         logits = np.full((3, 12, 16), -1e-3, np.float32)
         logits[0, 2:5, 2:5] = logits[1, 8:10, 8:10] = logits[2, 8, 2] = 1e3

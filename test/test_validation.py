@@ -61,6 +61,7 @@ POINTS = {
     "flat": ([1, 2], None, r"expected shape \(N, 2\) or \(B, N, 2\).* got \(2,\)"),
     "none": (np.zeros((0, 2)), None, r"got \(0, 2\)"),
     "xyz": ([(1, 2, 3)], None, r"got \(1, 3\)"),
+    "beyond all floats": ([(10**400, 1)], None, "points: expected numbers"),
     "words": ("here", None, "points: expected numbers"),
     "ragged": ([(1, 2), (3,)], None, "points: expected numbers"),
     "nan": ([(1, np.nan)], None, "points: expected finite"),

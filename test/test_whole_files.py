@@ -82,6 +82,19 @@ def test_processes_that_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
     assert path.read_text() == "a" and list(tmp_path.iterdir()) == [path]
 
 
+def test_writers_of_one_process_do_not_meet(tmp_path: Path) -> None:
+    """Nor do those of two containers, whose processes may have the same number."""
+    path = tmp_path / "x"
+
+    def write(beside: Path) -> None:
+        beside.write_text("a")
+        write_bytes(path, b"b")
+        assert beside.read_text() == "a"
+
+    write_whole(path, write)
+    assert path.read_text() == "a" and list(tmp_path.iterdir()) == [path]
+
+
 def test_files_that_belong_together_take_the_place_of_others_when_all_are_written(tmp_path: Path) -> None:
     old, steps = tmp_path / "old", []
     old.write_text("old")

@@ -26,7 +26,7 @@ from glesam_ros.settings import OFF
 from glesam_ros.value_range import ValueRange
 
 if TYPE_CHECKING:
-    from glesam_ros.cli.bagfile import BagSource, Frame, ResultWriter
+    from glesam_ros.cli.bagfile import BagSource, Frame, ResultWriter, Tally
     from glesam_ros.semantic import Restorer, SemanticSegmenter
     from glesam_ros.validation import UInt8Array
 
@@ -179,7 +179,9 @@ def _go_through(source: BagSource, results: ResultWriter, topics: list[str], cop
         try:
             for connection, raw, frame in source.frames(topics, copy_all=bool(copied)):
                 if (connection.id, id(connection.owner)) in copied:
-                    copy(connection, frame.log_time, raw)
+                    fault = copy(connection, frame.log_time, raw)
+                    if fault and frame.topic not in topics:  # a frame is named below
+                        _name_uncopied(frame, fault, results.tally)
                 if frame.topic in topics:
                     _segment(frame, results)
                 bar.update()
@@ -189,6 +191,16 @@ def _go_through(source: BagSource, results: ResultWriter, topics: list[str], cop
             tqdm.write(f"glesam bag: {error}", file=sys.stderr)
             return 1
     return 0
+
+
+def _name_uncopied(frame: Frame, fault: str, tally: Tally) -> None:
+    from tqdm import tqdm
+
+    tally.not_copied += 1
+    if tally.not_copied <= NAMED_FRAMES:
+        tqdm.write(
+            f"glesam bag: not copied {frame.topic} at {frame.log_time / 1e9:.3f} s: {fault}", file=sys.stderr
+        )
 
 
 def _segment(frame: Frame, results: ResultWriter) -> None:
@@ -212,7 +224,8 @@ def _report(out: Path, topics: list[str], results: ResultWriter, code: int) -> i
     bad = ", ".join(f"{reason} {count}" for reason, count in sorted(tally.bad.items()))
     print(
         f"{len(tally.seconds)} of {tally.frames} frames of {', '.join(topics)}, {tally.instances} instances{speed}; "
-        f"bad frames: {bad or 'none'}; {'stopped early, ' if code else ''}bag in {out}"
+        f"bad frames: {bad or 'none'}; {f'{tally.not_copied} other messages not copied; ' if tally.not_copied else ''}"
+        f"{'stopped early, ' if code else ''}bag in {out}"
     )
     if code:
         return code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sqlite3
 import struct
 import sys
 import time
@@ -28,6 +29,7 @@ from rosbags.interfaces import (
 )
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.rosbag2.enums import CompressionFormat, CompressionMode
+from rosbags.serde import SerdeError
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
@@ -37,6 +39,7 @@ from glesam_ros.identity import IdKeeper
 from glesam_ros.instances import Instances
 from glesam_ros.models import OutOfMemory
 from glesam_ros.overlay import draw_overlay
+from glesam_ros.picture_files import encoded
 from glesam_ros.pipeline import EnhancementGate, Pipeline
 from glesam_ros.ros.conversions import ConversionError, message_to_rgb
 from glesam_ros.semantic import NO_CLASS, Restorer, SemanticMap, SemanticSegmenter, class_of_instances
@@ -103,6 +106,9 @@ def new_bag(path: Path, storage: str, distro: str) -> Iterator[Writer]:
     try:
         with writer:
             yield writer
+    except sqlite3.Error as error:  # a full disk, for example
+        shutil.rmtree(path, ignore_errors=True)
+        raise CommandError(f"{path}: cannot be written: {error}") from error
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
@@ -177,7 +183,8 @@ class BagSource:
             CommandError: a wanted topic is not there or carries no pictures, or there is none at all.
         """
         kinds = {c.topic: c.msgtype for c in self.connections}
-        images = {topic: kind for topic, kind in kinds.items() if kind in (IMAGE, COMPRESSED)}
+        # of a topic with several types the pictures count
+        images = {c.topic: c.msgtype for c in self.connections if c.msgtype in (IMAGE, COMPRESSED)}
         there = ", ".join(sorted(images)) or "none"
         for topic in wanted:
             if topic not in kinds:
@@ -213,7 +220,11 @@ class BagSource:
         connections = [c for c in self.connections if copy_all or c.topic in topics]
         for connection, log_time, raw in self._messages(connections):
             message, error = None, None
-            if connection.topic in topics:
+            if connection.topic in topics and connection.msgtype not in (IMAGE, COMPRESSED):
+                error = ConversionError(
+                    "wrong_type", f"expected sensor_msgs/Image or CompressedImage, got {connection.msgtype}"
+                )
+            elif connection.topic in topics:
                 try:
                     message = self.reader.deserialize(raw, connection.msgtype)
                 except UNREADABLE as cause:
@@ -223,15 +234,23 @@ class BagSource:
                     )
             yield connection, raw, Frame(connection.topic, log_time, message, error)
 
-    def copier(self, writer: Writer, connections: Sequence[Connection]) -> Callable[[Connection, int, bytes], None]:
-        """Make a function that copies a message; those of ROS 1 become messages of ROS 2."""
+    def copier(self, writer: Writer, connections: Sequence[Connection]) -> Callable[[Connection, int, bytes], str]:
+        """Make a function that copies a message; those of ROS 1 become messages of ROS 2.
+
+        It returns why a message could not be copied, "" where it could.
+        """
         with contextlib.redirect_stdout(sys.stderr):  # the converter tells there what it migrates
             copies, convert = create_connections_converters(
                 connections, None if self.reader.is2 else self.types, self.reader, writer
             )
 
-        def copy(connection: Connection, log_time: int, raw: bytes) -> None:
-            writer.write(copies[(connection.id, connection.owner)], log_time, convert[connection.msgtype](raw))
+        def copy(connection: Connection, log_time: int, raw: bytes) -> str:
+            try:
+                converted = convert[connection.msgtype](raw)
+            except (SerdeError, *UNREADABLE) as error:
+                return f"expected a {connection.msgtype}, got {len(raw)} bytes that do not read: {error}"
+            writer.write(copies[(connection.id, connection.owner)], log_time, converted)
+            return ""
 
         return copy
 
@@ -251,7 +270,7 @@ class BagSource:
             yield found
 
     def _first_encoding(self, topic: str, kind: str) -> str:
-        connections = [c for c in self.connections if c.topic == topic]
+        connections = [c for c in self.connections if c.topic == topic and c.msgtype == kind]
         for _, _, raw in self._messages(connections):
             try:
                 message: Any = self.reader.deserialize(raw, kind)
@@ -265,15 +284,17 @@ class BagSource:
 
 @dataclass
 class Tally:
-    """What happened to the frames of a bag.
+    """What happened to the messages of a bag.
 
     Attributes:
+        not_copied: messages of other topics that could not be copied.
         frames: image messages met.
         instances: instances found in all.
         seconds: inference time of each good frame.
         bad: bad frames by reason.
     """
 
+    not_copied: int = 0
     frames: int = 0
     instances: int = 0
     seconds: list[float] = field(default_factory=list)
@@ -475,6 +496,7 @@ def write_pictures(
 
     Raises:
         CommandError: `path` exists already.
+        OSError: a picture is too large for JPEG.
     """
     types = message_types(distro)
     kind = COMPRESSED if compressed else IMAGE
@@ -487,8 +509,8 @@ def write_pictures(
             time_message = types.types["builtin_interfaces/msg/Time"](sec=stamp // 10**9, nanosec=stamp % 10**9)
             header = types.types["std_msgs/msg/Header"](stamp=time_message, frame_id="camera")
             if compressed:
-                _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
-                message = types.types[COMPRESSED](header=header, format="jpeg", data=data.reshape(-1))
+                data = np.frombuffer(encoded(Path("frame.jpg"), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)), np.uint8)
+                message = types.types[COMPRESSED](header=header, format="jpeg", data=data)
             else:
                 message = image_message(types, image, "rgb8", header)
             writer.write(connection, stamp, types.serialize_cdr(message, kind))

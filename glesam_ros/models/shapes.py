@@ -23,7 +23,7 @@ tight boxes and worse for loose ones.
 
 def drop_islands(
     logits: FloatArray, share: float, point: FloatArray | None = None, extent: Extent | None = None
-) -> None:
+) -> bool:
     """Make separate small parts of a mask background, in place, but not the one under the point.
 
     Args:
@@ -31,14 +31,17 @@ def drop_islands(
         share: of the largest part, 0..1; smaller ones go.
         point: (2,) xy in -1..1 of the frame; None where no part is meant.
         extent: of the positive logits, as `masks.measure` gives it; None where it is not at hand.
+
+    Returns:
+        Whether there were any.
     """
     left, top, right, bottom = measure(logits > 0)[0] if extent is None else extent
     if left == right:
-        return
+        return False
     window = logits[top:bottom, left:right]
     count, parts = cv2.connectedComponents((window > 0).view(np.uint8), connectivity=4)
     if count == 2:  # the background and one part
-        return
+        return False
     sizes = np.bincount(parts.ravel())
     is_small = sizes < share * sizes[1:].max()
     is_small[0] = False
@@ -49,6 +52,7 @@ def drop_islands(
             is_small[parts[y - top, x - left]] = False
     # so far below 0 that a stability measured afterwards does not count them either
     window[is_small.take(parts)] = -2 * STABILITY_OFFSET
+    return bool(is_small.any())
 
 
 def keep_to_boxes(logits: FloatArray, xy: FloatArray, labels: FloatArray) -> None:

@@ -263,7 +263,10 @@ def compressed_to_rgb(msg: Any, values: ValueRange = OWN_RANGE) -> UInt8Array:
         )
     if jpeg_end and (pixels[-2:, -2:] == 128).all():
         # grey like the blocks for which data were missing; in a whole picture more data before the end change nothing
-        longer = data[:jpeg_end] + b"\x55" * 64 + data[jpeg_end:]
+        # not behind the first half of a marker, and once more after the restart that is due next
+        due = len(re.findall(rb"\xff[\xd0-\xd7]", data[data.rfind(b"\xff\xda", 0, jpeg_end) : jpeg_end])) % 8
+        more = b"\x55" * 64
+        longer = data[:jpeg_end].rstrip(b"\xff") + more + bytes((0xFF, 0xD0 + due)) + more + data[jpeg_end:]
         decoded: Any = cv2.imdecode(np.frombuffer(longer, np.uint8), flags)
         if not np.array_equal(pixels, decoded):
             raise _truncated("JPEG", len(data), "its last rows")
@@ -342,11 +345,13 @@ def array_to_compressed(array: np.ndarray[Any, Any], encoding: str, header: Any)
     _check_array(array, encoding)
     if array.ndim == 3:
         bgr = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
-        _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        done, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
         coding = "jpeg compressed bgr8"
     else:
-        _, data = cv2.imencode(".png", np.ascontiguousarray(array), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        done, data = cv2.imencode(".png", np.ascontiguousarray(array), [cv2.IMWRITE_PNG_COMPRESSION, 1])
         coding = "png compressed "  # image_transport names a target for colours alone
+    if not done:
+        raise ConversionError("bad_array", f"expected sides that a coder takes (JPEG: 65500), got {array.shape}")
     message = CompressedImage(header=header, format=f"{encoding}; {coding}")
     message.data.frombytes(data)
     return message
@@ -354,10 +359,10 @@ def array_to_compressed(array: np.ndarray[Any, Any], encoding: str, header: Any)
 
 def _check_array(array: np.ndarray[Any, Any], encoding: str) -> None:
     ndim, dtype = _OUT[encoding]
-    if array.ndim != ndim or array.dtype != dtype or (ndim == 3 and array.shape[2] != 3):
+    if array.ndim != ndim or array.dtype != dtype or (ndim == 3 and array.shape[2] != 3) or not array.size:
         shape = "(H, W)" if ndim == 2 else "(H, W, 3)"
         raise ConversionError(
-            "bad_array", f"expected a {shape} {dtype} array for {encoding}, got {array.shape} {array.dtype}"
+            "bad_array", f"expected a {shape} {dtype} array with pixels for {encoding}, got {array.shape} {array.dtype}"
         )
 
 

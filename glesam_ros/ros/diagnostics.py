@@ -161,7 +161,7 @@ class CameraLedger:
             events = self._events()
             self._history.append((now, self._received, self._processed, events))
             then, received, processed, old_events = self._history[0]
-            span = max(now - then, 1e-9)
+            span = max(now - then, 1.0)  # a first frame just before a call, or just after its `now`, is no rate
             rate_in, rate_out = (self._received - received) / span, (self._processed - processed) / span
             level, message = self._verdict(now, rate_in, rate_out, events - old_events)
             values: dict[str, Any] = {

@@ -446,7 +446,7 @@ class PerceptionNode(LifecycleNode):
     # Services and parameters.
 
     def _on_clear_prompts(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        held = [camera.prompts.clear() for camera in list(self._cameras.values())]
+        held = [camera.prompts.clear(self.settings.prompt_timeout_s) for camera in list(self._cameras.values())]
         points, boxes = sum(p for p, _ in held), sum(b for _, b in held)
         response.success = True
         now = "everything mode is back" if self.settings.everything else "masks stay empty until the next prompt"
@@ -506,7 +506,7 @@ class PerceptionNode(LifecycleNode):
                 # a QoS mismatch has a line of its own
                 if (missed := camera.ledger.missed(now)) and not camera.ledger.qos_mismatch:
                     self.get_logger().warning(f"{camera.label}: {missed}")
-                points, boxes = camera.prompts.count()
+                points, boxes = camera.prompts.count(self.settings.prompt_timeout_s)
                 message.status.append(camera.ledger.status(
                     f"{name}: camera {camera.name}".rstrip(), hardware_id, now,
                     {"prompt_points": points, "prompt_boxes": boxes},
@@ -589,7 +589,8 @@ def _close(models: Models) -> None:
 
 def _corners(box: Any) -> tuple[float, float, float, float]:
     """xyxy of a vision_msgs/BoundingBox2D; of a rotated one the upright box around it."""
-    cos, sin = abs(math.cos(box.center.theta)), abs(math.sin(box.center.theta))
+    theta = box.center.theta if math.isfinite(box.center.theta) else math.nan  # math refuses infinity
+    cos, sin = abs(math.cos(theta)), abs(math.sin(theta))
     half_x, half_y = (box.size_x * cos + box.size_y * sin) / 2, (box.size_x * sin + box.size_y * cos) / 2
     x, y = box.center.position.x, box.center.position.y
     return x - half_x, y - half_y, x + half_x, y + half_y

@@ -103,16 +103,18 @@ class CameraPrompts:
             raise ValueError("; ".join([*faults, left_out, *warnings]))
         return "; ".join(warnings)
 
-    def clear(self) -> tuple[int, int]:
-        """Forget everything; (points, boxes) that were held."""
+    def clear(self, timeout_s: float) -> tuple[int, int]:
+        """Forget everything; (points, boxes) that were held and had not expired."""
         with self._lock:
+            self._forget_expired(timeout_s)
             held = len(self._points), len(self._boxes)
             self._points, self._boxes = [], {}
             return held
 
-    def count(self) -> tuple[int, int]:
-        """(points, boxes) that are held."""
+    def count(self, timeout_s: float) -> tuple[int, int]:
+        """(points, boxes) that are held and have not expired."""
         with self._lock:
+            self._forget_expired(timeout_s)
             return len(self._points), len(self._boxes)
 
     def current(self, size: tuple[int, int], timeout_s: float) -> tuple[dict[str, Any], list[int], list[str]]:
@@ -141,15 +143,18 @@ class CameraPrompts:
 
     def _forget_gone(self, size: tuple[int, int], timeout_s: float) -> list[str]:
         """Forget what expired and, with a text each, what was for an image of another size than (height, width)."""
-        now = self._clock()
-        if timeout_s > 0:
-            if now - self._points_since > timeout_s:
-                self._points = []
-            if now - self._boxes_since > timeout_s:
-                self._boxes = {}
+        self._forget_expired(timeout_s)
         gone: list[str] = []
         if size != self._size:
             gone = [f"point ({p.x:g}, {p.y:g})" for p in self._points]
             gone += ["box ({:g}, {:g}, {:g}, {:g})".format(*box) for box in self._boxes.values()]
             self._points, self._boxes, self._size = [], {}, size
         return [f"{prompt} dropped: the image is {size[1]}x{size[0]} now" for prompt in gone]
+
+    def _forget_expired(self, timeout_s: float) -> None:
+        now = self._clock()
+        if timeout_s > 0:
+            if now - self._points_since > timeout_s:
+                self._points = []
+            if now - self._boxes_since > timeout_s:
+                self._boxes = {}
