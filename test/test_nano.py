@@ -47,7 +47,8 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 def test_weights_fit_the_promised_size() -> None:
     files = list(WEIGHTS.glob("nano_*"))
     parts = {"stem", "trunk", "adapted", "enhancer", "decoder", "prompt"}
-    allowed = {f"nano_{p}{kind}.onnx" for p in parts for kind in ("", "_int8")} | {"nano_weights.bin"}
+    allowed = {f"nano_{p}{kind}.onnx" for p in parts for kind in ("", "_int8")}
+    allowed |= {"nano_weights.bin", "nano_weights.sha256"}
     assert {f"nano_{p}.onnx" for p in parts} <= {p.name for p in files} <= allowed
     assert sum(p.stat().st_size for p in files) <= 20_000_000
 
@@ -637,7 +638,8 @@ def test_a_lack_of_memory_while_loading_is_said_as_such(load, monkeypatch) -> No
         ("nano_stem.onnx", b"", "expected an ONNX graph, onnxruntime cannot open it: .*export them again"),
         ("nano_prompt.onnx", b"no graph at all", "expected an ONNX graph, onnxruntime cannot open it"),
         ("nano_decoder.onnx", -500, "expected an ONNX graph, onnxruntime cannot open it"),
-        ("nano_weights.bin", 1000, "expected an ONNX graph, onnxruntime cannot open it"),
+        ("nano_weights.bin", 1000, "expected SHA-256 [0-9a-f]{64}, got [0-9a-f]{64}; reinstall the package"),
+        ("nano_weights.bin", bytes(19_316_736), "expected SHA-256 "),
         ("nano_stem.onnx", "nano_decoder.onnx", "expected a graph image -> s4, s8, level, got latent -> features, "),
         ("nano_enhancer.onnx", "nano_trunk.onnx", "expected a graph latent, level -> restored, got s4, s8 -> latent"),
     ],
@@ -650,14 +652,21 @@ def test_damaged_weights_are_named(tmp_path, capsys, file: str, content: bytes |
         shutil.copy(folder / content, damaged)
     else:
         damaged.write_bytes(damaged.read_bytes()[:content] if isinstance(content, int) else content)
-    graph = "nano_stem.onnx" if file == "nano_weights.bin" else file
-    with pytest.raises(ValueError, match=f"^{folder / graph}: {words}"):
+    with pytest.raises(ValueError, match=f"^{damaged}: {words}"):
         load_pipeline(str(folder), device="cpu")
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((32, 32, 3), np.uint8))
     command = ["segment", str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--model", str(folder)]
     assert main([*command, "--device", "cpu"]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"glesam segment: error: {folder / graph}: ")
+    assert line.startswith(f"glesam segment: error: {damaged}: ")
+
+
+def test_tensors_that_are_cut_are_named_without_their_checksum_too(tmp_path) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(WEIGHTS, folder, ignore=shutil.ignore_patterns("*_int8*", "rass*", "*.sha256"))
+    (folder / "nano_weights.bin").write_bytes((folder / "nano_weights.bin").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"^{folder}/nano_stem.onnx: expected an ONNX graph, onnxruntime cannot"):
+        load_pipeline(str(folder), device="cpu")
 
 
 def test_new_weights_meet_no_old_engines(tmp_path, monkeypatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from glesam_ros.checksum import sha256
 from glesam_ros.masks import extents_of
 from glesam_ros.models import second_look, shapes
 from glesam_ros.models.base import Budget, Candidates, Embedding, check_finite
@@ -24,6 +25,10 @@ from glesam_ros.validation import FloatArray, UInt8Array
 
 _LOG = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"
+TENSORS = "nano_weights.bin"
+"""What the graphs hold, each tensor once."""
+CHECKSUM = "nano_weights.sha256"
+"""Of `TENSORS`, as `sha256sum --check` reads it; folders without one are not checked."""
 OWN_SIZE = 512
 """Long side of the image inside the model where the budget names none."""
 THRESHOLDS = (0.15, 0.5)
@@ -75,6 +80,7 @@ class Nano:
         self, device: str = "auto", precision: str = "auto", weights: Path | None = None, threads: int = 0
     ) -> None:
         folder = WEIGHTS if weights is None else weights
+        _check_tensors(folder)
         self.device = on_device(device, functools.partial(self._open, folder, precision, threads))
         _LOG.info("nano runs on %s", self.device)
 
@@ -221,6 +227,15 @@ class Nano:
         weights, scores = (np.concatenate([part[0] for part in parts]) for parts in zip(*found))
         check_finite(scores, f"scores of nano on {self.device}")
         return weights, scores
+
+
+def _check_tensors(folder: Path) -> None:
+    """Refuse tensors of a disk that failed or lost power: to onnxruntime all bytes are numbers. Raises ValueError."""
+    tensors, listing = folder / TENSORS, folder / CHECKSUM
+    if tensors.is_file() and listing.is_file():
+        expected, got = listing.read_text(encoding="utf-8").partition(" ")[0], sha256(tensors)
+        if got != expected:
+            raise ValueError(f"{tensors}: expected SHA-256 {expected or 'in ' + CHECKSUM}, got {got}; {AGAIN}")
 
 
 def model_size(size: tuple[int, int], processing_size: int) -> tuple[int, int]:

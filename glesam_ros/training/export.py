@@ -19,7 +19,8 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from glesam_ros.models.nano import PARTS
+from glesam_ros.checksum import sha256
+from glesam_ros.models.nano import CHECKSUM, PARTS, TENSORS
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, with_positions
 from glesam_ros.training import checkpoint
 from glesam_ros.training.batches import draw_pairs
@@ -30,7 +31,6 @@ from glesam_ros.training.sources import load_scenes
 from glesam_ros.training.storage import save, split_convolutions, store_half
 
 OPSET = 17
-WEIGHTS = "nano_weights.bin"
 KEPT = {"decoder": ("/dense/", "Add", "Clip")}
 """Nodes that stay fp32. Scores of the grid: in 8 bits neighbours would be equal, a peak have several tops. Sums and
 limits: they are those of mask kernels, whose centres reach further on a larger grid than on that of the calibration."""
@@ -111,7 +111,8 @@ def export(
 
     Args:
         net: trained.
-        folder: gets `nano_<part>.onnx`, `nano_<part>_int8.onnx` and `nano_weights.bin`; older ones there are replaced.
+        folder: gets `nano_<part>.onnx`, `nano_<part>_int8.onnx`, `nano_weights.bin` and its checksum; older ones there
+            are replaced.
         pictures: (H, W, 3) uint8 RGB each, sides multiples of 32, the first half clear, the others degraded; the ranges
             of the 8-bit graphs come from them.
         check: run the files for the report.
@@ -122,7 +123,7 @@ def export(
         Nothing without `check`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("nano_*.onnx"), folder / WEIGHTS):
+    for old in (*folder.glob("nano_*.onnx"), folder / CHECKSUM, folder / TENSORS):
         old.unlink(missing_ok=True)
     parts = parts_of(copy.deepcopy(net).eval())
     graphs = {name: _traced(name, part, folder / f"nano_{name}.onnx") for name, part in parts.items()}
@@ -135,7 +136,8 @@ def export(
     for graph in files.values():
         store_half(graph)
         shorten_names(graph)
-    save(files, folder, WEIGHTS)
+    save(files, folder, TENSORS)
+    (folder / CHECKSUM).write_text(f"{sha256(folder / TENSORS)}  {TENSORS}\n", encoding="utf-8")
     return _report(folder, parts, feeds, grids) if check else {}
 
 
