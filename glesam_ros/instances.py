@@ -16,7 +16,7 @@ MAX_ID = 65534
 
 @dataclass(frozen=True, eq=False)
 class Instances:
-    """Instances of one image, best first.
+    """Instances of one image, best first; those of prompts in the order of these.
 
     Attributes:
         masks: (K, H, W) bool, in pixels of the image.
@@ -27,6 +27,7 @@ class Instances:
         ids: (K,) int32 in 1..65534, unique; the value of the instance in `label_map`.
         degradation: 0 (clear) .. 1 (LQ-3 or worse), measured on the image.
         enhanced: whether the latent enhancement ran.
+        prompted: whether prompts asked for them; then smaller ones lie on top in `label_map`, else better ones.
 
     Raises:
         ValueError: on construction, when shapes or ranges do not fit; says which field, expected and actual.
@@ -39,6 +40,7 @@ class Instances:
     ids: np.ndarray[Any, np.dtype[np.int32]]
     degradation: float
     enhanced: bool
+    prompted: bool = False
 
     def __post_init__(self) -> None:
         if self.masks.ndim != 3 or self.masks.dtype != np.bool_:
@@ -90,7 +92,7 @@ class Instances:
         """The instances at `keep` (bool mask or indices), ids unchanged."""
         return Instances(
             self.masks[keep], self.boxes[keep], self.scores[keep], self.stability[keep], self.ids[keep],
-            self.degradation, self.enhanced,
+            self.degradation, self.enhanced, self.prompted,
         )
 
     def window(self, k: int) -> tuple[slice, slice]:
@@ -103,7 +105,10 @@ class Instances:
         )
 
     def label_map(self) -> np.ndarray[Any, np.dtype[np.uint16]]:
-        """(H, W) uint16 of instance ids, 0 background; where masks overlap the higher score wins, then the lower id."""
+        """(H, W) uint16 of instance ids, 0 background; where masks overlap the one that comes first wins.
+
+        Of prompted ones the smaller wins, so that a part is there beside its whole; then the better, then the first.
+        """
         order = self._back_to_front()
         kind = np.uint8 if len(order) < 256 else np.uint16
         ranks = np.zeros(self.size, kind)
@@ -132,4 +137,5 @@ class Instances:
         return np.take(table, labels)
 
     def _back_to_front(self) -> list[int]:
-        return np.lexsort((-self.ids, self.scores)).tolist()
+        first_last = -np.arange(len(self))
+        return np.lexsort((first_last, self.scores, -self.areas) if self.prompted else (first_last,)).tolist()

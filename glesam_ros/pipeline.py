@@ -131,7 +131,8 @@ class Pipeline:
         prompts = _merge_prompts(points, labels, boxes, embedding.size)
         found = self._candidates(embedding, prompts, s)
         every, extents = np.arange(len(found.scores)), extents_of(found.logits > 0)
-        return _to_instances(embedding, found, every, extents, _stability(found.logits), limit=len(every), min_area=0)
+        instances = _to_instances(embedding, found, every, extents, _stability(found.logits), len(every), min_area=0)
+        return dataclasses.replace(instances, prompted=True)
 
     def segment(
         self, image: Any, points: Any = None, labels: Any = None, boxes: Any = None, gate: EnhancementGate | None = None

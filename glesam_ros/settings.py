@@ -163,8 +163,19 @@ class Settings:
         0, "Everything mode of SAM models also looks into 2x2 (1) and 4x4 (2) crops of the image; slow.",
         low=0, high=2,
     )
+    max_rate_hz: float = _param(
+        0.0, "At most this many frames a second are processed, of all cameras together, so that other nodes have the "
+        "processor, too; 0 is no limit.",
+        low=0.0, high=1000.0, unit="Hz",
+    )
+    min_rate_hz: float = _param(
+        0.0, "Diagnostics warn while fewer frames of a camera are processed, though results are asked for; 0 is no "
+        "limit.",
+        low=0.0, high=1000.0, unit="Hz",
+    )
     max_frame_age_ms: int = _param(
-        500, "A frame older than this is dropped, not processed; 0 is no limit.", low=0, high=10_000, unit="ms"
+        500, "A frame older than this is dropped, not processed, and masks that come later are noticed; 0 is no "
+        "limit.", low=0, high=10_000, unit="ms"
     )
     everything: bool = _param(
         True, "While a camera has no prompt, segment everything; false: masks stay empty until one comes.",
@@ -187,6 +198,9 @@ class Settings:
                 object.__setattr__(self, f.name, int(value) if kind == "int" else float(value))
         if len(set(self.cameras)) != len(self.cameras) or not self.cameras:
             raise ValueError(f"cameras: expected at least one name and no name twice, got {list(self.cameras)}")
+        taken = {f"{name}/semantic".lstrip("/") for name in self.cameras} if self.semantic != OFF else set()
+        if both := taken & set(self.cameras):
+            raise ValueError(f"cameras: expected another name than {min(both)}, where the class map of a camera goes")
 
     def replace(self, **changes: Any) -> Settings:
         """A copy with `changes`, checked as on construction."""

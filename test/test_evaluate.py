@@ -17,6 +17,7 @@ from glesam_ros import Settings
 from glesam_ros.datasets import Photograph
 from glesam_ros.evaluation import agreement, plots, pool, protocol, report, sheet, summary
 from glesam_ros.evaluation.protocol import CLEAR, Case, Condition, Evaluator, Measurement, Options
+from glesam_ros.instances import Instances
 from glesam_ros.overlay import PALETTE
 from glesam_ros.pipeline import Pipeline
 
@@ -55,6 +56,12 @@ def case(photograph: Photograph, *conditions: Condition) -> Case:
 
 def measurement(level: float, condition: Condition, values: dict, name: str = "a", set_name: str = "made"):
     return Measurement(set_name, name, condition, level, level > 0.25, values, seconds=0.0)
+
+
+def as_instances(masks: np.ndarray) -> Instances:
+    count, height, width = masks.shape
+    boxes, ones = np.tile(np.float32([0, 0, width, height]), (count, 1)), np.ones(count, np.float32)
+    return Instances(masks, boxes, ones, ones, np.arange(1, count + 1, dtype=np.int32), 0.0, False)
 
 
 def test_clear_picture_gets_full_marks_from_every_metric_in_every_mode() -> None:
@@ -130,10 +137,24 @@ def test_the_tenth_mask_counts_for_the_smaller_recall_and_the_hundredth_for_the_
         found = np.zeros((101, *region.shape), bool)
         found[:, 150, :3], found[place - 1] = True, region
         target = protocol.make_target(case(photograph), seed=0)
-        scores = protocol._everything_scores(found, target)
+        scores = protocol._everything_scores(as_instances(found), target)
         assert scores == {
-            "everything_best_iou": [1.0], "everything_ar10": [ar10], "everything_ar100": [ar100]
+            "everything_best_iou": [1.0], "everything_map_iou": [1.0], "everything_ar10": [ar10],
+            "everything_ar100": [ar100],
         }
+
+
+def test_of_the_label_map_what_it_shows_counts() -> None:
+    """The right mask behind another is as good as that leaves it; in front of it, as good as it is."""
+    photograph = rectangles()
+    region = photograph.layers[0] == 1
+    half = region.copy()
+    half[:, np.flatnonzero(region.any(0))[region.any(0).sum() // 2 :]] = False
+    target = protocol.make_target(case(photograph), seed=0)
+    for masks, expected in (([half, region], 0.5), ([region, half], 1.0)):
+        scores = protocol._everything_scores(as_instances(np.array(masks)), target)
+        assert scores["everything_best_iou"] == [1.0]
+        assert scores["everything_map_iou"] == [pytest.approx(expected, abs=0.02)]
 
 
 def test_regions_of_exactly_a_thousand_pixels_count() -> None:

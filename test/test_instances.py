@@ -74,15 +74,15 @@ def test_refusals(name: str) -> None:
     [
         ((0.9, 0.8), (1, 2), 1),
         ((0.8, 0.9), (1, 2), 2),
-        ((0.7, 0.7), (1, 2), 1),  # equal scores: the lower id wins
-        ((0.7, 0.7), (2, 1), 1),
-        ((0.7, 0.7), (65534, 300), 300),
+        ((0.7, 0.7), (1, 2), 1),  # equal scores
+        ((0.7, 0.7), (2, 1), 2),
+        ((0.7, 0.7), (65534, 300), 65534),
     ],
 )
-def test_overlap_belongs_to_the_higher_score_then_the_lower_id(
+def test_overlap_of_prompted_objects_of_one_size_belongs_to_the_higher_score_then_the_first(
     scores: tuple[float, float], ids: tuple[int, int], winner: int
 ) -> None:
-    found = Instances(**fields(scores=np.array(scores, np.float32), ids=np.array(ids, np.int32)))
+    found = Instances(**fields(scores=np.array(scores, np.float32), ids=np.array(ids, np.int32), prompted=True))
     labels = found.label_map()
     assert labels.dtype == np.uint16
     assert (labels[3:5, 3:5] == winner).all()
@@ -97,7 +97,8 @@ def test_boxes_may_have_fractions_and_leave_the_image() -> None:
 
 
 @pytest.mark.parametrize(("count", "share"), [(7, 0.3), (255, 0.02), (256, 0.02), (700, 0.01)])
-def test_random_label_maps_against_the_definition(count: int, share: float) -> None:
+@pytest.mark.parametrize("prompted", [False, True])
+def test_random_label_maps_against_the_definition(prompted: bool, count: int, share: float) -> None:
     rng = np.random.default_rng(3)
     for _ in range(20 if count < 10 else 2):
         height, width = 9, 11
@@ -105,11 +106,12 @@ def test_random_label_maps_against_the_definition(count: int, share: float) -> N
         scores = (rng.integers(0, 4, count) / 4).astype(np.float32)
         ids = (1 + rng.permutation(count)).astype(np.int32)
         boxes = np.tile(np.array([0, 0, width, height], np.float32), (count, 1))
-        labels = Instances(masks, boxes, scores, scores, ids, 0.0, False).label_map()
+        labels = Instances(masks, boxes, scores, scores, ids, 0.0, False, prompted).label_map()
+        sizes = masks.sum((1, 2))
         for y in range(height):
             for x in range(width):
-                owners = [(-scores[k], ids[k]) for k in range(count) if masks[k, y, x]]
-                assert labels[y, x] == (min(owners)[1] if owners else 0)
+                owners = [(sizes[k], -scores[k], k) if prompted else (k,) for k in np.flatnonzero(masks[:, y, x])]
+                assert labels[y, x] == (ids[min(owners)[-1]] if owners else 0)
 
 
 def test_confidence_is_score_times_stability_of_the_owner() -> None:

@@ -75,6 +75,24 @@ def test_a_first_frame_just_before_the_first_second_is_no_rate(before):
     assert float(values(ledger, 5.0)["input_rate_hz"]) <= 1.0
 
 
+def test_fewer_frames_than_are_expected_are_a_warning_once_rates_are_known():
+    ledger = CameraLedger("/image")
+
+    def second(now, processed, reason="overwritten"):
+        for k in range(4):
+            ledger.arrived(now - 1 + k / 4)
+            ledger.processed() if k < processed else ledger.dropped(reason)
+        found = ledger.status("camera", "id", now, {}, min_rate_hz=2.0)
+        return found.level, found.message
+
+    assert [second(now, 1)[0] for now in range(1, 5)] == [OK] * 4
+    slow = (WARN, "4.0 Hz in, 1.0 Hz processed: expected at least 2 Hz (min_rate_hz)")
+    assert second(5, 1) == second(6, 1) == slow
+    assert [second(now, 3)[0] for now in range(7, 13)][-1] == OK
+    # nobody asked
+    assert {second(now, 1, "no_subscriber")[0] for now in range(13, 20)} == {OK}
+
+
 def test_a_silence_is_told_once_and_its_length_when_it_ends():
     ledger = CameraLedger("/image")
     assert ledger.stopped(50.0) is None  # one that has not begun has not stopped

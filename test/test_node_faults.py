@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
+from diagnostic_msgs.msg import DiagnosticStatus
 from ros_graph import image_message, picture, pixels_of, wait_for
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image
@@ -179,6 +180,14 @@ def test_stamps_of_another_time_are_told_from_a_slow_model(launch):
     client.stream(lambda: shifted(client, -3600), lambda: client.counts()["dropped_stale"], "dropped_stale")
     line = client.wait_log("frame dropped, stale: ", "the stamps are of another time; of a bag: ros2 bag play --clock")
     assert "use_sim_time:=true" in line and "too slow" not in line
+
+
+def test_masks_that_come_later_than_a_frame_may_are_noticed(launch):
+    client = launch(model="steady", max_frame_age_ms=90)
+    masks = client.subscribe(Image, "masks")
+    client.stream(lambda: good(client), lambda: masks.messages, "masks")
+    client.wait_log("late_result: expected masks at most 90 ms after the stamp (max_frame_age_ms), they came after ")
+    assert client.status().level == DiagnosticStatus.WARN
 
 
 def test_a_stamp_ahead_of_the_clock_is_noticed(launch):

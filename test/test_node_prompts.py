@@ -10,7 +10,7 @@ from geometry_msgs.msg import Point, PointStamped
 from ros_graph import image_message, picture, pixels_of, wait_for
 from sensor_msgs.msg import Image
 from std_srvs.srv import Trigger
-from vision_msgs.msg import Detection2D, Detection2DArray
+from vision_msgs.msg import Detection2D, Detection2DArray, ObjectHypothesis, ObjectHypothesisWithPose
 
 LEFT, RIGHT = (20, 20, 40, 60), (100, 20, 40, 60)
 IN_LEFT, IN_RIGHT = (40.0, 50.0), (120.0, 50.0)
@@ -34,17 +34,22 @@ class Scene:
             self.frame, lambda: self.masks.messages and condition(pixels_of(self.masks.last)), what
         )
 
-    def point(self, xy, z=0.0, stamp=None):
+    def point(self, xy, z=0.0, stamp=None, frame_id=""):
         message = PointStamped()
+        message.header.frame_id = frame_id
         message.point = Point(x=xy[0], y=xy[1], z=z)
         if stamp is not None:
             message.header.stamp = stamp
         self.client.send(message, "prompt/point")
 
-    def boxes(self, *xyxy):
+    def boxes(self, *xyxy, frame_id="", classes=()):
         message = Detection2DArray()
-        for x1, y1, x2, y2 in xyxy:
+        message.header.frame_id = frame_id
+        for k, (x1, y1, x2, y2) in enumerate(xyxy):
             detection = Detection2D()
+            for name, score in classes[k : k + 1]:
+                said = ObjectHypothesis(class_id=name, score=score)
+                detection.results.append(ObjectHypothesisWithPose(hypothesis=said))
             detection.bbox.center.position.x, detection.bbox.center.position.y = (x1 + x2) / 2, (y1 + y2) / 2
             detection.bbox.size_x, detection.bbox.size_y = float(x2 - x1), float(y2 - y1)
             message.detections.append(detection)
@@ -227,6 +232,67 @@ def test_without_a_timeout_the_image_of_a_prompt_may_be_of_any_age(launch):
     scene = Scene(launch(prompt_timeout_s=0.0))
     stamped(scene, 100_000)
     scene.see("the left square alone", only_left)
+
+
+def test_of_boxes_within_each_other_both_are_there(scene):
+    """The whole comes first and has the same score; a part that it hid would be lost to who asked for it."""
+    scene.boxes((10, 10, 90, 90), (20, 20, 60, 60))
+    scene.see("the part on the whole", lambda m: m[40, 40] == 2 and m[80, 80] == 1)
+    scene.boxes((20, 20, 60, 60), (10, 10, 90, 90))
+    scene.see("and in the other order", lambda m: m[40, 40] == 1 and m[80, 80] == 2)
+
+
+def test_classes_of_the_boxes_go_on_to_their_detections(scene):
+    detections = scene.client.subscribe(Detection2DArray, "detections")
+    scene.boxes(
+        (300, 300, 310, 310), (20, 20, 60, 80), (100, 20, 140, 80),
+        classes=[("ghost", 0.1), ("person", 0.875), ("dog", 0.5)],
+    )
+
+    def said():
+        return {
+            d.id: [(r.hypothesis.class_id, round(r.hypothesis.score, 3)) for r in d.results]
+            for d in (detections.last.detections if detections.messages else ())
+        }
+
+    expected = {"2": [("object", 0.9), ("person", 0.875)], "3": [("object", 0.9), ("dog", 0.5)]}
+    scene.client.stream(scene.frame, lambda: said() == expected, f"{expected}, got {said()}")
+
+
+@pytest.mark.parametrize("kind", ["point", "boxes"])
+def test_a_prompt_of_another_frame_is_refused(fresh, kind):
+    """RViz gives metres of a map, and a detector may look through another camera."""
+    prompt = {"point": IN_LEFT, "boxes": (20, 20, 60, 80)}[kind]
+    getattr(fresh, kind)(prompt, frame_id="map")
+    fresh.client.wait_log("refused", "expected pixels of the image, frame_id 'optical' or empty, got 'map'")
+    before = len(fresh.masks)
+    fresh.see("everything still", lambda m: len(fresh.masks) >= before + 2 and m[50, 40] and m[50, 120])
+    getattr(fresh, kind)(prompt, frame_id="optical")
+    fresh.see("the left square alone", only_left)
+
+
+def test_points_that_come_in_a_burst_are_all_held(scene):
+    for n in range(32):
+        scene.point((25.0 + n, 50.0))
+    wait_for(lambda: scene.client.values()["prompt_points"] == "32", "32 points")
+
+
+def test_a_prompt_may_come_before_the_first_subscriber(launch):
+    client = launch()
+    client.publisher(PointStamped, "prompt/point")
+    client.stream(
+        lambda: image_message(picture((LEFT, RIGHT)), client.stamp()),
+        lambda: client.counts()["dropped_no_subscriber"] >= 3, "frames that nobody wants",
+    )
+    message = PointStamped(point=Point(x=IN_LEFT[0], y=IN_LEFT[1]))
+    client.send(message, "prompt/point")
+    wait_for(lambda: client.values()["prompt_points"] == "1", "the point")
+    assert not client.logged("refused")
+    masks = client.subscribe(Image, "masks")
+    client.stream(
+        lambda: image_message(picture((LEFT, RIGHT)), client.stamp()),
+        lambda: masks.messages and only_left(pixels_of(masks.last)), "the left square alone",
+    )
 
 
 def test_a_prompt_before_the_first_frame_is_refused(launch):

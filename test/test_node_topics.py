@@ -7,6 +7,7 @@ import time
 import cv2
 import numpy as np
 import pytest
+from geometry_msgs.msg import Point
 from rclpy.qos import QoSDurabilityPolicy, QoSProfile
 from ros_graph import image_message, picture, pixels_of, wait_for
 from sensor_msgs.msg import CompressedImage, Image
@@ -191,6 +192,48 @@ def test_compressed_results_come_without_a_subscriber_of_the_raw_ones(launch):
     drawn = cv2.imdecode(np.frombuffer(overlay.last.data, np.uint8), cv2.IMREAD_COLOR)
     assert drawn.shape[:2] == (sent.height, sent.width)
     assert np.abs(drawn[-8:, -8:].astype(int) - (90, 60, 30)).max() <= 6  # the ground, BGR
+
+
+def test_what_belongs_to_a_topic_goes_where_it_is_remapped_to(launch):
+    """Clicks of rqt_image_view and image_transport's JPEG, of the input, too, unless they have a rule of their own."""
+    client = launch(compressed=True, max_frame_age_ms=10_000, arguments=[
+        "-r", "image:=/{namespace}/cam/raw", "-r", "overlay:=view", "-r", "masks/compressed:=packed",
+    ])
+    view, packed = (client.subscribe(CompressedImage, name) for name in ("view/compressed", "packed"))
+    client.publisher(Point, "view_mouse_left")
+    coded = cv2.imencode(".png", picture((LARGE, SMALL))[..., ::-1])[1].tobytes()
+
+    def frame():
+        message = CompressedImage(format="png", data=coded)
+        message.header.stamp = client.stamp()
+        return message
+
+    client.stream(frame, lambda: view.messages and packed.messages, "an overlay and masks", "cam/raw/compressed")
+    client.send(Point(x=120.0, y=60.0), "view_mouse_left")
+
+    def only_small():
+        labels = cv2.imdecode(np.frombuffer(packed.last.data, np.uint8), cv2.IMREAD_UNCHANGED)
+        return labels[60, 120] == 1 and not labels[50, 50]
+
+    client.stream(frame, only_small, "what was clicked", "cam/raw/compressed")
+
+
+def test_frames_are_processed_at_most_so_often(launch):
+    client = launch(max_rate_hz=4.0)
+    masks = client.subscribe(Image, "masks")
+    began = time.monotonic()
+    client.stream(
+        lambda: image_message(picture((LARGE,)), client.stamp()), lambda: time.monotonic() > began + 3, "3 s",
+        rate_hz=40,
+    )
+    assert 0 < len(masks) <= 4 * (time.monotonic() - began) + 1
+    assert client.counts()["dropped_overwritten"] > 40
+    client.set_parameters(max_rate_hz=0.0)
+    before = client.counts()["frames_processed"]
+    client.stream(
+        lambda: image_message(picture((LARGE,)), client.stamp()),
+        lambda: client.counts()["frames_processed"] > before + 30, "many more", rate_hz=40,
+    )
 
 
 def test_nothing_is_inferred_without_a_subscriber_and_only_what_is_subscribed_is_published(launch):

@@ -55,6 +55,12 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "device": ({"device": "gpu"}, "expected one of auto, cpu, cuda, tensorrt"),
     "no camera": ({"cameras": ()}, "cameras: expected at least one name"),
     "camera twice": ({"cameras": ("a", "a")}, "no name twice"),
+    "camera where a class map goes": (
+        {"cameras": ("a", "a/semantic"), "semantic": "rass-nano"}, "expected another name than a/semantic"
+    ),
+    "camera where the class map of the one without a name goes": (
+        {"cameras": ("", "semantic"), "semantic": "rass-nano"}, "expected another name than semantic"
+    ),
     "one text for cameras": ({"cameras": "front"}, "cameras: expected a list of strings, got 'front'"),
     "camera number": ({"cameras": (1,)}, "cameras: expected a list of strings"),
     "camera with a space": ({"cameras": ("front left",)}, "letters, digits and _"),
@@ -87,6 +93,7 @@ def test_numbers_of_numpy_become_those_of_python() -> None:
 def test_cameras_from_a_list() -> None:
     assert Settings(cameras=["front", "rear/left_1"]).cameras == ("front", "rear/left_1")  # type: ignore[arg-type]
     assert Settings().cameras == ("",)
+    assert Settings(cameras=("a", "a/semantic")).cameras == ("a", "a/semantic")
 
 
 def test_replace_checks_and_leaves_the_original() -> None:

@@ -23,6 +23,7 @@ from glesam_ros.degradation import degrade
 from glesam_ros.evaluation import MAX_MASKS
 from glesam_ros.evaluation.baselines import GRABCUT, LEARNED, Restorer, applies, grabcut, load_restorers
 from glesam_ros.evaluation.metrics import (
+    Doubles,
     boundary,
     dice,
     iou,
@@ -32,6 +33,7 @@ from glesam_ros.evaluation.metrics import (
     region_recall,
     sample_points,
 )
+from glesam_ros.instances import Instances
 from glesam_ros.models import Embedding, SegmentationModel, load_model
 from glesam_ros.pipeline import EnhancementGate, Pipeline, budget, in_mode
 from glesam_ros.settings import ENHANCEMENT_MODES, Settings
@@ -46,7 +48,7 @@ MOST_BOX_ERROR = 0.2
 """At more than 0.25 a box could turn inside out."""
 PROMPTS = ("points", "boxes", "everything")
 _MASK_METRICS = ("iou", "dice", "accuracy", "boundary")
-METRICS = {"points": _MASK_METRICS, "boxes": _MASK_METRICS, "everything": ("best_iou", "ar10", "ar100")}
+METRICS = {"points": _MASK_METRICS, "boxes": _MASK_METRICS, "everything": ("best_iou", "map_iou", "ar10", "ar100")}
 """Metrics of each kind of prompt; "points" and "iou" make the name "points_iou"."""
 
 Values = dict[tuple[str, str], list[float]]
@@ -346,7 +348,7 @@ class Evaluator:
         scores: dict[str, list[float]] = {}
         for prompt in self.options.prompts:
             if prompt == "everything":
-                scores |= _everything_scores(self.pipe.decode(embedding).masks, target)
+                scores |= _everything_scores(self.pipe.decode(embedding), target)
             else:
                 scores |= _mask_scores(prompt, self._prompted(embedding, target, prompt), target)
         return scores
@@ -400,12 +402,18 @@ def _mask_scores(prompt: str, predicted: BoolArray, target: Target) -> dict[str,
     return {f"{prompt}_{metric}": values[metric].tolist() for metric in METRICS[prompt]}
 
 
-def _everything_scores(found: BoolArray, target: Target) -> dict[str, list[float]]:
-    """Of the annotator whose regions the masks fit best on average."""
-    overlaps = [pairwise_iou(found, masks) for masks in target.annotators]
-    overlap = max(overlaps, key=lambda rows: float(rows.max(0, initial=0.0).mean()))
+def _everything_scores(found: Instances, target: Target) -> dict[str, list[float]]:
+    """Of the annotator whose regions the masks, or what the label map shows of them, fit best on average."""
+    overlap = _best_overlap(found.masks, target)
+    shown = found.label_map() == found.ids[:, None, None]
     return {
         "everything_best_iou": overlap.max(0, initial=0.0).tolist(),
+        "everything_map_iou": _best_overlap(shown, target).max(0, initial=0.0).tolist(),
         "everything_ar10": region_recall(overlap, 10).tolist(),
         "everything_ar100": region_recall(overlap, MAX_MASKS).tolist(),
     }
+
+
+def _best_overlap(masks: BoolArray, target: Target) -> Doubles:
+    overlaps = [pairwise_iou(masks, truth) for truth in target.annotators]
+    return max(overlaps, key=lambda rows: float(rows.max(0, initial=0.0).mean()))

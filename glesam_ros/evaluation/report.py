@@ -13,7 +13,8 @@ TITLES = {
     "points": "Three random points", "boxes": "Box", "everything": "Everything mode",
     "points_iou": "IoU", "points_dice": "Dice", "points_accuracy": "pixel accuracy", "points_boundary": "boundary IoU",
     "boxes_iou": "IoU", "boxes_dice": "Dice", "boxes_accuracy": "pixel accuracy", "boxes_boundary": "boundary IoU",
-    "everything_best_iou": "mean best IoU", "everything_ar10": "AR@10", "everything_ar100": "AR@100",
+    "everything_best_iou": "mean best IoU", "everything_map_iou": "in the label map",
+    "everything_ar10": "AR@10", "everything_ar100": "AR@100",
     "classical": "classical (OpenCV)", "zero_dce": "Zero-DCE", "prenet": "PReNet", "grabcut": "GrabCut",
 }
 """Words for the names in the results."""

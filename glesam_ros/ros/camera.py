@@ -19,6 +19,7 @@ class Camera:
 
     Attributes:
         last_stamp_ns: stamp of the newest frame, 0 before any.
+        frame_id: of the newest frame that could be read, "" before any.
         logged_refusals: why prompts were refused, as far as the log has it, without their numbers: a few texts.
     """
 
@@ -30,6 +31,7 @@ class Camera:
         self.gate = EnhancementGate()
         self.identity = IdKeeper()
         self.last_stamp_ns = 0
+        self.frame_id = ""
         self.logged_refusals: set[str] = set()
 
     @property

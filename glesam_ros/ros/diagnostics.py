@@ -150,12 +150,15 @@ class CameraLedger:
             self._last_fault = f"{what}: {text}"
             return self._noticed[what]
 
-    def status(self, name: str, hardware_id: str, now: float, extra: dict[str, Any]) -> DiagnosticStatus:
+    def status(
+        self, name: str, hardware_id: str, now: float, extra: dict[str, Any], min_rate_hz: float = 0.0
+    ) -> DiagnosticStatus:
         """The camera as a diagnostic status; call once a second, the rates come from these calls.
 
         Args:
             now: monotonic seconds.
             extra: further key values.
+            min_rate_hz: processed frames a second below which it warns; 0 is any.
         """
         with self._lock:
             events = self._events()
@@ -164,6 +167,8 @@ class CameraLedger:
             span = max(now - then, 1.0)  # a first frame just before a call, or just after its `now`, is no rate
             rate_in, rate_out = (self._received - received) / span, (self._processed - processed) / span
             level, message = self._verdict(now, rate_in, rate_out, events - old_events)
+            if level == DiagnosticStatus.OK and self._is_slow(rate_out, min_rate_hz, events - old_events):
+                level, message = DiagnosticStatus.WARN, f"{message}: expected at least {min_rate_hz:g} Hz (min_rate_hz)"
             values: dict[str, Any] = {
                 "topic": self.topic,
                 "input_rate_hz": f"{rate_in:.2f}",
@@ -185,6 +190,11 @@ class CameraLedger:
         values["degradation"] = "" if self.degradation is None else f"{self.degradation:.3f}"
         values["enhanced"] = "" if self.enhanced is None else self.enhanced
         return status(name, hardware_id, level, message, {**values, **extra})
+
+    def _is_slow(self, rate_out: float, min_rate_hz: float, new_events: Counter[str]) -> bool:
+        """Whether, for as long as rates are measured, less was processed than is expected though it was asked for."""
+        is_full = len(self._history) == self._history.maxlen
+        return is_full and rate_out < min_rate_hz and not NOTHING_ASKED & new_events.keys()
 
     def _absence(self) -> str:
         return self.no_publisher or f"no frame yet on {self.topic}"

@@ -22,6 +22,7 @@ from rcl_interfaces.msg import ParameterEvent, SetParametersResult
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
+from rclpy.impl.implementation_singleton import rclpy_implementation as _rclpy
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.subscription import Subscription
@@ -33,7 +34,9 @@ from glesam_ros.models.base import return_freed_memory
 from glesam_ros.pipeline import Pipeline, load_pipeline
 from glesam_ros.ros import diagnostics, parameters, qos
 from glesam_ros.ros.camera import Camera
-from glesam_ros.ros.outputs import VISION_MSGS_MISSING, Outputs, vision
+from glesam_ros.ros.names import beside
+from glesam_ros.ros.outputs import COMPRESSED, VISION_MSGS_MISSING, Outputs, vision
+from glesam_ros.ros.prompts import MAX_POINTS
 from glesam_ros.ros.scheduling import Frame, NewestFrames
 from glesam_ros.ros.worker import Worker
 from glesam_ros.semantic import Restorer, SemanticSegmenter, device_beside, load_restorer, load_semantic
@@ -46,7 +49,9 @@ STOP_TIMEOUT_S = 10.0
 """How long deactivate waits for a running inference."""
 WARM_UP_SIZES = (480, 640), (720, 1280)
 """(height, width) of most cameras, for warm-up before a frame has come."""
-CLICK_TOPIC = "overlay_mouse_left"
+PROMPT_DEPTH = 2 * MAX_POINTS
+"""An object may come as a burst of points; one that is lost is lost without a word."""
+CLICKED = "_mouse_left"
 """rqt_image_view publishes clicks on `<image topic>_mouse_left` as geometry_msgs/Point in pixels."""
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -118,6 +123,7 @@ class PerceptionNode(LifecycleNode):
             if service.srv_type is ChangeState:
                 # a model that loads for a minute must not hold up the parameter services
                 service.callback_group = self._transition_group
+                service.callback = functools.partial(self._on_change_state, service.callback)
                 self._transition_group.add_entity(service)
         self.create_service(Trigger, "clear_prompts", self._on_clear_prompts)
         self.create_service(SetBool, "enable", self._on_enable)
@@ -137,6 +143,23 @@ class PerceptionNode(LifecycleNode):
             )
 
     # Lifecycle: configure / cleanup and activate / deactivate mirror each other.
+
+    def _on_change_state(
+        self, change: Callable[[Any, Any], ChangeState.Response], request: ChangeState.Request,
+        response: ChangeState.Response,
+    ) -> ChangeState.Response:
+        """Answer a transition that the state does not have with success false; rclpy raises and never answers."""
+        state = self._state_machine.current_state[1]
+        try:
+            return change(request, response)
+        except _rclpy.RCLError:
+            self.get_logger().warning(
+                f"transition {request.transition.label or request.transition.id} refused: the node is {state}; ros2 "
+                f"lifecycle list {self.get_fully_qualified_name()} says what it may do; below a lifecycle manager set "
+                "autostart to false"
+            )
+            response.success = False
+            return response
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the models and make the result topics."""
@@ -202,7 +225,7 @@ class PerceptionNode(LifecycleNode):
                 semantic_classes=self._segmenter.classes if self._segmenter is not None else None,
                 restores=self._restorer is not None,
             )
-            topic = self.resolve_topic_name(prefix + self._input_name)
+            topic = self._input_topic(prefix)
             self._cameras[name] = Camera(name, topic, outputs)
 
     def _clean_up(self) -> None:
@@ -337,9 +360,11 @@ class PerceptionNode(LifecycleNode):
 
     # Topics in.
 
-    @property
-    def _input_name(self) -> str:
-        return "image/compressed" if self.settings.compressed else "image"
+    def _input_topic(self, prefix: str) -> str:
+        """Full name of the images of the camera whose topics begin with `prefix`."""
+        if self.settings.compressed:
+            return beside(self, f"{prefix}image", COMPRESSED)
+        return self.resolve_topic_name(f"{prefix}image")
 
     def _listen(self, camera: Camera) -> None:
         prefix = f"{camera.name}/" if camera.name else ""
@@ -347,7 +372,7 @@ class PerceptionNode(LifecycleNode):
         self._subscriptions_of_images.append(
             self.create_subscription(
                 CompressedImage if self.settings.compressed else Image,
-                prefix + self._input_name,
+                self._input_topic(prefix),
                 functools.partial(self._on_image, camera),
                 profile,
                 callback_group=self._image_group,
@@ -358,13 +383,13 @@ class PerceptionNode(LifecycleNode):
             )
         )
         doors: list[tuple[Any, str, Callable[..., None]]] = [
-            (PointStamped, "prompt/point", self._on_point),
-            (Point, CLICK_TOPIC, self._on_click),
+            (PointStamped, f"{prefix}prompt/point", self._on_point),
+            (Point, beside(self, f"{prefix}overlay", CLICKED), self._on_click),
         ]
         if vision is not None:
-            doors.append((vision.Detection2DArray, "prompt/boxes", self._on_boxes))
+            doors.append((vision.Detection2DArray, f"{prefix}prompt/boxes", self._on_boxes))
         self._subscriptions_of_prompts += [
-            self.create_subscription(kind, prefix + topic, functools.partial(callback, camera), 10)
+            self.create_subscription(kind, topic, functools.partial(callback, camera), PROMPT_DEPTH)
             for kind, topic, callback in doors
         ]
 
@@ -395,7 +420,7 @@ class PerceptionNode(LifecycleNode):
     # Prompts.
 
     def _on_point(self, camera: Camera, message: PointStamped) -> None:
-        self._prompt(camera, message.header.stamp, "point", lambda size: camera.prompts.add_point(
+        self._prompt(camera, message.header, "point", lambda size: camera.prompts.add_point(
             message.point.x, message.point.y, message.point.z >= 0, size, self.settings.prompt_timeout_s
         ))
 
@@ -410,12 +435,13 @@ class PerceptionNode(LifecycleNode):
         self._prompt(camera, None, "click", add)
 
     def _on_boxes(self, camera: Camera, message: Any) -> None:
-        self._prompt(camera, message.header.stamp, "boxes", lambda size: camera.prompts.set_boxes(
-            [_corners(d.bbox) for d in message.detections], size, self.settings.prompt_timeout_s
+        self._prompt(camera, message.header, "boxes", lambda size: camera.prompts.set_boxes(
+            [_corners(d.bbox) for d in message.detections], size, self.settings.prompt_timeout_s,
+            [d.results for d in message.detections],
         ))
 
     def _prompt(
-        self, camera: Camera, stamp: Any, kind: str, accept: Callable[[tuple[int, int]], str]
+        self, camera: Camera, header: Any, kind: str, accept: Callable[[tuple[int, int]], str]
     ) -> None:
         """Hand a prompt to `accept`, unless its image is too old; a refusal is a warning with the numbers."""
         try:
@@ -423,7 +449,12 @@ class PerceptionNode(LifecycleNode):
                 raise ValueError(
                     f"no frame of {camera.ledger.topic} was read yet; send the prompt after the first result"
                 )
-            stamp_ns = stamp.sec * 1_000_000_000 + stamp.nanosec if stamp is not None else 0
+            if header is not None and header.frame_id and camera.frame_id and header.frame_id != camera.frame_id:
+                # RViz gives metres of a map, and boxes may be of another camera
+                raise ValueError(
+                    f"expected pixels of the image, frame_id {camera.frame_id!r} or empty, got {header.frame_id!r}"
+                )
+            stamp_ns = header.stamp.sec * 1_000_000_000 + header.stamp.nanosec if header is not None else 0
             age_s = (self.get_clock().now().nanoseconds - stamp_ns) / 1e9
             limit_s = self.settings.prompt_timeout_s
             # a person looks at the image for longer than a frame may wait
@@ -509,7 +540,7 @@ class PerceptionNode(LifecycleNode):
                 points, boxes = camera.prompts.count(self.settings.prompt_timeout_s)
                 message.status.append(camera.ledger.status(
                     f"{name}: camera {camera.name}".rstrip(), hardware_id, now,
-                    {"prompt_points": points, "prompt_boxes": boxes},
+                    {"prompt_points": points, "prompt_boxes": boxes}, self.settings.min_rate_hz,
                 ))
         self._diagnostics.publish(message)
 

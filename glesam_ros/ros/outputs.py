@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from glesam_ros.instances import Instances
 from glesam_ros.overlay import draw_overlay
 from glesam_ros.ros import qos
 from glesam_ros.ros.conversions import array_to_compressed, array_to_image
+from glesam_ros.ros.names import beside
 from glesam_ros.semantic import NO_CLASS, SemanticMap, class_of_instances
 from glesam_ros.validation import UInt8Array
 
@@ -79,10 +80,13 @@ class Outputs:
             types["enhanced"] = Image
         if vision is not None:
             types |= {"detections": vision.Detection2DArray, "quality": vision.Classification}
-        types |= {name + COMPRESSED: CompressedImage for name in sorted(IN_BOTH & types.keys())}
+        topics = {name: prefix + name for name in types}
+        for name in sorted(IN_BOTH & types.keys()):
+            types[name + COMPRESSED] = CompressedImage
+            topics[name + COMPRESSED] = beside(node, topics[name], COMPRESSED)
         self._publishers: dict[str, Publisher] = {
             name: node.create_publisher(
-                kind, prefix + name, qos.result_output(), qos_overriding_options=qos.overridable()
+                kind, topics[name], qos.result_output(), qos_overriding_options=qos.overridable()
             )
             for name, kind in types.items()
         }
@@ -123,17 +127,25 @@ class Outputs:
         return labels
 
     def publish_detections(
-        self, wanted: frozenset[str], header: Header, instances: Instances, semantic: SemanticMap | None
+        self,
+        wanted: frozenset[str],
+        header: Header,
+        instances: Instances,
+        semantic: SemanticMap | None,
+        results: Mapping[int, Sequence[Any]],
     ) -> None:
         """Publish `detections` where wanted.
 
         The first hypothesis of each is that of the model: its class ("object") and the predicted IoU. Where there is a
-        class map, a second one is the name of the class that fills the mask, and its score. `id` is the mask value.
+        class map, a second one is the name of the class that fills the mask, and its score. Those of the box that
+        prompted it come last, as `results` has them by id. `id` is the mask value.
         """
         if "detections" in wanted:
             message = _detections(instances, header, self._classes[0])
             if semantic is not None:
                 _add_classes(message, instances, semantic)
+            for detection, number in zip(message.detections, instances.ids.tolist()):
+                detection.results.extend(results.get(number, ()))
             self._publish("detections", message)
 
     def publish_semantic(self, wanted: frozenset[str], header: Header, semantic: SemanticMap) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,12 @@ class _Point:
     label: int
 
 
+@dataclass(frozen=True)
+class _Box:
+    xyxy: tuple[float, float, float, float]
+    results: Sequence[Any]
+
+
 class CameraPrompts:
     """Points (together one object) and boxes (one object each); safe to use from several threads.
 
@@ -38,7 +44,7 @@ class CameraPrompts:
         self._lock = threading.Lock()
         self._points: list[_Point] = []
         self._points_since = 0.0
-        self._boxes: dict[int, tuple[float, float, float, float]] = {}
+        self._boxes: dict[int, _Box] = {}
         self._boxes_since = 0.0
         self._size = 0, 0
 
@@ -68,12 +74,15 @@ class CameraPrompts:
                 warnings.append(f"negative point ({x:g}, {y:g}) has no effect before a positive point (z >= 0) comes")
             return "; ".join(warnings)
 
-    def set_boxes(self, boxes: Any, size: tuple[int, int], timeout_s: float) -> str:
+    def set_boxes(
+        self, boxes: Any, size: tuple[int, int], timeout_s: float, results: Sequence[Sequence[Any]] = ()
+    ) -> str:
         """Replace all boxes; none clears them. A bad one is left out, and the others keep their places in the order.
 
         Args:
             boxes: (M, 4) xyxy in pixels of the image of `size` (height, width).
             timeout_s: as of `add_point`.
+            results: what else is known of each box, such as its classes; `current` gives it back. None: nothing.
 
         Returns:
             A warning when prompts of another resolution were dropped, else "".
@@ -82,11 +91,12 @@ class CameraPrompts:
             ValueError: some were refused, and the others hold: empty, not finite, beside the image, or one too many.
                 Where none is good, those before hold.
         """
-        good: dict[int, tuple[float, float, float, float]] = {}
+        good: dict[int, _Box] = {}
         fault = ""
         for place, box in enumerate(boxes[:MAX_BOXES]):
             try:
-                good[place] = tuple(check_boxes([box], size)[0].tolist())
+                xyxy = tuple(check_boxes([box], size)[0].tolist())
+                good[place] = _Box(xyxy, results[place] if results else ())
             except ValueError as error:
                 fault = fault or str(error)
         too_many = f"boxes: expected at most {MAX_BOXES}, got {len(boxes)}" if len(boxes) > MAX_BOXES else ""
@@ -117,29 +127,32 @@ class CameraPrompts:
             self._forget_expired(timeout_s)
             return len(self._points), len(self._boxes)
 
-    def current(self, size: tuple[int, int], timeout_s: float) -> tuple[dict[str, Any], list[int], list[str]]:
+    def current(
+        self, size: tuple[int, int], timeout_s: float
+    ) -> tuple[dict[str, Any], dict[int, Sequence[Any]], list[str]]:
         """Prompts for a frame of `size` (height, width), and warnings for prompts that were dropped.
 
         Args:
             timeout_s: age at which a prompt expires; 0 keeps it.
 
         Returns:
-            Arguments for `Pipeline.decode` (empty: everything mode); the id of each object: 1 is that of the points,
-            where there are any, and then come the places of the boxes; and one text for each dropped prompt.
+            Arguments for `Pipeline.decode` (empty: everything mode); the id of each object in their order, with the
+            `results` of its box: 1 is that of the points, where there are any, and then come the places of the boxes;
+            and one text for each dropped prompt.
         """
         with self._lock:
             warnings = self._forget_gone(size, timeout_s)
             arguments: dict[str, Any] = {}
-            ids: list[int] = []
+            objects: dict[int, Sequence[Any]] = {}
             if any(p.label for p in self._points):
-                ids.append(1)
+                objects[1] = ()
                 arguments["points"] = np.array([(p.x, p.y) for p in self._points], np.float32)
                 arguments["labels"] = np.array([p.label for p in self._points], np.float32)
             if self._boxes:
-                arguments["boxes"] = np.array(list(self._boxes.values()), np.float32)
-                first = 1 + len(ids)
-                ids += [first + place for place in self._boxes]
-            return arguments, ids, warnings
+                arguments["boxes"] = np.array([box.xyxy for box in self._boxes.values()], np.float32)
+                first = 1 + len(objects)
+                objects |= {first + place: box.results for place, box in self._boxes.items()}
+            return arguments, objects, warnings
 
     def _forget_gone(self, size: tuple[int, int], timeout_s: float) -> list[str]:
         """Forget what expired and, with a text each, what was for an image of another size than (height, width)."""
@@ -147,7 +160,7 @@ class CameraPrompts:
         gone: list[str] = []
         if size != self._size:
             gone = [f"point ({p.x:g}, {p.y:g})" for p in self._points]
-            gone += ["box ({:g}, {:g}, {:g}, {:g})".format(*box) for box in self._boxes.values()]
+            gone += ["box ({:g}, {:g}, {:g}, {:g})".format(*box.xyxy) for box in self._boxes.values()]
             self._points, self._boxes, self._size = [], {}, size
         return [f"{prompt} dropped: the image is {size[1]}x{size[0]} now" for prompt in gone]
 

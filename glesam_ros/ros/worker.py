@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -53,7 +53,7 @@ class Encoded:
     Attributes:
         wanted: outputs that had a subscriber when it was taken.
         prompts: arguments for `Pipeline.decode`.
-        ids: of their objects.
+        objects: by id, in the order of the prompts, what came with the box of each.
         stamp_ns: 0 where the stamp is.
         embedding: None where no output needs it.
         own_s: seconds spent on it beside the model.
@@ -65,7 +65,7 @@ class Encoded:
     wanted: frozenset[str]
     image: UInt8Array
     prompts: dict[str, Any]
-    ids: list[int]
+    objects: dict[int, Sequence[Any]]
     stamp_ns: int
     embedding: Embedding | None
     own_s: float
@@ -140,7 +140,10 @@ class Worker:
 
     def _take_frames(self) -> None:
         while (frame := self._frames.take()) is not None:
+            began = time.monotonic()
             self._begin(self._cameras[frame.camera], frame)
+            if rate_hz := self._pipeline.settings.max_rate_hz:
+                self._stopping.wait(began + 1 / rate_hz - time.monotonic())
 
     def _take_encoded(self, hand_over: HandOver[Encoded]) -> None:
         while (encoded := hand_over.take()) is not None:
@@ -171,17 +174,19 @@ class Worker:
     def _encode(self, camera: Camera, frame: Frame) -> Encoded | None:
         """The first half; None where nobody wants a result."""
         wanted = camera.outputs.wanted()
-        if not wanted:
-            return None
         ledger, header, settings = camera.ledger, frame.message.header, self._pipeline.settings
+        if not wanted and ledger.size is not None:  # a first frame is read all the same: prompts need its size
+            return None
         started = time.perf_counter()
         values = ValueRange.of(settings)
         image = message_to_rgb(frame.message, values)
+        ledger.size, camera.frame_id = (image.shape[0], image.shape[1]), header.frame_id
+        if not wanted:
+            return None
         if values.is_own:
             self._check_values(camera, frame.message, image)
-        ledger.size = image.shape[0], image.shape[1]
         stamp_ns = self._check_stamp(camera, header.stamp)
-        prompts, ids, gone = camera.prompts.current(ledger.size, settings.prompt_timeout_s)
+        prompts, objects, gone = camera.prompts.current(ledger.size, settings.prompt_timeout_s)
         for text in gone:
             ledger.noticed("dropped_prompt", text)
         if gone:
@@ -194,7 +199,7 @@ class Worker:
                 embedding = self._pipeline.encode(image, camera.gate)
             after = time.perf_counter()
         return Encoded(
-            camera, frame, wanted, image, prompts, ids, stamp_ns, embedding,
+            camera, frame, wanted, image, prompts, objects, stamp_ns, embedding,
             own_s=before - started, encode_s=after - before,
         )
 
@@ -218,9 +223,15 @@ class Worker:
         if instances is not None:
             labels = outputs.publish_masks(wanted, header, instances)
             if segmenter is None:
-                outputs.publish_detections(wanted, header, instances, None)
+                outputs.publish_detections(wanted, header, instances, None, encoded.objects)
         if embedding is not None:
-            ledger.latency_ms.add(self._age_ms(encoded.stamp_ns, frame))
+            age_ms, limit_ms = self._age_ms(encoded.stamp_ns, frame), self._pipeline.settings.max_frame_age_ms
+            ledger.latency_ms.add(age_ms)
+            if 0 < limit_ms < age_ms:
+                self._notice(
+                    camera, "late_result", f"expected masks at most {limit_ms} ms after the stamp (max_frame_age_ms), "
+                    f"they came after {age_ms:.0f} ms; frame_budget_ms makes frames faster",
+                )
             outputs.publish_quality(wanted, header, embedding.degradation, embedding.enhanced)
             ledger.degradation, ledger.enhanced = embedding.degradation, embedding.enhanced
             ledger.encode_ms.add(1e3 * encoded.encode_s)
@@ -234,7 +245,7 @@ class Worker:
             published |= wanted & OF_CLASSES
         if instances is not None:
             if segmenter is not None:
-                outputs.publish_detections(wanted, header, instances, semantic)
+                outputs.publish_detections(wanted, header, instances, semantic, encoded.objects)
             alpha = self._pipeline.settings.overlay_alpha
             outputs.publish_overlay(wanted, header, encoded.image, instances, alpha, labels, semantic)
 
@@ -266,7 +277,7 @@ class Worker:
         with _inference():
             instances = self._pipeline.decode(embedding, **encoded.prompts)
         if encoded.prompts:
-            return dataclasses.replace(instances, ids=np.array(encoded.ids, np.int32))
+            return dataclasses.replace(instances, ids=np.array(list(encoded.objects), np.int32))
         return camera.identity.update(instances) if settings.stable_ids else instances
 
     def _attempt(
