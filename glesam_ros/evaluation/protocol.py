@@ -47,9 +47,9 @@ MODES = ENHANCEMENT_MODES
 MOST_BOX_ERROR = 0.2
 """At more than 0.25 a box could turn inside out."""
 PROMPTS = ("points", "boxes", "everything")
-_MASK_METRICS = ("iou", "dice", "accuracy", "boundary")
+_MASK_METRICS = ("iou", "dice", "accuracy", "boundary", "score")
 METRICS = {"points": _MASK_METRICS, "boxes": _MASK_METRICS, "everything": ("best_iou", "map_iou", "ar10", "ar100")}
-"""Metrics of each kind of prompt; "points" and "iou" make the name "points_iou"."""
+"""Metrics of each kind of prompt; "points" and "iou" make the name "points_iou". GrabCut has no score."""
 
 Values = dict[tuple[str, str], list[float]]
 """(method, metric) -> one value a true region; a method is an enhancement mode or a baseline."""
@@ -302,7 +302,7 @@ class Evaluator:
         image = self._picture(case, condition, dict(case.conditions)[condition])
         raw = self._encode(image)
         off, always = (
-            self._prompted(embedding, target, prompt) for embedding in (raw, self.pipe.model.enhance(raw))
+            self._prompted(embedding, target, prompt)[0] for embedding in (raw, self.pipe.model.enhance(raw))
         )
         return Pictures(case, condition, target, image, off, always, prompt)
 
@@ -342,7 +342,7 @@ class Evaluator:
             return self._scores(self._encode(self.restorers[name](image)), target)
         if "boxes" not in self.options.prompts:
             return {}
-        return _mask_scores("boxes", grabcut(image, target.boxes), target)
+        return _mask_scores("boxes", grabcut(image, target.boxes), target, None)
 
     def _scores(self, embedding: Embedding, target: Target) -> dict[str, list[float]]:
         scores: dict[str, list[float]] = {}
@@ -350,13 +350,16 @@ class Evaluator:
             if prompt == "everything":
                 scores |= _everything_scores(self.pipe.decode(embedding), target)
             else:
-                scores |= _mask_scores(prompt, self._prompted(embedding, target, prompt), target)
+                masks, predicted = self._prompted(embedding, target, prompt)
+                scores |= _mask_scores(prompt, masks, target, predicted)
         return scores
 
-    def _prompted(self, embedding: Embedding, target: Target, prompt: str) -> BoolArray:
+    def _prompted(self, embedding: Embedding, target: Target, prompt: str) -> tuple[BoolArray, FloatArray]:
+        """Masks and scores, one a region."""
         name, given = ("points", target.points) if prompt == "points" else ("boxes", target.boxes)
         # one object at a time, as the paper does: a second look is nearer at one than at several
-        return np.concatenate([self.pipe.decode(embedding, **{name: one[None]}).masks for one in given])
+        found = [self.pipe.decode(embedding, **{name: one[None]}) for one in given]
+        return np.concatenate([one.masks for one in found]), np.concatenate([one.scores for one in found])
 
 
 def open_evaluator(
@@ -391,7 +394,9 @@ def open_evaluator(
     return Evaluator(Pipeline(model, settings), options, load_restorers(options.baselines, restorers or Path()))
 
 
-def _mask_scores(prompt: str, predicted: BoolArray, target: Target) -> dict[str, list[float]]:
+def _mask_scores(
+    prompt: str, predicted: BoolArray, target: Target, scores: FloatArray | None
+) -> dict[str, list[float]]:
     truth = target.masks
     values = {
         "iou": iou(predicted, truth),
@@ -399,7 +404,9 @@ def _mask_scores(prompt: str, predicted: BoolArray, target: Target) -> dict[str,
         "accuracy": pixel_accuracy(predicted, truth),
         "boundary": iou(boundary(predicted), target.bands),
     }
-    return {f"{prompt}_{metric}": values[metric].tolist() for metric in METRICS[prompt]}
+    if scores is not None:
+        values["score"] = scores.astype(np.float64)
+    return {f"{prompt}_{metric}": found.tolist() for metric, found in values.items()}
 
 
 def _everything_scores(found: Instances, target: Target) -> dict[str, list[float]]:

@@ -12,6 +12,7 @@ from glesam_ros.evaluation.summary import MAIN, restored
 TITLES = {
     "points": "Three random points", "boxes": "Box", "everything": "Everything mode",
     "points_iou": "IoU", "points_dice": "Dice", "points_accuracy": "pixel accuracy", "points_boundary": "boundary IoU",
+    "points_score": "predicted IoU", "boxes_score": "predicted IoU",
     "boxes_iou": "IoU", "boxes_dice": "Dice", "boxes_accuracy": "pixel accuracy", "boxes_boundary": "boundary IoU",
     "everything_best_iou": "mean best IoU", "everything_map_iou": "in the label map",
     "everything_ar10": "AR@10", "everything_ar100": "AR@100",
