@@ -10,7 +10,7 @@ from rcl_interfaces.msg import ParameterEvent
 from rcl_interfaces.srv import GetParameters, SetParameters
 from rclpy.parameter import Parameter, parameter_value_to_python
 from rclpy.qos import qos_profile_parameter_events
-from ros_graph import image_message, picture, pixels_of, wait_for
+from ros_graph import TIMEOUT_S, image_message, picture, pixels_of, wait_for
 from sensor_msgs.msg import Image
 
 from glesam_ros import settings
@@ -121,6 +121,33 @@ def test_start_parameters_that_the_node_has_are_not_named(launch):
     client = launch(overlay_alpha=0.75, arguments=["-p", "qos_overrides./{namespace}/image.subscription.depth:=2"])
     client.wait_log("activate done")
     assert not client.logged("does not have")
+
+
+@pytest.mark.parametrize(("given", "reason"), [
+    ("semantic:=off", "expecting type 'STRING': semantic; ROS reads a plain off as a bool, put it in quotes: -p "
+     "'NAME:=\"off\"'"),
+    ("compressed:='true'", "expecting type 'BOOL': compressed; it is true or false: write it without quotes"),
+    ("overlay_alpha:=1", "expecting type 'DOUBLE': overlay_alpha; write it with a point: 1.0 for 1"),
+    ("min_area:=1.0", "expecting type 'INTEGER': min_area; it is a whole number: write it without a point, 1 for 1.0"),
+    ("cameras:=off", "expecting type 'STRING_ARRAY': cameras"),
+])
+def test_a_start_value_of_a_wrong_type_is_refused_with_what_mends_it(launch, given, reason):
+    client = launch(wait_active=False, arguments=["-p", given])
+    assert client.ros.process.wait(TIMEOUT_S) == 1
+    assert f"{reason}\n" in client.ros.output  # the end of a line: no other hint follows
+
+
+@pytest.mark.parametrize(("line", "reason"), [
+    ("cameras: []",
+     "cameras: expected at least one camera name, got none; leave the line out for one camera without a name"),
+    ("semantic: []", "semantic: expected a value, got none; leave the line out for the default"),
+])
+def test_an_empty_list_of_a_params_file_is_refused_with_what_mends_it(launch, tmp_path, line, reason):
+    file = tmp_path / "my.yaml"
+    file.write_text(f"/**:\n  ros__parameters:\n    {line}\n")
+    client = launch(wait_active=False, arguments=["--params-file", str(file)])
+    assert client.ros.process.wait(TIMEOUT_S) == 1
+    assert reason in client.ros.output
 
 
 def test_max_instances_takes_effect_on_the_next_frames(launch):

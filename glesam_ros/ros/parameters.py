@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
-from rclpy.exceptions import InvalidParameterTypeException
+from rclpy.exceptions import InvalidParameterTypeException, ParameterUninitializedException
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
@@ -16,6 +16,13 @@ from glesam_ros.settings import Settings
 
 OF_RCLPY = frozenset({"use_sim_time", "start_type_description_service"})
 """Declared by rclpy, the second one not by all of its versions."""
+HINTS = {
+    ("BOOL", "STRING"): "ROS reads a plain off as a bool, put it in quotes: -p 'NAME:=\"off\"'",
+    ("STRING", "BOOL"): "it is true or false: write it without quotes",
+    ("INTEGER", "DOUBLE"): "write it with a point: 1.0 for 1",
+    ("DOUBLE", "INTEGER"): "it is a whole number: write it without a point, 1 for 1.0",
+}
+"""How to mend a start value, by the type that came and the one that is expected, in rclpy's words."""
 
 
 def descriptor(name: str) -> ParameterDescriptor:
@@ -41,7 +48,7 @@ def declare(node: Node) -> Settings:
     """Declare every parameter on `node` and read the values it was started with.
 
     Raises:
-        ValueError: a camera that is named twice, a plain `off` where a string belongs, or 1 for 1.0.
+        ValueError: a camera that is named twice, an empty list, a plain `off` where a string belongs, or 1 for 1.0.
         rclpy.exceptions.ParameterException, InvalidParameterException: a start value of wrong type or out of range.
     """
     try:
@@ -49,14 +56,11 @@ def declare(node: Node) -> Settings:
             "", [(name, _ros_value(catalogue.default(name)), descriptor(name)) for name in catalogue.names()]
         )
     except InvalidParameterTypeException as error:
-        if "'BOOL'" in str(error) and "STRING" in str(error):
-            raise ValueError(
-                f"{error}; ROS reads a plain off as a bool, put it in quotes: -p 'NAME:=\"off\"'"
-            ) from error
-        if "'INTEGER'" in str(error) and "DOUBLE" in str(error):
-            raise ValueError(f"{error}; write it with a point: 1.0 for 1") from error
+        for (came, expected), hint in HINTS.items():
+            if f"of type '{came}', expecting type '{expected}'" in str(error):
+                raise ValueError(f"{error}; {hint}") from error
         raise
-    return Settings(**{name: node.get_parameter(name).value for name in catalogue.names()})
+    return Settings(**{name: _start_value(node, name) for name in catalogue.names()})
 
 
 def unknown(node: Node) -> str:
@@ -86,6 +90,17 @@ def changed(settings: Settings, parameters: Iterable[Parameter]) -> Settings:
     """
     known = set(catalogue.names())
     return settings.replace(**{p.name: p.value for p in parameters if p.name in known})
+
+
+def _start_value(node: Node, name: str) -> Any:
+    try:
+        return node.get_parameter(name).value
+    except ParameterUninitializedException as error:
+        # an empty list has no type: rclpy takes it for no value
+        expected, otherwise = "a value", "the default"
+        if name == "cameras":
+            expected, otherwise = "at least one camera name", "one camera without a name"
+        raise ValueError(f"{name}: expected {expected}, got none; leave the line out for {otherwise}") from error
 
 
 def _ros_value(value: Any) -> Any:
