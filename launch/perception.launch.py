@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -30,7 +31,7 @@ RQT_PACKAGES = ("rqt_gui", "rqt_image_view", "rqt_plot", "rqt_reconfigure", "rqt
 CONFIG = Path(get_package_share_directory("glesam_ros")) / "config"
 
 MIRRORED = ("model", "device", "precision", "semantic", "restorer", "cameras", "compressed", "autostart")
-"""Arguments that set a parameter of the node, when they are given; else params_file decides."""
+"""Arguments that set a parameter of the node, when they are given; else params_file or a parent launch decides."""
 CLOCK = "use_sim_time"
 WIRED = ("cameras", "compressed", CLOCK)
 """Parameters of the node that topics, demo camera and views depend on, wherever they are set."""
@@ -52,7 +53,11 @@ def _arguments() -> list[DeclareLaunchArgument]:
             "namespace", "glesam",
             "Namespace of node and topics; where it does not begin with / it goes below that of a parent launch.",
         ),
-        _argument("params_file", str(CONFIG / "perception.yaml"), "Parameters of the node."),
+        _argument(
+            "params_file", "",
+            f"YAML file of parameters of the node; {CONFIG / 'perception.yaml'} is a template with all defaults. "
+            "It wins over what a parent launch sets (SetParameter, SetParametersFromFile). Empty: no file.",
+        ),
         _argument(
             "image_topic", "",
             "Topic of the only camera; empty: image below the namespace. Where it does not begin with / it goes below "
@@ -81,7 +86,7 @@ def _mirrored_text(name: str) -> str:
     spec, default = settings.spec(name), settings.default(name)
     choices = f" One of {', '.join(spec.choices)}." if spec.choices else ""
     shown = ",".join(default) if isinstance(default, tuple) else default
-    return f"{spec.help}{choices} Empty: as in params_file, which comes with {shown!r}."
+    return f"{spec.help}{choices} Empty: as in params_file or a parent launch, else {shown!r}."
 
 
 def _start(context: LaunchContext) -> list[Action]:
@@ -93,7 +98,9 @@ def _start(context: LaunchContext) -> list[Action]:
     base = make_namespace_absolute(
         prefix_namespace(context.launch_configurations.get("ros_namespace"), given["namespace"])
     )
-    wired = {**_of_file(given["params_file"], f"{base.rstrip('/')}/{NODE_NAME}"), **changes, **clock}
+    file = given["params_file"]
+    own = {**changes, **clock}
+    wired = _wired(context.launch_configurations.get("global_params", []), file, f"{base.rstrip('/')}/{NODE_NAME}", own)
     clock_of_all = {CLOCK: wired[CLOCK]} if CLOCK in wired else {}
     cameras = wired.get("cameras", list(settings.default("cameras")))
     topics = _topics(given["image_topic"], given["image_topics"], cameras)
@@ -106,7 +113,8 @@ def _start(context: LaunchContext) -> list[Action]:
             executable="perception_node",
             name=NODE_NAME,
             namespace=base,
-            parameters=[given["params_file"], *_some({**changes, **clock})],
+            # all that is wired, too: launch writes a list of SetParameter in a way that no node reads
+            parameters=[*([file] if file else []), *_some({**own, **wired})],
             remappings=[rule for camera, topic in topics.items() for rule in _remappings(camera, topic)],
             arguments=["--ros-args", "--log-level", given["log_level"]],
             output="screen",
@@ -169,52 +177,94 @@ def _check(name: str, value: Any) -> None:
     Raises:
         ValueError: with the parameter, what was expected and what came.
     """
-    settings.Settings(**{name: value})
+    if name != CLOCK:
+        settings.Settings(**{name: value})
+    elif not isinstance(value, bool):
+        raise ValueError(f"{CLOCK}: expected true or false, got {value!r}")
 
 
-def _of_file(path: str, node: str) -> dict[str, Any]:
-    """What the parameter file `path` has of `WIRED` for `node`, its full name; the last value counts, as for the node.
+def _wired(of_parent: list[Any], file: str, node: str, own: dict[str, Any]) -> dict[str, Any]:
+    """What `node`, its full name, gets of `WIRED`; the last value counts, as for the node.
 
-    Warns where the file has sections, but none for `node`.
+    Args:
+        of_parent: what a parent launch sets for every node, as launch_ros keeps it: (name, value) or a parameter file.
+        file: the parameter file, "" for none; warns where it has sections, but none for `node`.
+        own: from our arguments.
 
     Raises:
         ValueError: no such file, no YAML, or a value that the node would refuse.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"params_file: expected a YAML file of parameters, cannot read {path}: {error}") from error
-    found: dict[str, Any] = {}
-    sections: dict[str, bool] = {}  # by their names in the file: is it for the node?
-
-    def search(tree: Any, keys: list[str]) -> None:
-        for key, below in tree.items() if isinstance(tree, dict) else ():
-            if key != "ros__parameters":
-                search(below, [*keys, str(key)])
-                continue
-            tokens = [token for name in keys for token in name.strip("/").split("/")]
-            section = "/".join(keys)
-            sections[section] = re.fullmatch("".join(map(_pattern, tokens)), node) is not None
-            if sections[section] and isinstance(below, dict):
-                found.update({name: below[name] for name in WIRED if name in below})
-
-    search(content, [])
-    if sections and not any(sections.values()):
-        # the node takes such a file without a word
-        get_logger("launch.user").warning(
-            f"params_file {path} has nothing for {node}; its sections: {', '.join(sections)}; "
-            f"name the section {node}, or /** for every node"
-        )
-    for name, value in found.items():
-        if name == CLOCK:
-            if not isinstance(value, bool):
-                raise ValueError(f"params_file {path}: {CLOCK}: expected true or false, got {value!r}")
-            continue
+    sources = [_of_parent(entry) for entry in of_parent]
+    if file:
+        sections = _sections("params_file", file)
+        if sections and not any(_is_of(section, node) for section in sections):
+            # the node takes such a file without a word
+            get_logger("launch.user").warning(
+                f"params_file {file} has nothing for {node}; its sections: {', '.join(sections)}; "
+                f"name the section {node}, or /** for every node"
+            )
+        sources.append((f"params_file {file}", sections))
+    sources.append(("arguments", {node: own}))
+    # as in rcl: sections of the same name become one, in the place of the first
+    merged: dict[str, dict[str, tuple[str, Any]]] = {}
+    for source, sections in sources:
+        for section, values in sections.items():
+            merged.setdefault(section, {}).update({name: (source, values[name]) for name in WIRED if name in values})
+    found: dict[str, tuple[str, Any]] = {}
+    for section, sourced in merged.items():
+        if _is_of(section, node):
+            found.update(sourced)
+    for name, (source, value) in found.items():
         try:
             _check(name, value)
         except ValueError as error:
-            raise ValueError(f"params_file {path}: {error}") from error
-    return found
+            raise ValueError(f"{source}: {error}") from error
+    return {name: value for name, (_, value) in found.items()}
+
+
+def _of_parent(entry: tuple[str, Any] | str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """What sets the parameters of an entry of launch_ros's `global_params`, in words, and its sections.
+
+    Raises:
+        ValueError: no such file, or no YAML.
+    """
+    if isinstance(entry, str):
+        action = "SetParametersFromFile of a parent launch"
+        return f"{action}, {entry}", _sections(action, entry)
+    name, value = entry
+    if isinstance(value, str) and name in WIRED:
+        # the node reads it from its command line; what is no YAML is refused with the rest
+        with contextlib.suppress(yaml.YAMLError):
+            value = yaml.safe_load(value)
+    return "SetParameter of a parent launch", {"/**": {name: list(value) if isinstance(value, tuple) else value}}
+
+
+def _sections(source: str, path: str) -> dict[str, dict[str, Any]]:
+    """The sections of the parameter file `path` by their names there.
+
+    Raises:
+        ValueError: no such file, or no YAML; `source` says who named it.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{source}: expected a YAML file of parameters, cannot read {path}: {error}") from error
+    sections: dict[str, dict[str, Any]] = {}
+
+    def search(tree: Any, keys: list[str]) -> None:
+        for key, below in tree.items() if isinstance(tree, dict) else ():
+            if key == "ros__parameters":
+                sections["/".join(keys)] = below if isinstance(below, dict) else {}
+            else:
+                search(below, [*keys, str(key)])
+
+    search(content, [])
+    return sections
+
+
+def _is_of(section: str, node: str) -> bool:
+    """Is the `section` of a parameter file for `node`, its full name?"""
+    return re.fullmatch("".join(_pattern(token) for token in section.split("/") if token), node) is not None
 
 
 def _pattern(token: str) -> str:

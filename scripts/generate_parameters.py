@@ -23,7 +23,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- parameters:begin -->", "<!-- parameters:end -->"
 
 YAML_HEAD = """\
-# Parameters of the perception node with their defaults; copy, change, and start with
+# Parameters of the perception node with their defaults; copy the lines that you change, and start with
 #   ros2 launch glesam_ros perception.launch.py params_file:=my.yaml
 # Made from glesam_ros/settings.py by scripts/generate_parameters.py.
 /**:

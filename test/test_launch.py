@@ -29,7 +29,7 @@ import sys
 from launch import LaunchDescription, LaunchService
 from launch.actions import IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
-from launch_ros.actions import PushRosNamespace, SetParameter
+from launch_ros.actions import PushRosNamespace, SetParameter, SetParametersFromFile
 arguments = [a.split(":=", 1) for a in sys.argv[2:]]
 service = LaunchService()
 service.include_launch_description(LaunchDescription([
@@ -242,6 +242,85 @@ def test_use_sim_time_of_the_params_file_counts_for_node_and_demo_camera(launche
     for node in ("perception", "demo_camera"):
         [sim] = parameters(client, "use_sim_time", node=node)
         assert sim.bool_value is expected, node
+
+
+@pytest.mark.parametrize("parent", [
+    "SetParametersFromFile(FILE)",
+    # a list of SetParameter comes in a form that the node alone cannot read, "true" as text
+    "SetParameter('cameras', ['left', 'arm/wrist']), SetParameter('compressed', 'true'), "
+    "SetParameter('max_instances', 7)",
+])
+def test_what_a_parent_launch_sets_counts_for_node_topics_and_demo_camera(launched, tmp_path, parent):
+    file = tmp_path / "fleet.yaml"
+    file.write_text(
+        "/**:\n  ros__parameters:\n    cameras: [left, arm/wrist]\n    compressed: true\n    max_instances: 7\n"
+        "/elsewhere/perception:\n  ros__parameters:\n    cameras: [other]\n"
+    )
+    parent = parent.replace("FILE", repr(str(file)))
+    client = launched("launch_fleet", parent, image_topics="/launch_fl/image,/launch_fr/image", **DEMO)
+    client.wait_state("active")
+    cameras, most = parameters(client, "cameras", "max_instances")
+    assert (cameras.string_array_value, most.integer_value) == (["left", "arm/wrist"], 7)
+    for camera, topic in (("left", "/launch_fl"), ("arm/wrist", "/launch_fr")):
+        masks = client.subscribe(Image, f"{camera}/masks")
+        wait_for(lambda inbox=masks: inbox.messages, f"masks of {camera}")
+        assert masks.last.header.frame_id == f"demo_camera_{camera.replace('/', '_')}"
+        kinds = dict(client.node.get_topic_names_and_types())
+        assert kinds[f"{topic}/image/compressed"] == ["sensor_msgs/msg/CompressedImage"]
+    assert "has nothing for" not in client.ros.output
+
+
+def test_params_file_wins_over_a_parent_launch_and_arguments_over_both(launched, tmp_path):
+    fleet, mine = tmp_path / "fleet.yaml", tmp_path / "mine.yaml"
+    fleet.write_text("/**:\n  ros__parameters: {max_instances: 7, min_area: 8, cameras: [a, b], overlay_alpha: 0.25}\n")
+    mine.write_text("/**:\n  ros__parameters: {max_instances: 9, compressed: false, cameras: [c, d]}\n")
+    file = f"SetParametersFromFile({str(fleet)!r})"
+    parent = f"{file}, SetParameter('overlay_alpha', 0.75), SetParameter('compressed', True)"
+    client = launched("launch_wins", parent, params_file=str(mine), cameras="front", **DEMO)
+    client.wait_state("active")
+    values = parameters(client, "max_instances", "min_area", "overlay_alpha", "compressed", "cameras")
+    most, area, alpha, compressed, cameras = values
+    assert (most.integer_value, area.integer_value, alpha.double_value) == (9, 8, 0.75)
+    assert (compressed.bool_value, cameras.string_array_value) == (False, ["front"])
+    masks = client.subscribe(Image, "front/masks")
+    wait_for(lambda: masks.messages, "masks of front")
+
+
+@pytest.mark.parametrize(("parent", "mine", "expected"), [
+    ("SetParametersFromFile(FILE), SetParameter('compressed', False)", None, False),
+    ("SetParameter('compressed', False), SetParametersFromFile(FILE)", None, True),
+    ("SetParametersFromFile(FILE)", False, False),
+    # for ROS the file goes where /** is named first, which is before the section of the node
+    ("SetParameter('compressed', False), SetParametersFromFile(FILE)", False, True),
+])
+def test_node_and_demo_camera_agree_whatever_the_order_of_sections(launched, tmp_path, parent, mine, expected):
+    fleet, own = tmp_path / "fleet.yaml", tmp_path / "mine.yaml"
+    fleet.write_text("/launch_order/perception:\n  ros__parameters:\n    compressed: true\n")
+    own.write_text(f"/**:\n  ros__parameters:\n    compressed: {str(mine).lower()}\n")
+    given = {} if mine is None else {"params_file": str(own)}
+    client = launched("launch_order", parent.replace("FILE", repr(str(fleet))), autostart="false", **DEMO, **given)
+    for node in ("perception", "demo_camera"):
+        [compressed] = parameters(client, "compressed", node=node)
+        assert compressed.bool_value is expected, node
+
+
+@pytest.mark.parametrize(("parent", "reason"), [
+    ("SetParameter('cameras', ['a', 'a'])",
+     "SetParameter of a parent launch: cameras: expected at least one name and no name twice, got ['a', 'a']"),
+    ("SetParameter('compressed', '[a')", "SetParameter of a parent launch: compressed: expected a bool, got '[a'"),
+    ("SetParametersFromFile('FOLDER/mine.yaml')",
+     "SetParametersFromFile of a parent launch, FOLDER/mine.yaml: use_sim_time: expected true or false, got 1"),
+    ("SetParametersFromFile('FOLDER/none.yaml')",
+     "SetParametersFromFile of a parent launch: expected a YAML file of parameters, cannot read FOLDER/none.yaml"),
+])
+def test_a_value_of_a_parent_launch_that_the_node_cannot_take_is_refused_with_its_place(
+    prefix, tmp_path, parent, reason
+):
+    (tmp_path / "mine.yaml").write_text("/**:\n  ros__parameters:\n    use_sim_time: 1\n")
+    process = LaunchProcess(prefix, {}, parent.replace("FOLDER", str(tmp_path)))
+    assert process.wait() != 0
+    assert reason.replace("FOLDER", str(tmp_path)) in process.output
+    assert "process started" not in process.output
 
 
 @pytest.mark.parametrize(("line", "reason"), [
