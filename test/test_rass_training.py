@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
 
 import yaml  # noqa: E402
 from torch import nn  # noqa: E402
-from training_runs import same_tensors, stopped_after, trained_on_one_batch  # noqa: E402
+from training_runs import run_in_two_processes, same_tensors, stopped_after, trained_on_one_batch  # noqa: E402
 
 from glesam_ros import ade20k  # noqa: E402
 from glesam_ros.cli.main import main  # noqa: E402
@@ -461,6 +462,38 @@ def test_the_loss_of_rass_is_that_of_its_network(sd: Path, data: Path) -> None:
     assert {key: losses[key] for key in wanted} == wanted
     assert losses["loss"].item() == pytest.approx(sum(x.item() for x in wanted.values()), rel=1e-6)
     assert all(VOID not in x for x in classes)
+
+
+def losses_of_head(masks: int) -> dict[str, float]:
+    """Of a random answer, with `masks` masks in its picture; the same in every call."""
+    torch.manual_seed(0)
+    config = rass_model.RassConfig(
+        ("a", "b", "c"), projection=128, width=32, queries=4, heads=4, pixel_layers=1, layers=2, feedforward=32,
+        points=64,
+    )
+    head = rass_model.Head(config)
+    found = rass_model.Prediction((torch.randn(1, 4, 4),) * 2, (torch.randn(1, 4, 16, 16),) * 2)
+    truth = (torch.arange(64)[:, None] // 16 == torch.arange(masks)[:, None, None]).expand(-1, -1, 64).float()
+    return {name: value.item() for name, value in head.loss(found, [truth], [torch.arange(masks)]).items()}
+
+
+def test_losses_of_masks_are_relative_to_the_masks_of_all_processes(tmp_path: Path) -> None:
+    """Two processes with equal data have the loss of one; with 3 masks and 1, both divide by 2."""
+    run_in_two_processes(textwrap.dedent("""
+        import json, sys
+        from pathlib import Path
+        from accelerate import Accelerator
+        from test_rass_training import losses_of_head
+        rank = Accelerator(cpu=True).process_index
+        found = {"equal": losses_of_head(3), "other": losses_of_head((3, 1)[rank])}
+        Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
+    """), str(tmp_path))
+    for rank, masks in enumerate((3, 1)):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["equal"] == pytest.approx(losses_of_head(3))
+        shares = {"class": 1, "mask": masks / 2, "dice": masks / 2}
+        alone = losses_of_head(masks)
+        assert found["other"] == pytest.approx({name: share * alone[name] for name, share in shares.items()})
 
 
 @pytest.mark.parametrize("name", RASS_STAGES)

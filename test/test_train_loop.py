@@ -6,9 +6,6 @@ import csv
 import math
 import os
 import signal
-import socket
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +19,7 @@ pytest.importorskip("accelerate", reason="training needs accelerate; scripts/tes
 
 from accelerate import Accelerator  # noqa: E402
 from torch import nn  # noqa: E402
+from training_runs import run_in_two_processes  # noqa: E402
 
 from glesam_ros.training import checkpoint, loop  # noqa: E402
 from glesam_ros.training.config import Config, StageConfig  # noqa: E402
@@ -364,7 +362,6 @@ def test_two_processes_make_one_gradient(tmp_path: Path) -> None:
         from pathlib import Path
         import torch
         from accelerate import Accelerator
-        sys.path.insert(0, sys.argv[2])
         import test_train_loop as t
         out = Path(sys.argv[1])
         accelerator = Accelerator(cpu=True)
@@ -380,23 +377,7 @@ def test_two_processes_make_one_gradient(tmp_path: Path) -> None:
             t.train(stage, 3, t.run_of(out, accelerator, stage), saved)
         torch.save(stage.model.state_dict(), out / f"{accelerator.process_index}.pt")
     """)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in range(2):
-        environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)]
-        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        said = [process.communicate(timeout=600)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], said
+    run_in_two_processes(program, str(tmp_path))
     expected = by_hand(2, steps=3, accumulate=2, norm=False).model.state_dict()
     for rank in range(2):
         got = checkpoint.read(tmp_path / f"{rank}.pt")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,28 @@ def killed_at_first_checkpoint(command: list[str], out: Path) -> dict[str, Any]:
         process.kill()
     assert process.returncode == -signal.SIGKILL, said
     return checkpoint.read(out / "checkpoint.pt")
+
+
+def run_in_two_processes(program: str, *arguments: str) -> None:
+    """Run Python code as `torchrun --nproc_per_node 2` does; it can import the tests."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    started = []
+    for rank in range(2):
+        environment = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": path,
+        }
+        command = [sys.executable, "-c", program, *arguments]
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        said = [process.communicate(timeout=600)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], said
 
 
 def trained_on_one_batch(stage: Stage, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:

@@ -40,7 +40,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from glesam_ros import ade20k
@@ -210,6 +210,20 @@ class Projection(nn.Module):
         return F.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
+class HeadLoss(Mask2FormerLoss):
+    """Mask2Former's losses by transformers, which itself divides the number of masks by that of processes twice."""
+
+    def get_num_masks(  # type: ignore[override]  # transformers' own hint is wrong: it is given a list
+        self, class_labels: Sequence[Tensor], device: torch.device
+    ) -> Tensor:
+        """Masks of a process, averaged over all processes, at least 1: a scalar on `device`."""
+        count = torch.tensor(float(sum(map(len, class_labels))), device=device)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(count)
+            count /= distributed.get_world_size()
+        return count.clamp(min=1)
+
+
 class Head(Mask2FormerPreTrainedModel):
     """Mask2Former without its backbone: transformers' pixel decoder and transformer decoder on features of ours.
 
@@ -244,11 +258,11 @@ class Head(Mask2FormerPreTrainedModel):
     def loss(
         self, found: Prediction, mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """As `RassNetwork.loss`; transformers' matching and losses, which need scipy."""
+        """As `RassNetwork.loss`; transformers' matching, which needs scipy, and losses."""
         weights = {
             "cross_entropy": self.config.class_weight, "mask": self.config.mask_weight, "dice": self.config.dice_weight,
         }
-        criterion = Mask2FormerLoss(self.config, {f"loss_{name}": x for name, x in weights.items()})
+        criterion = HeadLoss(self.config, {f"loss_{name}": x for name, x in weights.items()})
         layers = [
             {"class_queries_logits": classes.float(), "masks_queries_logits": masks.float()}
             for classes, masks in zip(*found)
