@@ -470,6 +470,9 @@ def test_files_give_the_same_network_back(tmp_path):
         p.numel() for parameters in network.trainable_parameters().values() for p in parameters
     )
     assert [path.name for path in file.parent.iterdir()] == ["rass.pth"]
+    written = file.read_bytes()
+    write_rass(network, file, PALETTE, scr="abc")
+    assert file.read_bytes() == written
 
 
 def test_files_that_do_not_fit(tmp_path):

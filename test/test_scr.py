@@ -216,6 +216,8 @@ def test_a_checkpoint_survives_writing_and_reading(checkpoint, adapted, tmp_path
     assert again.state.keys() == first.state.keys()
     assert all(torch.equal(again.state[key], first.state[key]) for key in first.state)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["scr.pkl"]
+    write_scr(scr_weights(adapted), tmp_path / "other" / "scr.pkl")
+    assert (tmp_path / "other" / "scr.pkl").read_bytes() == (tmp_path / "new" / "scr.pkl").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Files of tensors: read without running what is in them, put into a module without leaving a key behind."""
+"""Files of tensors: written, read without running what is in them, put into a module without leaving a key behind."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from glesam_ros.whole_files import write_whole
 
 NAMES_SHOWN = 8
 """Keys that an error lists before it counts the rest."""
@@ -84,6 +86,16 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> Any:
     except Exception as error:  # torch raises half a dozen kinds for a broken file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: expected a checkpoint of torch, cannot read it: {reason}") from error
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint of torch, whole or not at all; the same content has the same bytes. Makes the folder."""
+
+    def write(beside: Path) -> None:
+        with beside.open("wb") as file:  # of a path torch writes the name, a random one, into the file
+            torch.save(content, file)
+
+    write_whole(path, write)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

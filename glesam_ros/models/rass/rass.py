@@ -66,7 +66,7 @@ from glesam_ros.models.glesam.runtime import (
     memory_errors,
 )
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
-from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint
+from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, write_checkpoint
 from glesam_ros.models.rass.checkpoint import NOT_READ, from_released, is_released, released_sizes
 from glesam_ros.models.rass.scr import (
     GROUPS,
@@ -78,7 +78,6 @@ from glesam_ros.models.rass.scr import (
     trained_parameters,
 )
 from glesam_ros.validation import FloatArray, UInt8Array, check_image
-from glesam_ros.whole_files import write_whole
 
 allow_import_without_operators()  # transformers, diffusers and peft want torchvision
 
@@ -561,7 +560,7 @@ def write_rass(network: RassNetwork, path: Path, palette: UInt8Array, scr: str =
     content = {
         "config": fields, "palette": palette.tolist(), "state": state, "prompt": network.prompt.cpu(), "scr": scr,
     }
-    write_whole(path, lambda beside: torch.save(content, beside))
+    write_checkpoint(path, content)
 
 
 def read_rass(path: Path) -> RassWeights:

@@ -63,9 +63,8 @@ from glesam_ros.models.glesam.runtime import (
     memory_errors,
 )
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
-from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint
+from glesam_ros.models.glesam.weights import load_exactly, read_checkpoint, write_checkpoint
 from glesam_ros.validation import FloatArray, UInt8Array, check_image
-from glesam_ros.whole_files import write_whole
 
 allow_import_without_operators()  # diffusers and peft, which are imported below, want torchvision
 
@@ -170,7 +169,7 @@ def write_scr(weights: ScrWeights, path: Path) -> None:
         RANK_KEY: weights.rank, **{MODULE_KEYS[group]: names for group, names in weights.modules.items()},
         STATE_KEY: {key: x.detach().cpu().contiguous() for key, x in weights.state.items()},
     }
-    write_whole(path, lambda beside: torch.save(content, beside))
+    write_checkpoint(path, content)
 
 
 def read_scr(path: Path) -> ScrWeights:
