@@ -73,6 +73,11 @@ class ClassList(NamedTuple):
     ignore: tuple[int, ...] | None = None
     ignore_colours: tuple[tuple[int, int, int], ...] = ()
 
+    @property
+    def shown(self) -> UInt8Array:
+        """(K, 3) uint8 RGB, colours to draw the classes in: the palette, else `default_palette`."""
+        return default_palette(len(self.classes)) if self.palette is None else self.palette
+
 
 @dataclass(frozen=True, eq=False)
 class LabelledFolder:
@@ -207,23 +212,33 @@ def open_labelled(
             f"{root}: expected images/ with labels/, or images/ with annotations/ (ADE20K), found "
             f"{', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())) or 'no folder'}"
         )
-    if ade and classes is None and not _class_file(root):
-        from glesam_ros import ade20k  # makes its 150 colours
-
-        classes, palette = ade20k.CLASSES, ade20k.PALETTE if palette is None else palette
-    class_list = read_class_list(root, classes)
-    if palette is not None:
-        class_list = class_list._replace(palette=check_palette(palette, len(class_list.classes)))
+    class_list = classes_of(root, classes, palette)
     names, images = _pictures(root, split, _ADE_SPLITS if ade else {})
     label_files = tuple(labels_folder / f"{name}.png" for name in names)
     missing = [file for file in label_files if not file.is_file()]
     if missing:
         raise FileNotFoundError(f"{missing[0]}: expected labels, found no such file ({len(missing)} missing)")
     values, colours = _tables(class_list, 1 if ade else 0)
-    shown = class_list.palette if class_list.palette is not None else default_palette(len(class_list.classes))
     return LabelledFolder(
-        root.resolve().name, class_list.classes, shown, names, images, label_files, values, colours,
+        root.resolve().name, class_list.classes, class_list.shown, names, images, label_files, values, colours,
     )
+
+
+def classes_of(root: Path, classes: Sequence[str] | None = None, palette: Any = None) -> ClassList:
+    """The classes of a folder in any layout of `open_labelled`, which see.
+
+    Raises:
+        FileNotFoundError: nothing says what the classes are.
+        ValueError: the class file cannot be read or names a class twice, or palette and classes differ in number.
+    """
+    if (root / "annotations").is_dir() and classes is None and not _class_file(root):
+        from glesam_ros import ade20k  # makes its 150 colours
+
+        classes, palette = ade20k.CLASSES, ade20k.PALETTE if palette is None else palette
+    class_list = read_class_list(root, classes)
+    if palette is not None:
+        class_list = class_list._replace(palette=check_palette(palette, len(class_list.classes)))
+    return class_list
 
 
 def read_class_list(root: Path, classes: Sequence[str] | None = None) -> ClassList:

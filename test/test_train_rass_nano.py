@@ -287,13 +287,18 @@ def test_clear_is_the_share_of_clear_inputs(scenes: LabelledScenes) -> None:
     assert same[0] == 40 and same[1] == 0 and 10 < same[2] < 30
 
 
+def exported(checkpoint: Path, folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the command line of the export."""
+    command = ["export", "--checkpoint", checkpoint, "--folder", folder, "--out", out]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--licence", "none", "--trained-on", "toys"])
+    rass_nano_export.main()
+
+
 def test_the_export_gives_the_node_the_same_classes(
     whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "weights"
-    command = ["export", "--checkpoint", whole / "rass.pt", "--folder", data / "toys", "--out", weights]
-    monkeypatch.setattr(sys, "argv", [*map(str, command), "--licence", "none", "--trained-on", "toys"])
-    rass_nano_export.main()
+    exported(whole / "rass.pt", data / "toys", weights, monkeypatch)
     said = capsys.readouterr().out
     report = json.loads(said[said.index("{") :])
     assert report["torch"] < 5e-3  # weights are stored in two bytes
@@ -312,6 +317,43 @@ def test_the_export_gives_the_node_the_same_classes(
     assert logits.shape == expected.shape == (3, 24, 32)
     assert np.abs(logits - expected).max() < 1e-2 * np.abs(expected).max()
     assert (logits.argmax(0) == expected.argmax(0)).mean() > 0.99
+
+
+@pytest.mark.parametrize("layout", ["ade20k", "names alone"])
+def test_what_training_takes_the_export_takes(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = ("images/training", "annotations/training") if layout == "ade20k" else ("images", "labels")
+    for part, ending in zip(parts, ("jpg", "png"), strict=True):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "set" / part / f"a.{ending}"), np.ones((32, 32), np.uint8))
+    if layout == "names alone":
+        (tmp_path / "set" / "classes.txt").write_text("ground\nred\n")
+        (tmp_path / "set" / "train.txt").write_text("a\n")
+    scenes = load_labelled([LabelledSourceConfig("set")], tmp_path)
+    checkpoint.write(tmp_path / "rass.pt", RassNano(len(scenes.classes)).state_dict())
+    exported(tmp_path / "rass.pt", tmp_path / "set", tmp_path / "out", monkeypatch)
+    card = json.loads((tmp_path / "out" / "rass_nano.json").read_text())
+    assert (card["classes"], card["palette"]) == (list(scenes.classes), scenes.palette.tolist())
+
+
+@pytest.mark.parametrize(
+    "folder, weights, expected",
+    [
+        ("nowhere", "rass.pt", "nowhere: expected classes.json or classes.txt"),
+        ("toys", "nothing.pt", "nothing.pt, found no file"),
+        ("toys", "other.pt", "other.pt: expected weights of rass-nano"),
+    ],
+)
+def test_an_export_that_fails_says_why_in_one_line(
+    folder: str, weights: str, expected: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint.write(tmp_path / "rass.pt", RassNano(3).state_dict())
+    checkpoint.write(tmp_path / "other.pt", RassNano(5).state_dict())
+    with pytest.raises(SystemExit) as ended:
+        exported(tmp_path / weights, data / folder, tmp_path / "out", monkeypatch)
+    assert ended.value.code == 2 and expected in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_does_not_fit_is_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,11 +16,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from glesam_ros.labelled import read_class_list
+from glesam_ros.labelled import classes_of
 from glesam_ros.models.rass_nano_net import RassNano
-from glesam_ros.training import checkpoint
 from glesam_ros.training.export import OPSET, compare
 from glesam_ros.training.graphs import simplify
+from glesam_ros.training.rass_nano import load_weights
 from glesam_ros.training.storage import store_half
 
 LONG_SIDE = 640
@@ -80,13 +80,14 @@ def main() -> None:
     parser.add_argument("--licence", required=True, help="of the weights, as their data demands")
     parser.add_argument("--trained-on", required=True, help="data sets and splits")
     args = parser.parse_args()
-    listed = read_class_list(args.folder)
-    if listed.palette is None:
-        parser.error(f"{args.folder}: expected colours of the classes; write classes.json with a palette")
-    net = RassNano(len(listed.classes))
-    net.load_state_dict(checkpoint.read(args.checkpoint))
+    try:
+        listed = classes_of(args.folder)
+        net = RassNano(len(listed.classes))
+        load_weights(net, args.checkpoint)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
     card = {
-        "classes": list(listed.classes), "palette": listed.palette.tolist(), "long_side": LONG_SIDE,
+        "classes": list(listed.classes), "palette": listed.shown.tolist(), "long_side": LONG_SIDE,
         "licence": args.licence, "trained_on": args.trained_on,
     }
     print(json.dumps(export(net, card, args.out), indent=2))
