@@ -641,6 +641,8 @@ def test_errors_are_one_line(
         (["glesam_tiny", "--set", "base=sam3"], "base: expected one of sam_vit_b"),
         (["glesam_tiny", "--set", "base=facebook/sam3"], "expected of Hugging Face's repositories one of"),
         (["glesam_tiny", "--set", f"unet_folder={tmp_path}"], f"{tmp_path}"),
+        # the weights of its base are not there, either
+        (["glesam_distill"], "distill: expected a trained enhancer to learn from, got restore.steps=0 and no start"),
     ):
         assert main(["train", *given, *out]) == 1
         error = capsys.readouterr().err

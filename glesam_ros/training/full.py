@@ -298,10 +298,18 @@ def train_full(
 
     Raises:
         Stopped: SIGINT or SIGTERM came; the same call goes on.
-        ValueError: the device is not there, `out` was begun with another configuration, weights that do not fit.
+        ValueError: the device is not there, `out` was begun with another configuration, weights that do not fit, or
+            there is no trained enhancer to distil.
         FileNotFoundError: data or weights are missing.
         FloatingPointError: the loss is infinite or not a number.
     """
+    stages = stages_of(config)
+    asked = [name for name in stages if FULL_STAGES.index(name) <= FULL_STAGES.index(until)]
+    if "distill" in asked and "restore" not in asked and config.start is None:
+        raise ValueError(
+            "distill: expected a trained enhancer to learn from, got restore.steps=0 and no start; give its folder, "
+            "start=BASE+ENHANCER, or train it with restore.steps"
+        )
     config = settled(config, device)
     accelerator = make_accelerator(device, config.precision, unused=True)
     # gradients of pixels far from a region are denormal, which CPUs compute many times slower
@@ -309,8 +317,6 @@ def train_full(
     torch.manual_seed(config.seed)
     networks = load_networks(config).to(accelerator.device)
     claim(out, config, accelerator)  # not before the weights are known to be there
-    stages = stages_of(config)
-    asked = [name for name in stages if FULL_STAGES.index(name) <= FULL_STAGES.index(until)]
     scenes: Scenes | None = None
     folders: list[Path] = []
 
