@@ -100,8 +100,11 @@ class LqsegPair:
     level: int
 
 
-def load_coco(folder: Path, split: str) -> list[Photograph]:
+def load_coco(folder: Path, split: str, limit: int | None = None) -> list[Photograph]:
     """Photographs of `<folder>/<split>.json` (COCO or LVIS instances) with their non-crowd instances.
+
+    Args:
+        limit: first so many alone, at least 1; those behind them are not read.
 
     Raises:
         FileNotFoundError: the annotation file or an image is missing, or the image is no whole picture.
@@ -115,8 +118,10 @@ def load_coco(folder: Path, split: str) -> list[Photograph]:
         if not annotation.get("iscrowd"):
             named = annotation.get("id", f"annotations[{position}]"), annotation.get("segmentation")
             by_image.setdefault(annotation["image_id"], []).append(named)
-    photographs = []
+    photographs: list[Photograph] = []
     for entry in _entries(document, "images", "id", path):
+        if len(photographs) == limit:
+            break
         own = by_image.get(entry["id"], [])
         try:
             name, file = str(coco_name(entry)), coco_picture(folder / "images", entry)
@@ -172,15 +177,15 @@ def check_size(image: np.ndarray[Any, Any], size: tuple[int, int] | None) -> Non
         raise Malformed("image_size", f"expected height and width {size}, got {image.shape[:2]}")
 
 
-def load_bsds(folder: Path, split: str) -> list[Photograph]:
-    """Photographs of `<folder>/<split>.txt` with one label map for each annotator.
+def load_bsds(folder: Path, split: str, limit: int | None = None) -> list[Photograph]:
+    """Photographs of `<folder>/<split>.txt` with one label map for each annotator; `limit` as of `load_coco`.
 
     Raises:
         FileNotFoundError: the list, an image or all label maps of one are missing.
         ValueError: a label map is of another size than its image.
     """
     photographs = []
-    for name in map(without_ending, listed(folder / f"{split}.txt")):
+    for name in map(without_ending, listed(folder / f"{split}.txt")[:limit]):
         image = read_rgb(folder / "images" / f"{name}.jpg")
         paths = sorted((folder / "regions").glob(f"{name}_*.png"))
         if not paths:

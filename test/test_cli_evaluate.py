@@ -204,6 +204,15 @@ def test_figures_of_a_photograph_do_not_depend_on_the_others(data, tmp_path) -> 
     assert found[0] == found[1] and len(found[0]) > 10
 
 
+def test_photographs_beyond_the_limit_are_not_read(data, tmp_path) -> None:
+    (data / "coco_small" / "images" / "1.png").unlink()
+    with (data / "bsds500" / "test.txt").open("a") as file:
+        file.write("nowhere\n")
+    assert evaluate("--data", data, "--out", tmp_path / "out", "--kinds", "none", "--limit", 1, "--no-sheet") == 0
+    lines = (tmp_path / "out" / "photographs.csv").read_text().splitlines()
+    assert {line.split(",")[1] for line in lines[1:]} == {"0.png", "77"}
+
+
 def test_data_set_of_glesam_lqseg(data, tmp_path, capsys) -> None:
     built, out = tmp_path / "built", tmp_path / "out"
     assert main(["lqseg", "build", "--from", "coco", "--images", str(data / "coco_small" / "images"),

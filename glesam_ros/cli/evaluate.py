@@ -242,7 +242,7 @@ def _sources(args: argparse.Namespace) -> tuple[dict[str, Cases], int]:
     sources: dict[str, Cases] = {}
     total = 0
     for name in _set_names(args):
-        photographs = _load(name, args.data / SETS[name], args.split)[: args.limit]
+        photographs = _load(name, args.data / SETS[name], args.split, args.limit)
         sources[name] = partial(synthetic_cases, name, photographs, _conditions(args))
         total += len(photographs)
     if args.lqseg is not None:
@@ -286,11 +286,11 @@ def _set_names(args: argparse.Namespace) -> list[str]:
     return there
 
 
-def _load(name: str, folder: Path, split: str) -> list[Photograph]:
+def _load(name: str, folder: Path, split: str, limit: int | None) -> list[Photograph]:
     from glesam_ros.datasets import load_bsds, load_coco
 
     try:
-        return load_coco(folder, split) if name == "coco" else load_bsds(folder, split)
+        return load_coco(folder, split, limit) if name == "coco" else load_bsds(folder, split, limit)
     except (ValueError, KeyError) as error:
         raise CommandError(f"{folder}: expected the {split} split of {name}, cannot read it: {error}") from error
 
