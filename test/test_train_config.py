@@ -21,6 +21,7 @@ from glesam_ros.training.config import (  # noqa: E402
     make_config,
     to_dict,
 )
+from glesam_ros.training.recipes import recipe_of  # noqa: E402
 
 
 @pytest.mark.parametrize("name", configs.shipped())
@@ -95,6 +96,21 @@ def test_what_does_not_fit_is_named_in_full(data: dict[str, Any], expected: str)
         make_config(data)
     assert expected in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).count("expected") == 1  # one fault is said once
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [("nano", {"base", "restore", "decode", "refit"}), ("glesam_tiny", set()), ("rass_tiny", {"scr", "rass"}),
+     ("rass_nano", set())],
+)
+def test_stages_without_pictures_show_none(name: str, shown: set[str]) -> None:
+    for stage in recipe_of(load_any(name)).stages:
+        change = f"{stage}.pictures_every=2"
+        if stage in shown:
+            assert getattr(load_any(name, [change]), stage).pictures_every == 2
+        else:
+            with pytest.raises(ValueError, match=f"{name}: {stage}.pictures_every: expected 0, got 2: .* no pictures"):
+                load_any(name, [change])
 
 
 def test_files_and_changes_that_do_not_fit(tmp_path: Path) -> None:

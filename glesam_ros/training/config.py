@@ -56,6 +56,12 @@ def zoom_range(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def _no_pictures(value: int) -> int:
+    if value:
+        raise ValueError(f"expected 0, got {value}: this stage has no pictures to show")
+    return value
+
+
 def _some(value: tuple[float, ...]) -> tuple[float, ...]:
     if not sum(value):
         raise ValueError("expected at least one weight above 0")
@@ -64,6 +70,7 @@ def _some(value: tuple[float, ...]) -> tuple[float, ...]:
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrNone = Annotated[int, Field(strict=True, ge=0)]
+NoPictures = Annotated[CountOrNone, AfterValidator(_no_pictures)]
 Number = Annotated[float, BeforeValidator(no_bool), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(no_bool), Field(ge=0, le=1)]
 Rate = Annotated[float, BeforeValidator(no_bool), Field(gt=0, le=1)]
@@ -170,7 +177,7 @@ class StageConfig:
         clip: largest norm of the gradient, 0 for any.
         ema: decay of the moving average of the weights, which is what is saved; 0 saves the weights themselves.
         checkpoint_every, log_every: steps.
-        pictures_every: steps between pictures for TensorBoard, 0 for none.
+        pictures_every: steps between pictures for TensorBoard, 0 for none; stages without pictures take 0 alone.
     """
 
     steps: CountOrNone
@@ -223,7 +230,7 @@ class LevelConfig(StageConfig):
     ema: Decay = 0.0
     checkpoint_every: Count = 3000
     log_every: Count = 500
-    pictures_every: CountOrNone = 0
+    pictures_every: NoPictures = 0
     pairs: Count = 4500
     rates: LevelRates = field(default_factory=LevelRates)
 

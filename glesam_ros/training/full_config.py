@@ -16,6 +16,7 @@ from glesam_ros.training.config import (
     CountOrNone,
     Decay,
     DegradationConfig,
+    NoPictures,
     Number,
     Rate,
     Scale,
@@ -98,7 +99,7 @@ class FullLevelConfig(StageConfig):
 
     steps: CountOrNone = 5000
     clip: Number = 1.0
-    pictures_every: CountOrNone = 0
+    pictures_every: NoPictures = 0
     clear: Share = 0.25
     rates: FullLevelRates = field(default_factory=FullLevelRates)
 
@@ -133,7 +134,7 @@ class FullRestoreConfig(StageConfig):
     clip: Number = 10.0
     ema: Decay = 0.0
     checkpoint_every: Count = 500
-    pictures_every: CountOrNone = 0
+    pictures_every: NoPictures = 0
     distribution_matching: Number = 0.0
     adversarial: Number = 0.0
     classification: Number = 1e-2
@@ -169,7 +170,7 @@ class FullDecodeConfig(StageConfig):
     clip: Number = 0.0
     ema: Decay = 0.0
     checkpoint_every: Count = 500
-    pictures_every: CountOrNone = 0
+    pictures_every: NoPictures = 0
     clear: Share = 0.0
     rates: FullDecodeRates = field(default_factory=FullDecodeRates)
 
@@ -195,7 +196,7 @@ class DistillConfig(StageConfig):
     clip: Number = 1.0
     ema: Decay = 0.999
     checkpoint_every: Count = 500
-    pictures_every: CountOrNone = 0
+    pictures_every: NoPictures = 0
     timestep: Annotated[int, Field(strict=True, ge=0, le=999)] = 100
     clear: Share = 0.1
     rates: DistillRates = field(default_factory=DistillRates)

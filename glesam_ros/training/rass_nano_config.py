@@ -14,6 +14,7 @@ from glesam_ros.training.config import (
     CountOrNone,
     Decay,
     DegradationConfig,
+    NoPictures,
     Number,
     Precision,
     Rate,
@@ -65,7 +66,7 @@ class NanoSegmentConfig(StageConfig):
     weight_decay: Number = 0.02
     clip: Number = 1.0
     ema: Decay = 0.995
-    pictures_every: CountOrNone = 0
+    pictures_every: NoPictures = 0
     clear: Share = 1.0
     rates: NanoSegmentRates = field(default_factory=NanoSegmentRates)
 
@@ -91,7 +92,7 @@ class NanoScrConfig(StageConfig):
     clip: Number = 1.0
     weight_decay: Number = 0.0
     ema: Decay = 0.995
-    pictures_every: CountOrNone = 0
+    pictures_every: NoPictures = 0
     rank: Count = 16
     constraint: Number = 1.0
     clear: Share = 0.15
