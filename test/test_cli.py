@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -90,6 +91,22 @@ def test_help_loads_neither_models_nor_bags_nor_ros():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# argparse itself ignores that its help goes nowhere, where that is not buffered
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"), [("models", ""), ("models", "1"), ("--help", ""), ("train nano --print-config", "")]
+)
+def test_output_that_nobody_reads_is_no_failure(arguments, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "glesam_ros.cli.main", *arguments.split()]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize(

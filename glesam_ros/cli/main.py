@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -44,7 +45,8 @@ examples:
   glesam bench                                  how fast the model is on this machine
 
 `glesam COMMAND --help` explains a command with its own examples.
-exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage, 130 stopped by Ctrl-C."""
+exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage, 130 stopped by Ctrl-C, 141 nobody read the
+output to its end (glesam models | head -1)."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,10 +69,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `glesam` and return its exit code: 0 done, 1 failed, 2 wrong usage (raised as SystemExit by argparse)."""
+    """Run `glesam` and return its exit code, see `EPILOG`; 2 is raised as SystemExit by argparse."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # as Python ends, it could only complain of a closed pipe
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is left
+        return 141
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = make_parser().parse_args(argv)
     try:
         return int(args.func(args) or 0)
+    except BrokenPipeError:
+        raise
     except (CommandError, OSError, MemoryError) as error:
         # Python's own MemoryError has no text
         print(f"glesam {args.command}: error: {str(error) or 'out of memory'}", file=sys.stderr)
