@@ -18,9 +18,11 @@ from rosbags.rosbag1 import Writer as Writer1
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
+from glesam_ros.cli import bag as cli_bag
 from glesam_ros.cli.bagfile import message_types
 from glesam_ros.cli.main import main
 from glesam_ros.cli.result_topics import RESULTS
+from glesam_ros.cli.stopping import Terminated
 from glesam_ros.models import OutOfMemory, register_model, register_restorer, register_semantic, semantic_names
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
@@ -596,6 +598,21 @@ def test_nothing_is_left_of_a_bag_that_failed(tmp_path, capsys):
     assert main(["bag", str(source), "--out", str(tmp_path / "out"), "--model", "nosuch"]) == 1
     assert "model: expected one of" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_what_came_before_it_was_stopped_stays(stop, code, tmp_path, capsys, monkeypatch):
+    def segment(frame, results):
+        if results.tally.frames == 4:
+            raise stop
+        whole(frame, results)
+
+    source = write_bag(tmp_path / "drive", drive())
+    whole = cli_bag._segment
+    monkeypatch.setattr(cli_bag, "_segment", segment)
+    assert bag(source, "--out", tmp_path / "out", "--results-only") == code
+    assert "stopped early" in capsys.readouterr().out
+    assert len(read(tmp_path / "out")["/glesam/masks"]) == 2
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])

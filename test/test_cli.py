@@ -7,8 +7,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bright_model
@@ -280,6 +282,52 @@ def test_a_run_that_is_stopped_at_once_leaves_the_json_of_the_one_before(failing
     assert failing(96)[0] == 0
     before = file.read_text()
     assert failing(120, 96)[0] == 130 and file.read_text() == before
+
+
+TERMINATED = """
+import os, signal, sys
+import bright_model
+from glesam_ros.cli.main import main
+from glesam_ros.models import register_model
+class Terminated(bright_model.BrightRegions):
+    def encode(self, image, budget):
+        if image.shape[1] == 120:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().encode(image, budget)
+register_model("terminated", lambda device, precision: Terminated())
+code = main(sys.argv[1:])
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+sys.exit(code)
+"""
+
+
+def test_sigterm_stops_as_ctrl_c_does(tmp_path):
+    pictures = [str(write(tmp_path / f"{width}.png", bright_model.scene(width))) for width in (96, 120, 140)]
+    command = ["segment", *pictures, "--out", str(tmp_path / "out"), "--model", "terminated"]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINATED, *command], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 143 and done.stderr.endswith("glesam segment: stopped\n")
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert [Path(e["file_name"]).stem for e in found] == ["96", "96"]
+
+
+def test_sigterm_is_left_to_who_handles_it_and_to_the_main_thread(monkeypatch):
+    seen = []
+    monkeypatch.setattr("glesam_ros.cli.bench.run", lambda args: seen.append(signal.getsignal(signal.SIGTERM)))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for handler in (lambda *_: None, signal.SIG_IGN):
+            signal.signal(signal.SIGTERM, handler)
+            assert main(["bench"]) == 0 and seen.pop() == handler == signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert main(["bench"]) == 0 and callable(seen.pop()) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(main, ["bench"]).result() == 0 and seen.pop() == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_memory_that_lacks_elsewhere_is_one_line(monkeypatch, tmp_path, capsys):

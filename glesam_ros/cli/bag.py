@@ -22,6 +22,7 @@ from glesam_ros.cli.options import (
     seed,
 )
 from glesam_ros.cli.result_topics import ALL_RESULTS, RESTORER_RESULTS, RESULTS, SEMANTIC_RESULTS
+from glesam_ros.cli.stopping import stop_code
 from glesam_ros.settings import OFF
 from glesam_ros.value_range import ValueRange
 
@@ -169,7 +170,7 @@ def _open_beside(args: argparse.Namespace) -> tuple[SemanticSegmenter | None, Re
 
 
 def _go_through(source: BagSource, results: ResultWriter, topics: list[str], copied: set[Any], copy: Any) -> int:
-    """Copy and segment; the exit code: 130 where the user stopped it, 1 where the bag breaks off."""
+    """Copy and segment; the exit code: 130 or 143 where it was stopped, 1 where the bag breaks off."""
     from tqdm import tqdm
 
     from glesam_ros.cli.bagfile import BagBreaksOff
@@ -185,8 +186,8 @@ def _go_through(source: BagSource, results: ResultWriter, topics: list[str], cop
                 if frame.topic in topics:
                     _segment(frame, results)
                 bar.update()
-        except KeyboardInterrupt:
-            return 130
+        except KeyboardInterrupt as stop:
+            return stop_code(stop)
         except BagBreaksOff as error:
             tqdm.write(f"glesam bag: {error}", file=sys.stderr)
             return 1

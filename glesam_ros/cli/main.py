@@ -25,6 +25,7 @@ from glesam_ros.cli import (
     train,
 )
 from glesam_ros.cli.options import CommandError
+from glesam_ros.cli.stopping import stop_code, terminable
 from glesam_ros.optional import OPTIONAL
 
 EPILOG = """\
@@ -46,7 +47,8 @@ examples:
 
 `glesam COMMAND --help` explains a command with its own examples.
 exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage, 130 stopped by Ctrl-C, 141 nobody read the
-output to its end (glesam models | head -1)."""
+output to its end (glesam models | head -1), 143 stopped by SIGTERM, which demo and train take
+for Ctrl-C."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -83,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     args = make_parser().parse_args(argv)
     try:
-        return int(args.func(args) or 0)
+        with terminable():
+            return int(args.func(args) or 0)
     except BrokenPipeError:
         raise
     except (CommandError, OSError, MemoryError) as error:
@@ -97,9 +100,9 @@ def _run(argv: Sequence[str] | None) -> int:
         text = str(error) if how in str(error) else f"{error}; install it: {how}"
         print(f"glesam {args.command}: error: {text}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"glesam {args.command}: stopped", file=sys.stderr)
-        return 130
+        return stop_code(stop)
 
 
 if __name__ == "__main__":
