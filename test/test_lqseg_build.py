@@ -558,6 +558,18 @@ def test_a_bad_picture_is_named_and_the_rest_goes_on(tmp_path: Path, kind: str, 
     assert [e["id"] for e in entries(tmp_path / "out")] == ["a"]
 
 
+@pytest.mark.parametrize(("first", "second"), [("a.jpg", "a.png"), ("a b.png", "a_b.png"), ("a.png", "a.png")])
+def test_pictures_of_coco_that_would_get_one_name_are_named(tmp_path: Path, first: str, second: str) -> None:
+    for name in (first, second):
+        picture(tmp_path / "images" / name)
+    named = [{"id": k, "file_name": name} for k, name in enumerate((first, second), 1)]
+    summary = build(coco_source(tmp_path, [annotation(1), annotation(2, image=2)], named), tmp_path / "out")
+    [fault] = summary.faults
+    assert fault.kind == "image_duplicate" and fault.annotation == "image 2"
+    assert fault.message.startswith("expected names that differ without their ending in letters, digits")
+    assert fault.message.endswith(f"got {second} after {first}")
+
+
 @pytest.mark.parametrize(
     ("kind", "mask"),
     [

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cv2
@@ -214,7 +214,7 @@ def _index_coco(index: Index, images: Path, path: Path) -> None:
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: expected categories and licenses with an id each: {error!r}") from error
     annotations = _annotations_by_image(index, path.name, document)
-    seen: set[str] = set()
+    seen: dict[str, PurePosixPath] = {}
     for entry in _unique_images(index, path.name, document["images"]):
         own = annotations.get(entry["id"], [])
         if not own:
@@ -228,10 +228,13 @@ def _index_coco(index: Index, images: Path, path: Path) -> None:
             continue
         identity = _safe(str(name.with_suffix("")))
         if identity in seen:
-            text = f"expected each file name once, {name} is there again"
+            text = (
+                "expected names that differ without their ending in letters, digits, '.', '-' or '_', got "
+                f"{name} after {seen[identity]}"
+            )
             index.faults.append(Fault("image_duplicate", path.name, f"image {entry['id']}", text))
             continue
-        seen.add(identity)
+        seen[identity] = name
         licence = licences.get(str(entry.get("license")), entry.get("license"))
         index.sources.append(
             Source(identity, entry["id"], image, annotations=tuple(own), size=size, licence=licence)
