@@ -51,7 +51,8 @@ setup(
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
     package_data={
         PACKAGE: [
-            "py.typed", "models/weights/*.onnx", "models/weights/*.bin", "models/weights/*.sha256", "models/weights/*.json", "demo/*",
+            "py.typed", "models/weights/*.onnx", "models/weights/*.bin", "models/weights/*.sha256",
+            "models/weights/*.json", "demo/*",
             "training/*.yaml", "training/configs/*.yaml",
         ]
     },
