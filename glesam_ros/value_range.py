@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from glesam_ros.validation import UInt8Array
 TAIL = 0.005
 """Share of the values at each end that a dynamic range leaves out, such as dead pixels."""
 SAMPLES = 1 << 16
-"""Values that are enough to find the ends of a dynamic range."""
+"""Pixels that are enough to find the ends of a dynamic range."""
 
 
 class ValueRange(NamedTuple):
@@ -38,15 +39,29 @@ class ValueRange(NamedTuple):
         return not self.dynamic and self.high <= self.low
 
     def to_byte(self, channels: np.ndarray[Any, Any]) -> UInt8Array:
-        """(H, W[, C]) of finite numbers -> uint8: ``round(255 * (value - low) / (high - low))``, clipped."""
+        """(H, W[, C]) of finite numbers -> uint8: ``round(255 * (value - low) / (high - low))``, clipped.
+
+        By its own range ``value >> 8`` of uint16, and 0..1 of others.
+        """
         rows = channels.reshape(len(channels), -1)
         low, high = self.low, self.high
         if self.dynamic:
-            every = -(-rows.size // SAMPLES) | 1  # odd, as the rows of a Bayer mosaic take turns
-            low, high = (float(end) for end in np.quantile(rows[::every], (TAIL, 1 - TAIL)))
+            low, high = (float(end) for end in np.quantile(_sample(channels), (TAIL, 1 - TAIL)))
+        elif self.is_own:
+            if rows.dtype == np.uint16:
+                return np.asarray(channels >> 8, np.uint8)
+            low, high = 0.0, 1.0
         scaled = np.subtract(rows, np.float32(low), dtype=np.float32)
         scaled *= np.float32(255 / (high - low) if high > low else 0)
         return np.asarray(np.rint(np.clip(scaled, 0, 255, out=scaled)), np.uint8).reshape(channels.shape)
 
 
 OWN_RANGE = ValueRange()
+
+
+def _sample(channels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """About `SAMPLES` pixels from all over (H, W[, C]), without their alpha."""
+    height, width = channels.shape[:2]
+    every = math.isqrt(height * width // SAMPLES) | 1  # odd, as rows and columns of a Bayer mosaic take turns
+    rows, cols = (slice(min(every, side) // 2, None, every) for side in (height, width))
+    return np.atleast_3d(channels)[rows, cols, :3]

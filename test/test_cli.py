@@ -111,6 +111,38 @@ def test_output_that_nobody_reads_is_no_failure(arguments, unbuffered):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_errors_that_nobody_reads_are_none_either():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "glesam_ros.cli.main", "segment", "nowhere.png", "--out", "nowhere"]
+    try:
+        assert subprocess.run(command, stdout=writing, stderr=writing).returncode == 141
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize(("where", "code", "expected"), [
+    (">&-", 0, ""),
+    (">/dev/full", 1, "glesam: error: the output cannot be written: [Errno 28] No space left on device\n"),
+])
+def test_output_that_is_closed_or_full(where, code, expected):
+    command = f"{sys.executable} -m glesam_ros.cli.main models {where}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (code, expected)
+
+
+def test_a_broken_pipe_elsewhere_is_a_failure(tmp_path, capsys, monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError(32, "Broken pipe", "a worker")
+
+    monkeypatch.setattr(bright_model.BrightRegions, "encode", broken)
+    picture = write(tmp_path / "a.png", bright_model.scene())
+    monkeypatch.setattr("glesam_ros.cli.segment.FAILURES", (ValueError,))
+    assert segment(picture, "--out", tmp_path / "out") == 1
+    assert capsys.readouterr().err.endswith("glesam: error: [Errno 32] Broken pipe: 'a worker'\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -492,6 +524,10 @@ def test_thermal_pictures_with_raw_counts_or_temperatures(tmp_path, capsys):
             assert segment(picture, "--out", tmp_path / "out", *options) == 0
             entries = json.loads((tmp_path / "out/results.json").read_text())
             assert sorted_masks(decoded(entries)) == sorted_masks(bright_model.scene_masks())
+    unit = write(tmp_path / "in/unit.tiff", (grey / 255).astype(np.float32))
+    assert segment(unit, "--out", tmp_path / "out") == 0
+    entries = json.loads((tmp_path / "out/results.json").read_text())
+    assert sorted_masks(decoded(entries)) == sorted_masks(bright_model.scene_masks())
     write(kelvin, np.full((8, 9), np.nan, np.float32))
     assert segment(kelvin, "--out", tmp_path / "out", "--do-dynamic-scaling") == 1
     assert f"skipped {kelvin}: expected finite values, got NaN or infinity" in capsys.readouterr().err

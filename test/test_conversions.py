@@ -352,6 +352,17 @@ def test_dynamic_scaling_takes_all_colours_of_a_mosaic_and_of_pixels_alike() -> 
     np.testing.assert_array_equal(rgb, np.broadcast_to(np.array([0, 128, 255]), (50, 60, 3)))
 
 
+@pytest.mark.parametrize("shape", [(2000, 3000, 4), (5, 40000, 4), (40000, 5, 4)])
+def test_dynamic_scaling_leaves_alpha_and_a_line_of_numbers_out(shape: tuple[int, int, int]) -> None:
+    """Some thermal cameras put a line of telemetry above the picture; alpha is no brightness."""
+    pixels = np.full(shape, 5000, np.uint16)
+    pixels[:, ::2], pixels[..., 3] = 6000, 65535
+    if shape[0] > 1000:
+        pixels[0] = 65535
+    rgb = image_to_rgb(message(pixels, "rgba16"), ValueRange(dynamic=True))
+    assert set(np.unique(rgb[1:])) == {0, 255}
+
+
 def test_dynamic_scaling_of_a_flat_picture_and_of_floats_that_are_none() -> None:
     flat = message(np.full((4, 5), 7300, np.uint16), "mono16")
     np.testing.assert_array_equal(image_to_rgb(flat, ValueRange(dynamic=True)), np.zeros((4, 5, 3)))

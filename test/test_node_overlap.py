@@ -197,6 +197,14 @@ def test_a_frame_is_decoded_while_the_next_is_encoded(bench):
     assert found.counts() == {"frames_processed": 10}
 
 
+def test_frames_that_are_dropped_take_no_turn_of_the_highest_rate(bench):
+    found = bench(Numbered(overlaps=False))
+    found.worker._pipeline.settings = found.worker._pipeline.settings.replace(max_rate_hz=0.01)
+    found.sheet.asked = frozenset()
+    found.feed(*range(3))
+    wait_for(lambda: found.counts().get("dropped_no_subscriber") == 3, "three frames left out, not one in 100 s")
+
+
 def test_without_overlap_one_thread_does_it_all(bench):
     model = Numbered(overlaps=False)
     before = threading.active_count()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from glesam_ros import __version__
 from glesam_ros.cli import (
@@ -47,8 +49,7 @@ examples:
 
 `glesam COMMAND --help` explains a command with its own examples.
 exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage, 130 stopped by Ctrl-C, 141 nobody read the
-output to its end (glesam models | head -1), 143 stopped by SIGTERM, which demo and train take
-for Ctrl-C."""
+output to its end (glesam models | head -1), 143 stopped by SIGTERM; demo ends with 0 after both, train with 130."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -76,10 +77,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # as Python ends, it could only complain of a closed pipe
-    except BrokenPipeError:  # nobody reads on, as behind `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is left
-        return 141
+            if sys.stdout is not None:  # a daemon may have closed it
+                sys.stdout.flush()  # as Python ends, it could only complain of a closed pipe or a full disk
+    except BrokenPipeError as error:
+        if unread := [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]:
+            _silence(*unread)
+            return 141
+        text = str(error)  # of a pipe elsewhere
+    except OSError as error:
+        _silence(sys.stdout)
+        text = f"the output cannot be written: {error}"
+    print(f"glesam: error: {text}", file=sys.stderr)
+    return 1
+
+
+def _is_unread(stream: Any) -> bool:
+    """Whether the other end of a pipe is closed, as behind `| head`."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+    except (AttributeError, OSError, ValueError):  # none, or no file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _silence(*streams: Any) -> None:
+    """Let what is still to be written go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _run(argv: Sequence[str] | None) -> int:

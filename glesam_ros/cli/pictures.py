@@ -111,8 +111,7 @@ def read_picture(path: Path, values: ValueRange = OWN_RANGE) -> UInt8Array:
     import numpy as np
 
     # OpenCV makes no colours of grey floats, so that is left to the end
-    flags = cv2.IMREAD_COLOR if values.is_own else cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
-    pixels = decoded(path.read_bytes(), flags)
+    pixels = decoded(path.read_bytes(), cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
     if pixels.dtype != np.uint8:
         if not np.isfinite(pixels).all():
             raise ValueError("expected finite values, got NaN or infinity")

@@ -45,7 +45,8 @@ examples:
   glesam segment street.jpg --out result --box 10,20,200,180 --box 300,40,420,200
 
 written to --out, for each picture:
-  NAME_masks.png      16-bit, the value is the instance id, 0 background, the higher score wins where masks overlap
+  NAME_masks.png      16-bit, the value is the instance id, 0 background; where masks overlap the better ranked lies on
+                      top, of --points and --box the smaller
   NAME_overlay.jpg    the picture with coloured masks, for people
 and one results.json for all: a list with one entry an instance in COCO results style,
   image_id, file_name, category_id, segmentation (RLE, whole mask), bbox [x, y, width, height], area, score,

@@ -271,7 +271,7 @@ def compressed_to_rgb(msg: Any, values: ValueRange = OWN_RANGE) -> UInt8Array:
         if not np.array_equal(pixels, decoded):
             raise _truncated("JPEG", len(data), "its last rows")
     if pixels.dtype == np.uint16:
-        pixels = np.asarray(pixels >> 8, np.uint8) if values.is_own else values.to_byte(pixels)
+        pixels = values.to_byte(pixels)
     if mosaic and bayer is not None:
         return _to_rgb(pixels[..., None], _BAYER[bayer[1]])
     # image_transport states "compressed rgb8" when the channels were not swapped before the coder
@@ -380,15 +380,13 @@ def _float_to_byte(channels: np.ndarray[Any, Any], values: ValueRange) -> UInt8A
             "not_finite", f"expected finite floats{' in 0..1' if values.is_own else ''}, got NaN or infinity; the "
             "publisher must fill invalid pixels",
         )
-    if not values.is_own:
-        return values.to_byte(channels)
-    if low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE:
+    if values.is_own and (low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE):
         raise ConversionError(
             "out_of_range",
             f"expected floats in 0..1, got {low:g} .. {high:g}; set min_image_value and max_image_value, or is this a "
             "distance image?",
         )
-    return ValueRange(0, 1).to_byte(channels)
+    return values.to_byte(channels)
 
 
 def _to_rgb(channels: np.ndarray[Any, Any], code: int | None) -> UInt8Array:

@@ -225,7 +225,7 @@ class PerceptionNode(LifecycleNode):
                 semantic_classes=self._segmenter.classes if self._segmenter is not None else None,
                 restores=self._restorer is not None,
             )
-            topic = self._input_topic(prefix)
+            topic = self.resolve_topic_name(self._input_topic(prefix))
             self._cameras[name] = Camera(name, topic, outputs)
 
     def _clean_up(self) -> None:
@@ -361,10 +361,8 @@ class PerceptionNode(LifecycleNode):
     # Topics in.
 
     def _input_topic(self, prefix: str) -> str:
-        """Full name of the images of the camera whose topics begin with `prefix`."""
-        if self.settings.compressed:
-            return beside(self, f"{prefix}image", COMPRESSED)
-        return self.resolve_topic_name(f"{prefix}image")
+        """Name, before remapping, of the images of the camera whose topics begin with `prefix`."""
+        return beside(self, f"{prefix}image", COMPRESSED) if self.settings.compressed else f"{prefix}image"
 
     def _listen(self, camera: Camera) -> None:
         prefix = f"{camera.name}/" if camera.name else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,8 @@ COMPRESSED = "/compressed"
 """Ends the topic of an output that is also there as JPEG or PNG, as image_transport names it."""
 IN_BOTH = frozenset({"masks", "overlay", "semantic", "enhanced"})
 """Outputs that are. Those of confidence are not: PNG has no float."""
+MOST_RESULTS = 16
+"""Hypotheses of a box that go on to its detection."""
 WITH_CLASSES = OF_CLASSES | {"detections", "overlay"}
 """Outputs for which, where a semantic model is loaded, classes are found."""
 
@@ -138,14 +141,17 @@ class Outputs:
 
         The first hypothesis of each is that of the model: its class ("object") and the predicted IoU. Where there is a
         class map, a second one is the name of the class that fills the mask, and its score. Those of the box that
-        prompted it come last, as `results` has them by id. `id` is the mask value.
+        prompted it come last, as `results` has them by id, but for classes that are there already: a tracker may hand
+        our own detections back as boxes. `id` is the mask value.
         """
         if "detections" in wanted:
             message = _detections(instances, header, self._classes[0])
             if semantic is not None:
                 _add_classes(message, instances, semantic)
             for detection, number in zip(message.detections, instances.ids.tolist()):
-                detection.results.extend(results.get(number, ()))
+                there = {result.hypothesis.class_id for result in detection.results}
+                said = (result for result in results.get(number, ()) if result.hypothesis.class_id not in there)
+                detection.results.extend(itertools.islice(said, MOST_RESULTS))
             self._publish("detections", message)
 
     def publish_semantic(self, wanted: frozenset[str], header: Header, semantic: SemanticMap) -> None:

@@ -141,9 +141,15 @@ class Worker:
     def _take_frames(self) -> None:
         while (frame := self._frames.take()) is not None:
             began = time.monotonic()
-            self._begin(self._cameras[frame.camera], frame)
-            if rate_hz := self._pipeline.settings.max_rate_hz:
-                self._stopping.wait(began + 1 / rate_hz - time.monotonic())
+            if self._begin(self._cameras[frame.camera], frame):
+                self._rest(began)
+
+    def _rest(self, began: float) -> None:
+        """Wait until max_rate_hz, which may change meanwhile, allows another frame after the one of `began`."""
+        while rate_hz := self._pipeline.settings.max_rate_hz:
+            left_s = began + 1 / rate_hz - time.monotonic()
+            if left_s <= 0 or self._stopping.wait(min(left_s, 0.1)):
+                return
 
     def _take_encoded(self, hand_over: HandOver[Encoded]) -> None:
         while (encoded := hand_over.take()) is not None:
@@ -151,7 +157,9 @@ class Worker:
                 self._finish(encoded)
             del encoded  # its arrays would live until the next frame
 
-    def _begin(self, camera: Camera, frame: Frame) -> None:
+    def _begin(self, camera: Camera, frame: Frame) -> bool:
+        """Whether the model had work with it: frames that are dropped before take no turn of max_rate_hz."""
+        encoded = None
         with self._dropping_faults(camera):
             encoded = self._encode(camera, frame)
             if encoded is None:
@@ -160,6 +168,7 @@ class Worker:
                 self._finish(encoded)
             elif not self._hand_over.give(encoded):
                 camera.ledger.dropped("disabled")
+        return encoded is not None
 
     @contextlib.contextmanager
     def _dropping_faults(self, camera: Camera) -> Iterator[None]:
