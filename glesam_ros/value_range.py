@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-from glesam_ros.validation import UInt8Array
+    from glesam_ros.validation import UInt8Array
 
 TAIL = 0.005
 """Share of the values at each end that a dynamic range leaves out, such as dead pixels."""
@@ -38,11 +39,13 @@ class ValueRange(NamedTuple):
         """Whether it is the picture's own."""
         return not self.dynamic and self.high <= self.low
 
-    def to_byte(self, channels: np.ndarray[Any, Any]) -> UInt8Array:
+    def to_byte(self, channels: NDArray[Any]) -> UInt8Array:
         """(H, W[, C]) of finite numbers -> uint8: ``round(255 * (value - low) / (high - low))``, clipped.
 
         By its own range ``value >> 8`` of uint16, and 0..1 of others.
         """
+        import numpy as np  # the help of commands needs none
+
         rows = channels.reshape(len(channels), -1)
         low, high = self.low, self.high
         if self.dynamic:
@@ -59,9 +62,9 @@ class ValueRange(NamedTuple):
 OWN_RANGE = ValueRange()
 
 
-def _sample(channels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _sample(channels: NDArray[Any]) -> NDArray[Any]:
     """About `SAMPLES` pixels from all over (H, W[, C]), without their alpha."""
     height, width = channels.shape[:2]
     every = math.isqrt(height * width // SAMPLES) | 1  # odd, as rows and columns of a Bayer mosaic take turns
     rows, cols = (slice(min(every, side) // 2, None, every) for side in (height, width))
-    return np.atleast_3d(channels)[rows, cols, :3]
+    return channels[rows, cols, :3] if channels.ndim == 3 else channels[rows, cols]
