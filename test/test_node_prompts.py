@@ -192,7 +192,7 @@ def test_refused_prompts_are_counted_and_the_1st_and_the_10th_are_logged(fresh):
     fresh.client.wait_count("noticed_refused_prompt", 12)
     fresh.client.wait_log("refused", "[10 so far]")
     assert len(fresh.client.logged("refused")) == 2
-    wait_for(lambda: "got (211, 50)" in fresh.client.values()["last_fault"], "the newest refusal in diagnostics")
+    wait_for(lambda: "got (211, 50)" in fresh.client.values().get("last_fault", ""), "the newest refusal")
 
 
 def test_each_reason_of_a_refusal_is_logged_once_also_where_they_take_turns(fresh):
