@@ -106,11 +106,10 @@ def new_bag(path: Path, storage: str, distro: str) -> Iterator[Writer]:
     try:
         with writer:
             yield writer
-    except sqlite3.Error as error:  # a full disk, for example
+    except BaseException as error:
         shutil.rmtree(path, ignore_errors=True)
-        raise CommandError(f"{path}: cannot be written: {error}") from error
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, sqlite3.Error):  # a full disk, for example
+            raise CommandError(f"{path}: cannot be written: {error}") from error
         raise
 
 
