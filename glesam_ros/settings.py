@@ -186,6 +186,10 @@ class Settings:
     prompt_timeout_s: float = _param(
         30.0, "A prompt expires after this time; 0 keeps it until it is cleared.", low=0.0, high=3600.0, unit="s"
     )
+    sync_boxes: bool = _param(
+        False, "Boxes and the frame that they were found in go together, by their stamps: a frame waits for its boxes, "
+        "for max_frame_age_ms at most, and is answered with these alone; frames without boxes are dropped.",
+    )
     overlay_alpha: float = _param(0.5, "Opacity of the mask colours in the overlay.", low=0.0, high=1.0)
 
     def __post_init__(self) -> None:

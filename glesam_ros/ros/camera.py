@@ -6,6 +6,7 @@ from glesam_ros.identity import IdKeeper
 from glesam_ros.pipeline import EnhancementGate
 from glesam_ros.ros.diagnostics import CameraLedger
 from glesam_ros.ros.outputs import Outputs
+from glesam_ros.ros.pairing import Pairing
 from glesam_ros.ros.prompts import CameraPrompts
 
 
@@ -28,6 +29,7 @@ class Camera:
         self.outputs = outputs
         self.ledger = CameraLedger(topic)
         self.prompts = CameraPrompts()
+        self.pairing = Pairing()
         self.gate = EnhancementGate()
         self.identity = IdKeeper()
         self.last_stamp_ns = 0

@@ -20,7 +20,7 @@ RATE_WINDOW_S = 5
 """Rates are means over this many seconds."""
 LATENCIES_KEPT = 512
 
-HARMLESS_DROPS = frozenset({"overwritten", "no_subscriber", "disabled", "clock_jump"})
+HARMLESS_DROPS = frozenset({"overwritten", "passed_over", "no_subscriber", "disabled", "clock_jump"})
 """Reasons that are the design at work; all others are faults."""
 NOTHING_ASKED = frozenset({"no_subscriber", "disabled"})
 """Reasons after which earlier failed inferences say nothing of now."""

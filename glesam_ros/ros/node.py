@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import math
 import re
 import threading
 import time
@@ -36,7 +35,8 @@ from glesam_ros.ros import diagnostics, parameters, qos
 from glesam_ros.ros.camera import Camera
 from glesam_ros.ros.names import beside
 from glesam_ros.ros.outputs import COMPRESSED, VISION_MSGS_MISSING, Outputs, vision
-from glesam_ros.ros.prompts import MAX_POINTS
+from glesam_ros.ros.pairing import Paired
+from glesam_ros.ros.prompts import MAX_POINTS, corners_of
 from glesam_ros.ros.scheduling import Frame, NewestFrames
 from glesam_ros.ros.worker import Worker
 from glesam_ros.semantic import Restorer, SemanticSegmenter, device_beside, load_restorer, load_semantic
@@ -51,6 +51,14 @@ WARM_UP_SIZES = (480, 640), (720, 1280)
 """(height, width) of most cameras, for warm-up before a frame has come."""
 PROMPT_DEPTH = 2 * MAX_POINTS
 """An object may come as a burst of points; one that is lost is lost without a word."""
+NO_BOXES = (
+    "with sync_boxes a frame waits for boxes with its stamp on prompt/boxes, and none came within "
+    "max_frame_age_ms; the detector has to copy header.stamp of its image, and to be faster than that"
+)
+NO_FRAME = (
+    "with sync_boxes boxes wait for the frame with their stamp, and none came, or it was over; the "
+    "detector has to copy header.stamp of its image, and to be faster than max_frame_age_ms"
+)
 CLICKED = "_mouse_left"
 """rqt_image_view publishes clicks on `<image topic>_mouse_left` as geometry_msgs/Point in pixels."""
 
@@ -396,8 +404,31 @@ class PerceptionNode(LifecycleNode):
         silence = camera.ledger.arrived(frame.arrival)
         if silence is not None:
             self.get_logger().info(f"{camera.label} is back on {camera.ledger.topic} after {silence:.1f} s")
-        if lost := self._frames.put(frame) if self._is_enabled else "disabled":
+        if not self._is_enabled:
+            camera.ledger.dropped("disabled")
+        elif self.settings.sync_boxes:
+            self._paired(camera, camera.pairing.put_frame(frame, self.settings.max_frame_age_ms))
+        else:
+            self._put(camera, frame)
+
+    def _put(self, camera: Camera, frame: Frame) -> None:
+        if lost := self._frames.put(frame):
             camera.ledger.dropped(lost)
+
+    def _paired(self, camera: Camera, paired: Paired) -> None:
+        """With sync_boxes: hand on a frame that has its boxes, count what stays alone."""
+        for _ in range(paired.passed):
+            camera.ledger.dropped("passed_over")
+        for _ in range(paired.expired):
+            self._tell(camera, f"frame dropped, no_boxes: {NO_BOXES}", camera.ledger.dropped("no_boxes", NO_BOXES))
+        for _ in range(paired.unmatched):
+            self._tell(camera, f"unmatched_boxes: {NO_FRAME}", camera.ledger.noticed("unmatched_boxes", NO_FRAME))
+        if paired.frame is not None:
+            self._put(camera, paired.frame)
+
+    def _tell(self, camera: Camera, text: str, count: int) -> None:
+        if diagnostics.worth_a_log_line(count):
+            self.get_logger().warning(f"{camera.label}: {text} [{count} so far, next note at {10 * count}]")
 
     def _on_qos_mismatch(self, camera: Camera, profile: Any, event: Any) -> None:
         text = qos.mismatch(self, camera.ledger.topic, profile, event.last_policy_kind)
@@ -414,6 +445,13 @@ class PerceptionNode(LifecycleNode):
     def _forget_frames(self, reason: str) -> None:
         for name in self._frames.clear():
             self._cameras[name].ledger.dropped(reason)
+        self._forget_waiting(reason)
+
+    def _forget_waiting(self, reason: str) -> None:
+        """Frames that wait for their boxes."""
+        for camera in list(self._cameras.values()):
+            for _ in range(camera.pairing.clear()):
+                camera.ledger.dropped(reason)
 
     # Prompts.
 
@@ -433,9 +471,12 @@ class PerceptionNode(LifecycleNode):
         self._prompt(camera, None, "click", add)
 
     def _on_boxes(self, camera: Camera, message: Any) -> None:
+        if self.settings.sync_boxes:
+            self._paired(camera, camera.pairing.put_boxes(message))
+            return
+        boxes, results = corners_of(message)
         self._prompt(camera, message.header, "boxes", lambda size: camera.prompts.set_boxes(
-            [_corners(d.bbox) for d in message.detections], size, self.settings.prompt_timeout_s,
-            [d.results for d in message.detections],
+            boxes, size, self.settings.prompt_timeout_s, results
         ))
 
     def _prompt(
@@ -493,6 +534,7 @@ class PerceptionNode(LifecycleNode):
 
     def _on_parameters(self, changes: Iterable[Parameter]) -> SetParametersResult:
         # applied here and not in a post-set callback, which Humble does not have
+        were_synced = self.settings.sync_boxes
         try:
             self.settings = parameters.changed(self.settings, changes)
         except ValueError as error:
@@ -500,6 +542,8 @@ class PerceptionNode(LifecycleNode):
             self.get_logger().warning(f"parameters stay as they are: {error}")
             self._tell_what_counts(p.name for p in changes)
             return SetParametersResult(successful=False, reason=str(error))
+        if were_synced and not self.settings.sync_boxes:
+            self._forget_waiting("passed_over")
         if (pipeline := self._pipeline) is not None:
             pipeline.settings = self.settings
             for camera in list(self._cameras.values()):
@@ -614,12 +658,3 @@ def _close(models: Models) -> None:
     for model in models:
         if model is not None:
             model.close()
-
-
-def _corners(box: Any) -> tuple[float, float, float, float]:
-    """xyxy of a vision_msgs/BoundingBox2D; of a rotated one the upright box around it."""
-    theta = box.center.theta if math.isfinite(box.center.theta) else math.nan  # math refuses infinity
-    cos, sin = abs(math.cos(theta)), abs(math.sin(theta))
-    half_x, half_y = (box.size_x * cos + box.size_y * sin) / 2, (box.size_x * sin + box.size_y * cos) / 2
-    x, y = box.center.position.x, box.center.position.y
-    return x - half_x, y - half_y, x + half_x, y + half_y

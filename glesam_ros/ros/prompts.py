@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -91,16 +92,7 @@ class CameraPrompts:
             ValueError: some were refused, and the others hold: empty, not finite, beside the image, or one too many.
                 Where none is good, those before hold.
         """
-        good: dict[int, _Box] = {}
-        fault = ""
-        for place, box in enumerate(boxes[:MAX_BOXES]):
-            try:
-                xyxy = tuple(check_boxes([box], size)[0].tolist())
-                good[place] = _Box(xyxy, results[place] if results else ())
-            except ValueError as error:
-                fault = fault or str(error)
-        too_many = f"boxes: expected at most {MAX_BOXES}, got {len(boxes)}" if len(boxes) > MAX_BOXES else ""
-        faults = [text for text in (fault, too_many) if text]
+        good, faults = _accepted(boxes, size, results)
         if faults and not good:
             raise ValueError(faults[0])
         with self._lock:
@@ -109,8 +101,7 @@ class CameraPrompts:
             self._boxes = good
             self._boxes_since = self._clock()
         if faults:
-            left_out = f"{len(boxes) - len(good)} of {len(boxes)} boxes are left out, the others hold"
-            raise ValueError("; ".join([*faults, left_out, *warnings]))
+            raise ValueError("; ".join([*faults, *warnings]))
         return "; ".join(warnings)
 
     def clear(self, timeout_s: float) -> tuple[int, int]:
@@ -140,19 +131,16 @@ class CameraPrompts:
             `results` of its box: 1 is that of the points, where there are any, and then come the places of the boxes;
             and one text for each dropped prompt.
         """
+        arguments: dict[str, Any] = {}
+        objects: dict[int, Sequence[Any]] = {}
         with self._lock:
             warnings = self._forget_gone(size, timeout_s)
-            arguments: dict[str, Any] = {}
-            objects: dict[int, Sequence[Any]] = {}
             if any(p.label for p in self._points):
                 objects[1] = ()
                 arguments["points"] = np.array([(p.x, p.y) for p in self._points], np.float32)
                 arguments["labels"] = np.array([p.label for p in self._points], np.float32)
-            if self._boxes:
-                arguments["boxes"] = np.array([box.xyxy for box in self._boxes.values()], np.float32)
-                first = 1 + len(objects)
-                objects |= {first + place: box.results for place, box in self._boxes.items()}
-            return arguments, objects, warnings
+            _add_boxes(arguments, objects, self._boxes)
+        return arguments, objects, warnings
 
     def _forget_gone(self, size: tuple[int, int], timeout_s: float) -> list[str]:
         """Forget what expired and, with a text each, what was for an image of another size than (height, width)."""
@@ -171,3 +159,59 @@ class CameraPrompts:
                 self._points = []
             if now - self._boxes_since > timeout_s:
                 self._boxes = {}
+
+
+def boxes_of(
+    message: Any, size: tuple[int, int]
+) -> tuple[dict[str, Any], dict[int, Sequence[Any]], str]:
+    """Prompts for the frame of `size` (height, width) that a vision_msgs/Detection2DArray was found in.
+
+    Returns:
+        As `CameraPrompts.current`; but of the boxes alone, and in place of the texts one for what is left out, or "".
+    """
+    boxes, results = corners_of(message)
+    good, faults = _accepted(boxes, size, results)
+    arguments: dict[str, Any] = {}
+    objects: dict[int, Sequence[Any]] = {}
+    _add_boxes(arguments, objects, good)
+    return arguments, objects, "; ".join(faults)
+
+
+def corners_of(message: Any) -> tuple[list[tuple[float, float, float, float]], list[Sequence[Any]]]:
+    """Boxes xyxy of a vision_msgs/Detection2DArray, of rotated ones the upright boxes around them; their `results`."""
+    return [_corners(d.bbox) for d in message.detections], [d.results for d in message.detections]
+
+
+def _corners(box: Any) -> tuple[float, float, float, float]:
+    theta = box.center.theta if math.isfinite(box.center.theta) else math.nan  # math refuses infinity
+    cos, sin = abs(math.cos(theta)), abs(math.sin(theta))
+    half_x, half_y = (box.size_x * cos + box.size_y * sin) / 2, (box.size_x * sin + box.size_y * cos) / 2
+    x, y = box.center.position.x, box.center.position.y
+    return x - half_x, y - half_y, x + half_x, y + half_y
+
+
+def _accepted(
+    boxes: Sequence[Any], size: tuple[int, int], results: Sequence[Sequence[Any]]
+) -> tuple[dict[int, _Box], list[str]]:
+    """The good ones of boxes xyxy by their places, at most `MAX_BOXES`; and what is wrong with the others."""
+    good: dict[int, _Box] = {}
+    faults: list[str] = []
+    for place, box in enumerate(boxes[:MAX_BOXES]):
+        try:
+            xyxy = tuple(check_boxes([box], size)[0].tolist())
+            good[place] = _Box(xyxy, results[place] if results else ())
+        except ValueError as error:
+            faults = faults or [str(error)]
+    if len(boxes) > MAX_BOXES:
+        faults.append(f"boxes: expected at most {MAX_BOXES}, got {len(boxes)}")
+    if faults and good:
+        faults.append(f"{len(boxes) - len(good)} of {len(boxes)} boxes are left out, the others hold")
+    return good, faults
+
+
+def _add_boxes(arguments: dict[str, Any], objects: dict[int, Sequence[Any]], boxes: dict[int, _Box]) -> None:
+    """Boxes by their places, as `CameraPrompts.current` gives them, behind what is there."""
+    if boxes:
+        arguments["boxes"] = np.array([box.xyxy for box in boxes.values()], np.float32)
+        first = 1 + len(objects)
+        objects |= {first + place: box.results for place, box in boxes.items()}

@@ -19,11 +19,13 @@ class Frame:
         camera: name of the camera.
         message: sensor_msgs Image or CompressedImage.
         arrival: `time.monotonic()` when it came, seconds.
+        boxes: vision_msgs/Detection2DArray that was found in it; None: what the camera is prompted with counts.
     """
 
     camera: str
     message: Any
     arrival: float = field(default_factory=time.monotonic)
+    boxes: Any = None
 
 
 class NewestFrames:

@@ -23,6 +23,7 @@ from glesam_ros.ros.camera import Camera
 from glesam_ros.ros.conversions import ConversionError, message_to_rgb
 from glesam_ros.ros.diagnostics import Ring, worth_a_log_line
 from glesam_ros.ros.outputs import OF_CLASSES, OF_EMBEDDING, OF_INSTANCES, WITH_CLASSES
+from glesam_ros.ros.prompts import boxes_of
 from glesam_ros.ros.scheduling import Frame, HandOver, NewestFrames
 from glesam_ros.semantic import Restorer, SemanticSegmenter
 from glesam_ros.validation import UInt8Array
@@ -195,11 +196,7 @@ class Worker:
         if values.is_own:
             self._check_values(camera, frame.message, image)
         stamp_ns = self._check_stamp(camera, header.stamp)
-        prompts, objects, gone = camera.prompts.current(ledger.size, settings.prompt_timeout_s)
-        for text in gone:
-            ledger.noticed("dropped_prompt", text)
-        if gone:
-            self._warn(f"{camera.label}: {'; '.join(gone)}")
+        prompts, objects = self._prompts(camera, frame, ledger.size, settings.prompt_timeout_s)
         self._check_age(camera, stamp_ns, frame, settings.max_frame_age_ms)
         before = after = time.perf_counter()
         embedding = None
@@ -211,6 +208,25 @@ class Worker:
             camera, frame, wanted, image, prompts, objects, stamp_ns, embedding,
             own_s=before - started, encode_s=after - before,
         )
+
+    def _prompts(
+        self, camera: Camera, frame: Frame, size: tuple[int, int], timeout_s: float
+    ) -> tuple[dict[str, Any], dict[int, Sequence[Any]]]:
+        """Arguments for `Pipeline.decode`, and its objects as `CameraPrompts.current` has them."""
+        if frame.boxes is None:
+            prompts, objects, gone = camera.prompts.current(size, timeout_s)
+            for text in gone:
+                camera.ledger.noticed("dropped_prompt", text)
+            if gone:
+                self._warn(f"{camera.label}: {'; '.join(gone)}")
+            return prompts, objects
+        expected, got = frame.message.header.frame_id, frame.boxes.header.frame_id
+        if expected and got and expected != got:
+            raise DroppedFrame("no_boxes", f"expected boxes of the frame_id {expected!r} of the image, got {got!r}")
+        prompts, objects, refused = boxes_of(frame.boxes, size)
+        if refused:
+            self._notice(camera, "refused_prompt", refused)
+        return prompts, objects
 
     def _finish(self, encoded: Encoded) -> None:
         """The second half: decode, find classes, restore; each result is published as soon as it is there."""
@@ -281,7 +297,7 @@ class Worker:
         camera, embedding, settings = encoded.camera, encoded.embedding, self._pipeline.settings
         if embedding is None:
             return None
-        if not encoded.prompts and not settings.everything:
+        if not encoded.prompts and (encoded.frame.boxes is not None or not settings.everything):
             return Instances.empty(embedding.size, embedding.degradation, embedding.enhanced)
         with _inference():
             instances = self._pipeline.decode(embedding, **encoded.prompts)
