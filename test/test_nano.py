@@ -281,6 +281,19 @@ def test_both_looks_answer_a_lone_point_with_the_same_of_its_meanings(bad) -> No
     np.testing.assert_allclose(found.scores, ((first + second) / 2).max(1), atol=1e-5)
 
 
+def test_what_everything_mode_finds_moves_masks_of_points_and_not_those_of_boxes(scene) -> None:
+    model = Nano("cpu", "fp32", threads=1)
+    embedding = model.encode(scene[0], Budget()).finished()
+    points, one = np.float32([[[170, 375], [145, 362]]]), np.float32([[1, 1]])
+    box, corners = np.float32([[[120, 310], [240, 420]]]), np.float32([[2, 3]])
+    found = [model.prompt(embedding, *prompt, Budget()).logits for prompt in ((points, one), (box, corners))]
+    *shared, scores = model._shared(embedding)
+    embedding.extra["shared"] = (*shared, np.zeros_like(scores))  # it finds nothing
+    alone = [model.prompt(embedding, *prompt, Budget()).logits for prompt in ((points, one), (box, corners))]
+    assert np.abs(found[0] - alone[0]).max() > 0.1 and iou(found[0][0] > 0, alone[0][0] > 0) > 0.6
+    assert np.array_equal(found[1], alone[1])
+
+
 @pytest.mark.usefixtures("any_shape")
 def test_a_second_look_at_a_small_thing_goes_near(bad) -> None:
     """The same by hand: a model that is shown the mirrored part of the frame, prompted where the object is there."""

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from glesam_ros.masks import column_bits, packed, row_sums, set_bits
-from glesam_ros.models.proposals import ALIKE, BLOCK, MERGE, POOL, STABLE, VOTE_IOU, choose, pooled, suppress
+from glesam_ros.models.proposals import (
+    ALIKE,
+    BLOCK,
+    MERGE,
+    POOL,
+    STABLE,
+    VOTE_IOU,
+    choose,
+    pooled,
+    suppress,
+    with_votes,
+)
 
 SIZE = 16
 """Cells of a coarse mask a side."""
@@ -245,3 +256,60 @@ def test_candidates_without_a_mask_are_left_out() -> None:
     weights, features = candidates(APART[:2])
     chosen, got, _ = choose(-weights * [[0], [1]], np.ones(2, np.float32), -np.abs(features), 0.0, 0.0, 0.7, 5)
     assert len(got) == 1 and chosen.argmin() == 1
+
+
+FIRST, SHORTER, OTHER = APART[0], (slice(0, 5), slice(0, 6)), APART[2]
+IN_FIRST, IN_LAST_ROW, IN_OTHER = (2.5, 2.5), (2.5, 5.5), (10.5, 10.5)
+"""xy in coarse cells; the last row of the first rectangle is not in the shorter one."""
+
+
+def voted(
+    rows: list[tuple[slice, slice]], scores: list[float], points: list[tuple[float, float]], labels: list[float],
+    edge: float = 0.0,
+) -> list[float]:
+    """The kernel of the first rectangle after the candidates, of which each makes one of `rows`, have voted."""
+    kernels, features = candidates([FIRST, *rows], edge)
+    xy = np.array(points, np.float32) / SIZE * 2 - 1
+    kernel = kernels[0].copy()
+    found = with_votes(
+        kernel, kernels[1:], np.array(scores, np.float32), features, pooled(features), xy, np.array(labels, np.float32)
+    )
+    assert kernel.tolist() == kernels[0].tolist() and found.dtype == np.float32
+    return found.tolist()
+
+
+def test_a_prompted_mask_is_half_the_mean_of_candidates_by_score_and_overlap() -> None:
+    # 36 and 30 cells of which 30 are shared
+    found = voted([FIRST, SHORTER, OTHER], [0.6, 0.9, 1.0], [IN_FIRST], [1])
+    total = 0.6 + 0.9 * 30 / 36
+    assert found == pytest.approx([0.5, 0.5 * 0.6 / total, 0.5 * 0.75 / total, 0])
+
+
+@pytest.mark.parametrize(
+    "points, labels, votes",
+    [
+        ([IN_FIRST, IN_LAST_ROW], [1, 1], False),
+        ([IN_FIRST, IN_LAST_ROW], [1, 0], True),
+        ([IN_FIRST, (3.5, 3.5)], [1, 0], False),
+        ([IN_FIRST, IN_OTHER], [1, 0], True),
+        ([IN_FIRST, IN_LAST_ROW], [1, -1], True),
+    ],
+    ids=["beside it", "background beside it", "background inside", "background far away", "padding"],
+)
+def test_candidates_vote_where_they_hold_the_object_and_not_the_background(points, labels, votes: bool) -> None:
+    assert voted([SHORTER], [0.9], points, labels) == ([0.5, 0.5] if votes else [1, 0])
+
+
+def test_candidates_that_mean_something_else_do_not_vote() -> None:
+    # 18 of 36 cells, and nothing at all
+    assert VOTE_IOU > 0.5
+    assert voted([(slice(0, 3), slice(0, 6))], [0.9], [IN_FIRST], [1]) == [1, 0]
+    assert voted([SHORTER], [0.0], [IN_FIRST], [1]) == [1, 0]
+    assert voted([], [], [IN_FIRST], [1]) == [1]
+
+
+def test_unstable_candidates_have_less_of_the_vote() -> None:
+    # the first of six rows, then the first of five, is inside of the wider threshold only
+    found = voted([FIRST, SHORTER], [0.6, 0.9], [IN_FIRST], [1], edge=0.5)
+    first, shorter = 0.6 * (5 / 6) ** 2, 0.9 * (4 / 5) ** 2 * 30 / 36
+    assert found == pytest.approx([0.5, 0.5 * first / (first + shorter), 0.5 * shorter / (first + shorter)])

@@ -20,7 +20,7 @@ from glesam_ros.masks import extents_of
 from glesam_ros.models import second_look, shapes
 from glesam_ros.models.base import Budget, Candidates, Embedding, check_finite
 from glesam_ros.models.onnx_session import AGAIN, engine_cache, on_device, open_session, run_session
-from glesam_ros.models.proposals import choose
+from glesam_ros.models.proposals import choose, pooled, with_votes
 from glesam_ros.validation import FloatArray, UInt8Array
 
 _LOG = logging.getLogger(__name__)
@@ -168,12 +168,13 @@ class Nano:
             others, their_scores = self._kernels(second, *window.prompts(xy, labels), pieces)
             scores = (1 - share) * scores + share * their_scores
         chosen = np.arange(len(xy)), np.where(is_lone, 1 + scores[:, 1:].argmax(1), 0)
-        weights, scores = weights[chosen], scores[chosen]
+        weights, scores = self._with_votes(embedding, weights[chosen], xy, labels), scores[chosen]
         logits = np.empty((len(xy), *window.grid), np.float32)
         for piece in pieces:
             logits[piece] = _masks(weights[piece], features)
         if share > 0:
-            others, second_features = others[chosen], self._shared(second)[0]
+            others = self._with_votes(second, others[chosen], *window.prompts(xy, labels))
+            second_features = self._shared(second)[0]
             part = logits[(slice(None), *window.cells)]
             for piece in pieces:
                 seen = _masks(others[piece], second_features)[..., ::-1]
@@ -227,6 +228,21 @@ class Nano:
         weights, scores = (np.concatenate([part[0] for part in parts]) for parts in zip(*found))
         check_finite(scores, f"scores of nano on {self.device}")
         return weights, scores
+
+    def _with_votes(
+        self, embedding: Embedding, weights: FloatArray, xy: FloatArray, labels: FloatArray
+    ) -> FloatArray:
+        """Weights (B, C) of masks of points (B, N) in -1..1, moved by what everything mode finds there."""
+        # measured: a box says so much that others have nothing to add
+        of_points = np.flatnonzero((labels == 1).any(1) & (labels < 2).all(1))
+        if not of_points.size:
+            return weights
+        features, _, _, candidates, scores = self._shared(embedding)
+        candidates, scores, cells = candidates.reshape(-1, weights.shape[1]), scores.ravel(), pooled(features[0])
+        moved = weights.copy()
+        for k in of_points:
+            moved[k] = with_votes(weights[k], candidates, scores, features[0], cells, xy[k], labels[k])
+        return moved
 
 
 def _check_tensors(folder: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from glesam_ros.masks import Bits, Indices, column_bits, packed, row_sums, set_bits
 from glesam_ros.models.base import STABILITY_OFFSET
+from glesam_ros.models.shapes import grid_cells
 from glesam_ros.validation import FloatArray
 
 POOL = 4
@@ -67,6 +68,36 @@ def choose(
     lowered = rank[order[kept]] * novelty
     best = np.argsort(-lowered, kind="stable")
     return merged[best].astype(np.float32), scores[near[order[kept[best]]]], lowered[best]
+
+
+def with_votes(
+    kernel: FloatArray, candidates: FloatArray, scores: FloatArray, features: FloatArray, cells: FloatArray,
+    points: FloatArray, labels: FloatArray,
+) -> FloatArray:
+    """The kernel of a prompted mask, half of it the mean of those candidates that mean the same.
+
+    These hold all points of the object and none of the background, and overlap its mask by `VOTE_IOU`.
+
+    Args:
+        kernel: (C,) float32 of the prompted mask.
+        candidates: (N, C) float32, dense.
+        scores: (N,) float32 in 0..1, predicted IoU.
+        features: (C, h, w) float32.
+        cells: as `pooled` makes them of the features.
+        points: (P, 2) xy in -1..1 of the frame.
+        labels: (P,) 1 the object, 0 the background; others do not count.
+    """
+    says = (labels == 0) | (labels == 1)
+    x, y = grid_cells(points[says], features.shape[1:]).T
+    alike = np.flatnonzero(((candidates @ features[:, y, x] > 0) == (labels[says] == 1)).all(1))
+    bits, stability = _coarse(candidates[alike], cells)
+    own, areas = packed((kernel @ cells > 0)[None]), set_bits(bits)
+    overlap = _overlap(set_bits(bits & own), areas, set_bits(own)[0])
+    votes = np.where(overlap >= VOTE_IOU, scores[alike] * stability * stability * overlap, 0)
+    if not votes.any():
+        return kernel
+    mean: FloatArray = (kernel + votes @ candidates[alike] / votes.sum()) / 2
+    return mean.astype(np.float32)
 
 
 def _coarse(weights: FloatArray, cells: FloatArray) -> tuple[Bits, FloatArray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from glesam_ros.masks import Extent, measure
+from glesam_ros.masks import Extent, Indices, measure
 from glesam_ros.models.base import STABILITY_OFFSET
 from glesam_ros.validation import FloatArray
 
@@ -46,13 +46,18 @@ def drop_islands(
     is_small = sizes < share * sizes[1:].max()
     is_small[0] = False
     if point is not None:
-        h, w = logits.shape
-        x, y = np.floor((point + 1) / 2 * (w, h)).astype(np.intp).clip(0, (w - 1, h - 1))
+        x, y = grid_cells(point, logits.shape)
         if left <= x < right and top <= y < bottom:
             is_small[parts[y - top, x - left]] = False
     # so far below 0 that a stability measured afterwards does not count them either
     window[is_small.take(parts)] = -2 * STABILITY_OFFSET
     return bool(is_small.any())
+
+
+def grid_cells(points: FloatArray, grid: tuple[int, ...]) -> Indices:
+    """Cells (..., 2) xy of a grid (h, w) over the frame that hold the points (..., 2) xy in -1..1."""
+    h, w = grid
+    return np.floor((points + 1) / 2 * (w, h)).astype(np.intp).clip(0, (w - 1, h - 1))
 
 
 def keep_to_boxes(logits: FloatArray, xy: FloatArray, labels: FloatArray) -> None:
