@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import resource
 import signal
 import textwrap
 from dataclasses import replace
@@ -273,7 +274,7 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path: Path, monkeypa
 
     def half(content: Any, file: Any) -> None:
         save(content, file)
-        os.truncate(file, os.path.getsize(file) // 2)
+        os.truncate(file.fileno(), file.tell() // 2)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", half)
@@ -282,6 +283,21 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path: Path, monkeypa
     assert checkpoint.read(path)["a"].tolist() == [1, 1, 1]
     monkeypatch.undo()
     checkpoint.write(path, {"a": torch.zeros(3)})
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+@pytest.mark.parametrize("numbers", [10, 100_000, 3_000_000])
+def test_a_full_disk_is_said_in_the_words_of_the_system(numbers: int, tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.write(path, {"a": torch.ones(3)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.write(path, {"a": torch.zeros(numbers)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoint.read(path)["a"].tolist() == [1, 1, 1]
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
 

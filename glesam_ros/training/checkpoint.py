@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from glesam_ros.models.glesam.weights import read_checkpoint
-from glesam_ros.whole_files import write_whole
+from glesam_ros.models.glesam.weights import read_checkpoint, write_checkpoint
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors, numbers and texts (nested) to `path`; a kill at any moment leaves the old file or the new one."""
-    write_whole(path, lambda beside: torch.save(content, beside), is_shared=False)
+    """Write tensors, numbers and texts (nested) to `path`; a kill at any moment leaves the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk.
+    """
+    write_checkpoint(path, content, is_shared=False)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -88,14 +88,30 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> Any:
         raise ValueError(f"{path}: expected a checkpoint of torch, cannot read it: {reason}") from error
 
 
-def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint of torch, whole or not at all; the same content has the same bytes. Makes the folder."""
+def write_checkpoint(path: Path, content: dict[str, Any], *, is_shared: bool = True) -> None:
+    """Write a checkpoint of torch, whole or not at all; the same content has the same bytes. Makes the folder.
+
+    Args:
+        is_shared: as of `write_whole`.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk.
+    """
 
     def write(beside: Path) -> None:
-        with beside.open("wb") as file:  # of a path torch writes the name, a random one, into the file
-            torch.save(content, file)
+        try:
+            with beside.open("wb") as file:  # of a path torch writes the name, a random one, into the file
+                torch.save(content, file)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            if cause is None:
+                raise
+            # torch's own text is of its archive alone
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
 
-    write_whole(path, write)
+    write_whole(path, write, is_shared=is_shared)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
