@@ -194,6 +194,34 @@ def test_what_fails_while_measuring_is_one_line(error, data, tmp_path, monkeypat
     assert capsys.readouterr().err == "glesam evaluate: error: the device lacks memory\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--agreement", "nowhere"], "nowhere: no such picture or folder"),
+        (["--agreement", "DATA", "--kinds", "none"], "--agreement: expected at least one kind of degradation"),
+    ],
+)
+def test_what_is_wrong_with_the_agreement_is_said_before_the_work(
+    arguments, expected, data, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(protocol.Evaluator, "measure", lambda self, case: pytest.fail("measured"))
+    more = [data if word == "DATA" else word for word in arguments]
+    assert evaluate("--data", data, "--out", tmp_path / "out", *more) == 1
+    assert expected in capsys.readouterr().err
+
+
+def test_a_place_that_takes_no_results_is_said_before_maps_of_classes_are_measured(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    opened = SimpleNamespace(folder=[0], classes=("road",))
+    monkeypatch.setattr(semantic, "open_semantic_evaluator", lambda options: opened)
+    monkeypatch.setattr(semantic.SemanticEvaluator, "measure", lambda self, index: pytest.fail("measured"))
+    (tmp_path / "out").touch()
+    arguments = ["--data", "street", "--out", str(tmp_path / "out"), "--device", "cpu", "--workers", "1"]
+    assert main(["evaluate-semantic", *arguments]) == 1
+    assert "File exists" in capsys.readouterr().err
+
+
 def test_figures_of_a_photograph_do_not_depend_on_the_others(data, tmp_path) -> None:
     common = ("--data", data, "--kinds", "lq", "--levels", 3, "--no-sheet")
     found = []

@@ -172,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     args.out.mkdir(parents=True, exist_ok=True)
+    unlabelled = {} if args.agreement is None else _unlabelled_photographs(args)
     sources, total = _sources(args)
     workers = args.workers or _default_workers(settings, evaluator)
     measurements = _measure(sources, total, open_one, evaluator, workers)
@@ -184,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     }
     pictures: list[Path] = []
     if args.agreement is not None:
-        results["agreement"], drawn = _agreement(args, open_one, evaluator, workers)
+        results["agreement"], drawn = _agreement(args, unlabelled, open_one, evaluator, workers)
         pictures += drawn
         write_json(args.out / "agreement.json", {k: results[k] for k in ("settings", "versions", "agreement")})
     write_json(args.out / "results.json", results)
@@ -305,20 +306,35 @@ def _measure(
     return [measurement for found in done for measurement in found]
 
 
-def _agreement(
-    args: argparse.Namespace, open_one: Callable[[], Evaluator], evaluator: Evaluator, workers: int
-) -> tuple[dict[str, Any], list[Path]]:
-    """The figures of --agreement, and its sheets."""
+def _unlabelled_photographs(args: argparse.Namespace) -> dict[str, Path]:
+    """The photographs of --agreement by their names; what is wrong with it is said before the work begins.
+
+    Raises:
+        CommandError: there is none, or no kind of degradation.
+    """
     from glesam_ros.cli.pictures import find_pictures
-    from glesam_ros.evaluation.agreement import agree, agreement_tiles, summarise_agreement
+
+    if not _degradations(args):
+        raise CommandError("--agreement: expected at least one kind of degradation, got --kinds none")
+    return {str(stem): path for path, stem in find_pictures([args.agreement], recursive=False)[: args.limit]}
+
+
+def _degradations(args: argparse.Namespace) -> tuple[Condition, ...]:
+    """The conditions without the clear one."""
     from glesam_ros.evaluation.protocol import CLEAR
+
+    return tuple(condition for condition in _conditions(args) if condition != CLEAR)
+
+
+def _agreement(
+    args: argparse.Namespace, paths: dict[str, Path], open_one: Callable[[], Evaluator], evaluator: Evaluator,
+    workers: int,
+) -> tuple[dict[str, Any], list[Path]]:
+    """The figures of --agreement on the photographs of `paths`, and its sheets."""
+    from glesam_ros.evaluation.agreement import agree, agreement_tiles, summarise_agreement
     from glesam_ros.evaluation.sheet import ranked, sheet
 
-    paths = {str(stem): path for path, stem in find_pictures([args.agreement], recursive=False)[: args.limit]}
-    conditions = tuple(condition for condition in _conditions(args) if condition != CLEAR)
-    if not conditions:
-        raise CommandError("--agreement: expected at least one kind of degradation, got --kinds none")
-
+    conditions = _degradations(args)
     tasks = (_unlabelled(name, path, conditions) for name, path in paths.items())
     found: list[Agreement] = list(shared(open_one, evaluator, agree, tasks, len(paths), workers, "photograph"))
     if all(one.values is None for one in found):

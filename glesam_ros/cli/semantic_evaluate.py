@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
         evaluator = open_semantic_evaluator(options)  # what is wrong is said before the work begins
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
+    args.out.mkdir(parents=True, exist_ok=True)
     tally, seconds = _measure(options, evaluator, workers)
     try:
         figures = summarise_semantic(tally, args.seed)
@@ -130,7 +131,6 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"{args.data}: {error}") from error
     packages = ["onnxruntime"] if _is_small(options) else ["onnxruntime", "torch", "transformers"]
     results: dict[str, Any] = {"settings": _recorded(options, evaluator), "versions": versions(*packages), **figures}
-    args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "results.json", results)
     text = semantic_tables(results)
     (args.out / "table.md").write_text(text, encoding="utf-8")
