@@ -36,7 +36,8 @@ TRAIN = [
 ]
 # The full-size models. `sam2` comes apart (scripts/setup.sh): to build it, pip would download a second torch.
 GLESAM = [
-    "diffusers>=0.30", "onnx>=1.16", "onnxscript>=0.5", "peft>=0.12", "safetensors>=0.4", "segment-anything==1.0",
+    "diffusers>=0.32",  # before it, gradient checkpointing is left out in evaluation mode, which stages train in
+    "onnx>=1.16", "onnxscript>=0.5", "peft>=0.12", "safetensors>=0.4", "segment-anything==1.0",
     "torch>=2.5.1", "torchvision>=0.20.1", "tqdm>=4.60", "transformers>=4.40",
 ]
 

@@ -395,6 +395,24 @@ def test_a_stage_learns_and_leaves_alone_what_it_freezes(
     assert all(key.startswith(parts[name]) for key in moved)
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_gradient_checkpointing_is_at_work_in_stage_1(on: bool, data: Path, unets: Path) -> None:
+    """All of the network is in evaluation mode there, in which older diffusers keep every activation all the same."""
+    config = tiny(unets, f"gradient_checkpointing={str(on).lower()}")
+    networks = networks_of(config)
+    stage = full.make_stage("restore", networks, config, load_scenes(config.sources, data))
+    for p in stage.groups()[0].parameters:
+        p.requires_grad_(True)
+    stage.set_modes()
+    runs: list[None] = []
+    for block in (networks.enhancer.unet.down_blocks[0], networks.enhancer.unet.up_blocks[0]):
+        block.resnets[0].register_forward_pre_hook(lambda *_: runs.append(None))
+    loss = stage(stage.batch(np.random.default_rng(1)))["loss"]
+    assert len(runs) == 2
+    loss.backward()
+    assert len(runs) == (4 if on else 2)
+
+
 @pytest.mark.parametrize(
     "name, kind, decay", [("restore", torch.optim.AdamW, 0.01), ("decode", torch.optim.AdamW, 1e-5)]
 )
