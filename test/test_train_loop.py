@@ -32,6 +32,7 @@ from glesam_ros.training.loop import (  # noqa: E402
     Stage,
     Stop,
     Stopped,
+    complete,
     make_accelerator,
     rate_share,
     settled,
@@ -257,6 +258,26 @@ def test_a_loss_after_the_last_whole_row_is_looked_at_too(
     stage = Broken(steps=steps, log_every=10)
     with pytest.raises(FloatingPointError, match="line: expected finite losses, loss is nan"):
         train(stage, 3, run_of(tmp_path, accelerator, stage))
+
+
+@pytest.mark.parametrize("steps, broken, kept", [(20, 6, 4), (6, 6, 4), (2, 2, None)])
+def test_weights_that_are_no_numbers_are_not_saved(
+    steps: int, broken: int, kept: int | None, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    class Broken(Line):
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            losses = super().forward(batch)
+            if self.calls < broken:
+                return losses
+            # a root has no gradient at 0
+            return {"loss": losses["loss"] + (0 * self.model["slope"].weight).sqrt().sum()}
+
+    stage = Broken(steps=steps, checkpoint_every=2, log_every=1)
+    run = run_of(tmp_path, accelerator, stage)
+    with pytest.raises(FloatingPointError, match=r"line: expected finite weights, those of slope are not; lower line"):
+        complete(stage, 3, run)
+    assert not (tmp_path / "line.pt").exists()
+    assert (checkpoint.read(run.checkpoint)["step"] if run.checkpoint.exists() else None) == kept
 
 
 def test_a_stage_shorter_than_a_row_has_one_all_the_same(tmp_path: Path, accelerator: Accelerator) -> None:

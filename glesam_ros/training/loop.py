@@ -469,11 +469,13 @@ class _Course:
 
         Raises:
             Stopped: a signal came.
+            FloatingPointError: losses or weights are infinite or not a number.
         """
         settings, stopping = self.stage.settings, self.run.stopping()
         if step + 1 == settings.steps or not (stopping or (step + 1) % settings.checkpoint_every == 0):
             return
         log = self.log.state()
+        self._check_weights()
         if self.run.accelerator.is_main_process:
             self._save(step + 1, log)
         if stopping:
@@ -486,11 +488,21 @@ class _Course:
         self.run.accelerator.free_memory()
 
     def conclude(self) -> None:
-        """Leave the weights that are to be saved in the model."""
+        """Leave the weights that are to be saved in the model. Raises FloatingPointError as `keep`."""
+        self._check_weights()
         if self.average:
             self.average.store()
         self.stage.model.requires_grad_(False)
         self.stage.model.eval()
+
+    def _check_weights(self) -> None:
+        """A gradient may be no number where its loss was one, and only the next loss would show it."""
+        for group in self.groups:
+            if not all(bool(p.isfinite().all()) for p in group.parameters):
+                raise FloatingPointError(
+                    f"{self.stage.name}: expected finite weights, those of {group.name} are not; "
+                    f"lower {self.stage.name}.rates, or set precision=no"
+                )
 
     def _save(self, step: int, log: dict[str, Any]) -> None:
         scaler = self.run.accelerator.scaler
@@ -536,7 +548,7 @@ def train(stage: Stage, number: int, run: Run, saved: dict[str, Any] | None = No
 
     Raises:
         Stopped: a signal came; the checkpoint is written.
-        FloatingPointError: the loss is infinite or not a number; the last checkpoint was before that.
+        FloatingPointError: a loss or a weight is infinite or not a number; the last checkpoint was before that.
         ValueError: `saved` is of a run with another number of processes.
     """
     course = _Course(stage, number, run, saved)
