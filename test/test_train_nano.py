@@ -507,6 +507,33 @@ def test_weights_of_a_gpu_are_exported_without_one(tmp_path: Path, monkeypatch: 
     assert not changed(found[0], weights)
 
 
+@pytest.mark.parametrize(
+    ("name", "own", "expected"),
+    [
+        ("nowhere.pt", {}, "expected weights at .*nowhere.pt, found no file"),
+        ("other.pt", {}, "other.pt: expected weights of nano, "),
+        ("decode.pt", {"enhancer": {"gamma": 0.5}}, "decode.pt: expected nano.pt of this run, .* enhancer.gamma=0.5 "),
+        ("decode.pt", {"enhancer": {"condition": "none"}}, "expected nano.pt of this run, .*enhancer.condition=none "),
+        ("nano.pt", {"enhancer": {"gamma": 0.5}}, "expected a folder .*nothing.coco_small, found none"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(
+    name: str, own: dict[str, Any], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for file in ("nano.pt", "decode.pt"):
+        checkpoint.write(tmp_path / file, NanoNet().state_dict())
+    checkpoint.write(tmp_path / "other.pt", {"a": torch.ones(3)})
+    (tmp_path / "config.yaml").write_text(to_yaml(make_config(own)))
+    monkeypatch.setattr(export, "export", lambda *arguments: pytest.fail("exported"))
+    arguments = ["--checkpoint", tmp_path / name, "--out", tmp_path / "out", "--calibration", tmp_path / "nothing"]
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        export.main()
+    assert stop.value.code == 2
+    assert re.search(f"error: .*{expected}", capsys.readouterr().err.splitlines()[-1])
+
+
 def test_an_ablation_begins_with_the_package_and_an_enhancer_that_changes_nothing(data: Path, tmp_path: Path) -> None:
     from glesam_ros.training import ablation
 

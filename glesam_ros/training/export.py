@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from glesam_ros.checksum import sha256
 from glesam_ros.models.nano import CHECKSUM, PARTS, TENSORS
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, with_positions
-from glesam_ros.training import checkpoint
 from glesam_ros.training.batches import draw_pairs
 from glesam_ros.training.config import Config, SourceConfig, load_config
 from glesam_ros.training.graphs import shorten_names, simplify
@@ -272,6 +271,28 @@ def compare(path: Path, module: nn.Module, inputs: tuple[Tensor, ...], names: li
     )
 
 
+def read_net(checkpoint: Path) -> NanoNet:
+    """The network of a state dict that a run wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another network, or of a stage of a run whose `enhancer` the weights do not hold yet.
+    """
+    from glesam_ros.training.nano import RESULT, load_weights  # reads shipped files, for which it needs this module
+
+    beside = checkpoint.with_name("config.yaml")
+    if checkpoint.name != RESULT and beside.is_file():
+        enhancer = load_config(beside).enhancer
+        if enhancer != Config().enhancer:
+            raise ValueError(
+                f"{checkpoint}: expected {RESULT} of this run, the only weights that have its enhancer.gamma="
+                f"{enhancer.gamma:g} and enhancer.condition={enhancer.condition} in them; finish the run"
+            )
+    net = NanoNet()
+    load_weights(net, checkpoint)
+    return net
+
+
 def sources_of(checkpoint: Path) -> tuple[SourceConfig, ...]:
     """What the run trained on, by the `config.yaml` beside its checkpoint; the recipe's sources where there is none."""
     beside = checkpoint.with_name("config.yaml")
@@ -304,9 +325,13 @@ def main() -> None:
         help="data of the training (train splits only), for the 8-bit graphs; without it there are none",
     )
     args = parser.parse_args()
-    net = NanoNet()
-    net.load_state_dict(checkpoint.read(args.checkpoint))
-    pictures = calibration_pictures(args.calibration, sources=sources_of(args.checkpoint)) if args.calibration else []
+    try:
+        net = read_net(args.checkpoint)
+        sources = sources_of(args.checkpoint)
+        pictures = calibration_pictures(args.calibration, sources=sources) if args.calibration else []
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     report: dict[str, Any] = {**export(net, args.out, pictures)}
     report["bytes"] = {p.name: p.stat().st_size for p in sorted(args.out.glob("nano_*"))}
     report["total"] = sum(report["bytes"].values())

@@ -467,7 +467,7 @@ def train_nano(
     elif config.start == SHIPPED:
         net = shipped_net(scenes, config)
     else:
-        _load_weights(net, Path(config.start))
+        load_weights(net, Path(config.start))
     net.enhancer.gamma = config.enhancer.gamma
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword alone
     net = net.to(accelerator.device)
@@ -500,7 +500,8 @@ def shipped_net(scenes: Scenes, config: Config) -> NanoNet:
     return net
 
 
-def _load_weights(net: NanoNet, path: Path) -> None:
+def load_weights(net: NanoNet, path: Path) -> None:
+    """Take over a state dict. Raises FileNotFoundError, and ValueError when it is of another network."""
     try:
         net.load_state_dict(checkpoint.read(path))
     except RuntimeError as error:
