@@ -128,6 +128,19 @@ def test_masks_count_and_not_their_boxes() -> None:
     assert keeper.update(upper).ids.tolist() == [1]
 
 
+@pytest.mark.parametrize(("rows", "expected"), [(66, 2), (68, 2), (70, 1)])
+def test_masks_with_the_same_box_are_one_object_above_an_overlap_of_four_tenths(rows: int, expected: int) -> None:
+    keeper, box = IdKeeper(), (40, 40, 140, 140)
+    upper, lower = seen(box), seen(box)
+    # each reaches from edge to edge of the box, all 100 rows are in one of them: IoU 0.36, 0.4 and 0.44
+    upper.masks[0, 40 + rows : 138] = False
+    lower.masks[0, 42 : 140 - rows] = False
+    both, either = (upper.masks & lower.masks).sum(), (upper.masks | lower.masks).sum()
+    assert both / either == (2 * rows - 96) / 100
+    assert keeper.update(upper).ids.tolist() == [1]
+    assert keeper.update(lower).ids.tolist() == [expected]
+
+
 def test_nothing_but_ids_changes() -> None:
     keeper = IdKeeper()
     keeper.update(seen(RIGHT))
@@ -156,6 +169,13 @@ def test_an_object_is_remembered_for_a_while(gone: int, expected: int) -> None:
     assert ids(keeper, LEFT, RIGHT) == [expected, 2]
 
 
+@pytest.mark.parametrize("size", [SIZE, (1080, 1920)])
+def test_instances_without_a_pixel_are_the_same_as_no_other(size: tuple[int, int]) -> None:
+    keeper, nothing = IdKeeper(), (0, 0, 0, 0)
+    assert ids(keeper, nothing, LEFT, size=size) == [1, 2]
+    assert ids(keeper, LEFT, nothing, size=size) == [2, 3]
+
+
 def test_frames_without_an_object_count_as_gone() -> None:
     keeper = IdKeeper()
     assert ids(keeper) == []
@@ -175,6 +195,11 @@ def test_a_part_does_not_take_the_id_of_its_whole() -> None:
     keeper = IdKeeper()
     ids(keeper, whole)
     assert ids(keeper, part, moved(whole, 2)) == [2, 1]
+    # and of two known ones the one that overlaps the object more gives its id
+    for known in ((whole, part), (part, whole)):
+        keeper = IdKeeper()
+        ids(keeper, *known)
+        assert ids(keeper, moved(whole, 2)) == [1 + known.index(whole)]
 
 
 def test_another_size_of_the_image_begins_anew() -> None:

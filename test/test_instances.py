@@ -96,6 +96,21 @@ def test_boxes_may_have_fractions_and_leave_the_image() -> None:
     assert found.areas.tolist() == [16, 16]
 
 
+@pytest.mark.parametrize(
+    ("box", "rows", "columns"),
+    [
+        ((1, 2, 5, 6), (2, 6), (1, 5)),
+        ((1.5, 2.5, 4.5, 5.5), (2, 6), (1, 5)),
+        ((-2, -3, 4, 5), (0, 5), (0, 4)),
+        ((3, 4, 70, 80), (4, 8), (3, 10)),
+        ((0, 0, 0, 0), (0, 0), (0, 0)),
+    ],
+)
+def test_a_window_is_the_whole_pixels_of_a_box_within_the_image(box: Any, rows: Any, columns: Any) -> None:
+    found = Instances(**fields(boxes=np.array([[1, 1, 5, 5], box], np.float32)))
+    assert found.window(1) == (slice(*rows), slice(*columns))
+
+
 @pytest.mark.parametrize(("count", "share"), [(7, 0.3), (255, 0.02), (256, 0.02), (700, 0.01)])
 @pytest.mark.parametrize("prompted", [False, True])
 def test_random_label_maps_against_the_definition(prompted: bool, count: int, share: float) -> None:

@@ -496,6 +496,33 @@ class TestPrompts:
         assert found.stability.tolist() == [0]
         assert not found.label_map().any()
 
+    @pytest.mark.parametrize("height", [0.5, 3.0, 1e3])
+    def test_an_answer_is_the_whole_mask_however_faint(self, height: float) -> None:
+        logits = np.full((2, 12, 16), -0.1, np.float32)
+        logits[0] = height  # the whole image
+        logits[1, 3:9, 2:14] = 1e-3  # a faint part beside a certain one
+        logits[1, 5, 5] = height
+
+        class Prompted(Known):
+            def prompt(self, *_: Any) -> Candidates:
+                return Candidates(logits.copy(), np.float32([0.7, 0.9]))
+
+        found = pipeline(Prompted()).segment(picture(), boxes=[[1, 2, 11, 12], [40, 5, 41, 6]])
+        for mask, expected in zip(found.masks, logits):
+            full = cv2.resize(expected, (WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR)
+            np.testing.assert_array_equal(mask, full > 0)
+
+    def test_of_prompted_objects_the_smaller_lies_on_top_of_others_the_better(self) -> None:
+        logits, scores = rectangles((0, 0, 20, 20), (5, 5, 10, 10)), [0.9, 0.8]
+
+        class Both(Known):
+            def prompt(self, *_: Any) -> Candidates:
+                return Candidates(self.logits.copy(), self.scores)
+
+        pipe = pipeline(Both(logits, scores))
+        for boxes, on_top in ((None, 1), ([(1, 2, 3, 4)] * 2, 2)):
+            assert pipe.segment(picture(), boxes=boxes).label_map()[7, 7] == on_top
+
     @pytest.mark.parametrize(
         ("prompts", "words"),
         [
@@ -562,6 +589,9 @@ class TestLoading:
         chosen = load_pipeline("known", enhancement="off", device="cpu", precision="fp32").settings
         assert asked == [("cpu", "fp32")]
         assert (chosen.model, chosen.enhancement, chosen.device, chosen.precision) == ("known", "off", "cpu", "fp32")
+
+    def test_a_pipeline_of_a_model_alone_has_the_settings_of_the_package(self) -> None:
+        assert Pipeline(Known()).settings == Settings()
 
     def test_warm_up_goes_through_everything_mode_a_point_and_a_box_inside_the_image(self) -> None:
         pipe = pipeline(model := Known(), score_threshold=0.4, max_instances=8)
