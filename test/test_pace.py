@@ -184,6 +184,27 @@ def test_segment_tells_what_a_frame_took_and_takes_the_size() -> None:
     assert pipe.model.sizes[-1] == 0  # type: ignore[attr-defined]
 
 
+def test_what_a_frame_took_is_its_own_time_without_that_of_failed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, told = [100.0], []
+
+    class Timed(Slow):
+        def encode(self, image, budget):  # type: ignore[no-untyped-def]
+            clock[0] += 2
+            return super().encode(image, budget)
+
+        def propose(self, *arguments):  # type: ignore[no-untyped-def]
+            clock[0] += 0.5
+            return super().propose(*arguments)
+
+    monkeypatch.setattr("glesam_ros.pipeline.time.perf_counter", lambda: clock[0])
+    pipe = Pipeline(model := Timed(), Settings(frame_budget_ms=60))
+    pipe.pace.took = told.append  # type: ignore[method-assign]
+    pipe.segment(IMAGE)
+    model.room = 384
+    pipe.segment(IMAGE)
+    assert model.sizes == [0, 0, 384] and told == [2.5, 2.5]
+
+
 def test_where_memory_and_time_lack_the_smaller_size_holds_and_the_ladder_ends() -> None:
     pipe = Pipeline(model := Slow(), Settings(frame_budget_ms=60, points_per_batch=1))
     for _ in range(SETTLING + FRAMES):
