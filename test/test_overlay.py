@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -111,6 +112,69 @@ def test_numbers_only_where_there_is_room() -> None:
     assert (out[SMALL] == 90).all()
 
 
+def written(found: Instances, ground: int = 90) -> tuple[tuple[float, float], np.ndarray[Any, Any]] | None:
+    """The middle xy of what is written into a lone instance on a flat picture, and its pixels; None for nothing."""
+    image = np.full((*found.size, 3), ground, np.uint8)
+    out = draw_overlay(image, found, 0.0)
+    changed = (out != image).any(2) & (out != PALETTE[found.ids[0] - 1]).any(2)
+    changed[: strip_height(found.size)] = False
+    rows, cols = np.nonzero(changed)
+    if not rows.size:
+        return None
+    x1, y1, x2, y2 = cols.min(), rows.min(), cols.max() + 1, rows.max() + 1
+    return ((x1 + x2) / 2, (y1 + y2) / 2), out[y1:y2, x1:x2]
+
+
+@pytest.mark.parametrize("window", [(20, 40, 200, 140), (250, 50, 390, 90), (300, 150, 400, 240), (0, 180, 120, 240)])
+def test_a_number_stands_in_the_middle_of_its_mask(window: Window) -> None:
+    found = instances([window])
+    for box in (window, (0, 0, WIDTH, HEIGHT)):
+        shown = written(dataclasses.replace(found, boxes=np.float32([box])))
+        assert shown is not None
+        np.testing.assert_allclose(shown[0], np.reshape(window, (2, 2)).mean(0), atol=6)
+
+
+def test_a_number_says_id_and_score_and_is_whole_or_not_there() -> None:
+    shown = written(instances([(20, 60, 380, 220)], ids=[7]))
+    assert shown is not None
+    _, letters = shown
+    height, width = letters.shape[:2]
+    there = []
+    for step, across in enumerate(range(16, width + 24, 5)):
+        for down in range(8, height + 24, 4):
+            x, y = 40 + step % 4, 60 + down % 5
+            small = written(instances([(x, y, x + across, y + down)], ids=[7]))
+            assert small is None or np.array_equal(small[1], letters)
+            assert small is not None or across < width + 20 or down < height + 20
+            there.append(small is not None)
+    assert any(there) and not all(there)
+    for changes in ({"ids": np.int32([8])}, {"scores": np.float32([0.91])}):
+        other = written(dataclasses.replace(instances([(20, 60, 380, 220)], ids=[7]), **changes))
+        assert other is not None and not np.array_equal(other[1], letters)
+
+
+def test_letters_are_white_with_a_dark_rim_of_a_pixel() -> None:
+    found = instances([(20, 60, 380, 220)])
+    dark, light = (draw_overlay(np.full((HEIGHT, WIDTH, 3), ground, np.uint8), found, 0.0) for ground in (0, 255))
+    inside = slice(62, 218), slice(22, 378)
+    letters, shown = dark[inside].max(2), light[inside].min(2)
+    assert letters.max() == 255 and shown.min() == 0
+    np.testing.assert_array_equal(shown, np.maximum(255 - cv2.dilate(letters, np.ones((3, 3), np.uint8)), letters))
+
+
+@pytest.mark.parametrize(("size", "thick"), [((240, 400), 1), ((399, 500), 1), ((400, 500), 2), ((1080, 1920), 2)])
+def test_contours_are_thicker_in_large_pictures(size: tuple[int, int], thick: int) -> None:
+    out = draw_overlay(np.full((*size, 3), 90, np.uint8), instances([(50, 100, 70, 120)], size), 0.0)
+    is_contour = (out == PALETTE[0]).all(2)
+    assert np.flatnonzero(is_contour[110]).tolist() == [*range(50, 50 + thick), *range(70 - thick, 70)]
+    assert is_contour.sum() == 400 - (20 - 2 * thick) ** 2
+
+
+def test_letters_grow_with_the_picture() -> None:
+    heights = [strip_height(size) for size in ((240, 400), (400, 240), (1100, 4000), (2200, 2200))]
+    assert heights[0] == heights[1] < heights[2] < heights[3]
+
+
 def test_a_thin_cross_gets_no_number() -> None:
     found = instances([(50, 50, 200, 200)])
     for rows in (slice(50, 121), slice(129, 200)):
@@ -152,6 +216,25 @@ def test_the_strip_tells_degradation_enhancement_and_count() -> None:
             assert (strips[a] != strips[b]).any()
 
 
+def test_the_strip_has_a_colour_of_its_own_for_enhanced_and_is_as_long_as_its_words() -> None:
+    image, lengths = np.full((HEIGHT, WIDTH, 3), 200, np.uint8), {}
+    for count, on in ((0, False), (0, True), (1, True), (2, True)):
+        strip = draw_overlay(image, instances(WINDOWS[:count], enhanced=on), 0.5)[: strip_height((HEIGHT, WIDTH))]
+        blue = (strip[..., 2] > strip[..., 0].astype(int) + 20).any()
+        assert blue == on
+        lengths[count, on] = int((strip != 200).any((0, 2)).sum())
+        ground = strip[:, : lengths[count, on]]
+        assert (ground[:, :4] == 50).all() and (ground[:, -4:] == 50).all() and ground.max() == 255  # no word is cut
+    # "enhanced", "not enhanced"; "1 instance", "2 instances"
+    assert lengths[0, True] < lengths[0, False] and lengths[1, True] < lengths[0, True] == lengths[2, True]
+
+
+@pytest.mark.parametrize("size", [(40, 400), (240, 150)])
+def test_a_thumbnail_without_room_for_the_words_has_no_strip(size: tuple[int, int]) -> None:
+    image = picture(size)
+    np.testing.assert_array_equal(draw_overlay(image, instances([], size)), image)
+
+
 def test_no_instances() -> None:
     image = picture()
     out = draw_overlay(image, instances([]), 0.5)
@@ -178,6 +261,8 @@ def test_labels_at_hand_give_the_same_picture() -> None:
     [
         (picture((HEIGHT, WIDTH - 1)), 0.5, r"expected \(height, width\) \(240, 400\)"),
         (picture(), 1.5, "expected 0..1, got 1.5"),
+        (picture(), 1.01, "expected 0..1, got 1.01"),
+        (picture(), -0.01, "expected 0..1, got -0.01"),
         (picture(), float("nan"), "expected 0..1"),
         (picture()[..., 0], 0.5, "stack a grey image"),
     ],
