@@ -84,6 +84,31 @@ def test_the_next_size_is_not_tried_where_it_would_not_fit() -> None:
     assert 320 in run(pace, lambda size: 0.038, 2 * GOOD_FRAMES)
 
 
+def test_frames_that_leave_time_count_in_a_row_only() -> None:
+    pace = paced(60)
+    run(pace, square(0.9), 100)
+    for _ in range(4):
+        # of each run of frames that would leave time the medians are good but for the first two
+        assert set(run(pace, lambda size: 0.03, GOOD_FRAMES - 5)) == {256}
+        run(pace, lambda size: 0.9, FRAMES)
+    run(pace, lambda size: 0.05, GOOD_FRAMES)  # within the limit, but no time for more
+    assert run(pace, lambda size: 0.03, 2 * GOOD_FRAMES).index(320) == GOOD_FRAMES + 2
+
+
+@pytest.mark.parametrize(("held", "wait"), [
+    (2, 2 * GOOD_FRAMES), (GOOD_FRAMES - 1, 2 * GOOD_FRAMES), (GOOD_FRAMES, GOOD_FRAMES),
+])
+def test_a_trial_has_failed_where_it_held_for_less_than_the_wait(held: int, wait: int) -> None:
+    pace = paced(60)
+    run(pace, square(0.07), 30)
+    while pace.now == 448:
+        pace.took(0.04)
+    # two slow frames do not change the median yet
+    run(pace, lambda size: 0.04, SETTLING + FRAMES - 1 + held - 2)
+    assert run(pace, lambda size: 0.2, 3) == [512] * 3 and pace.now == 448
+    assert run(pace, lambda size: 0.04, 4 * GOOD_FRAMES).index(512) == SETTLING + FRAMES - 1 + wait
+
+
 def test_trials_that_fail_become_rare() -> None:
     # grows faster than the square, so that the forecast is wrong each time
     sizes = run(paced(60), lambda size: 0.02 if size <= 448 else 0.2, 4 * MOST_GOOD_FRAMES)

@@ -239,12 +239,13 @@ class TestEverything:
             0.0: ([260], [0, 0, 50, 32]), 0.2: ([240], [0, 0, 50, 24]), 0.21: ([200], [0, 0, 20, 10])
         }
 
-    def test_masks_that_are_alike_without_their_small_parts_are_one(self) -> None:
-        logits = rectangles((0, 0, 20, 10), (0, 0, 20, 11), (30, 20, 40, 30))
+    @pytest.mark.parametrize("high", [5.0, 0.5])
+    def test_masks_that_are_alike_without_their_small_parts_are_one(self, high: float) -> None:
+        logits = rectangles((0, 0, 20, 10), (0, 0, 20, 11), (30, 20, 40, 30), high=high)
         logits[0, 26:30, 40:50] = 1e3  # with it they overlap by 200 of 260
         model = Known(logits, [0.9, 0.8, 0.7])
         model.islands = 0.5
-        found = pipeline(model, nms_iou=0.8).segment(picture())
+        found = pipeline(model, nms_iou=0.8, stability_threshold=0.0).segment(picture())
         assert found.scores.tolist() == pytest.approx([0.9, 0.7])
         assert found.areas.tolist() == [200, 100]
 
@@ -285,6 +286,15 @@ class TestEverything:
         found = pipeline(Prompted()).segment(picture(), boxes=[[1, 2, 11, 12], [40, 5, 41, 6]])
         assert found.areas.tolist() == [100, 0] and found.boxes[1].tolist() == [0, 0, 0, 0]
         assert found.scores.tolist() == pytest.approx([0.7, 0])
+
+    def test_a_mask_of_one_pixel_is_an_instance_where_all_sizes_are_wanted(self) -> None:
+        found = pipeline(Known(rectangles((5, 6, 6, 7)), [0.9])).segment(picture())
+        assert (found.areas.tolist(), found.stability.tolist()) == ([1], [1])
+
+    def test_of_equal_rank_the_first_of_the_model_comes_first(self) -> None:
+        windows = [(x, y, x + 3, y + 3) for y in range(0, 40, 8) for x in range(0, 60, 6)]
+        found = pipeline(Known(rectangles(*windows), [0.9, 0.5] * 25)).segment(picture())
+        assert found.boxes.tolist() == [[*window] for window in windows[::2] + windows[1::2]]
 
     def test_a_mask_without_a_pixel_is_no_instance(self) -> None:
         logits = np.full((1, 12, 16), -1000, np.float32)

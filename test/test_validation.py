@@ -45,6 +45,7 @@ def test_points_of_one_object() -> None:
 
 def test_points_without_labels_are_inside() -> None:
     assert check_points(np.ones((3, 2)), None, SIZE)[1].tolist() == [[1, 1, 1]]
+    assert check_points(np.ones((2, 3, 2)), None, SIZE)[1].tolist() == [[1, 1, 1]] * 2
 
 
 def test_padding_may_lie_anywhere() -> None:
@@ -69,14 +70,17 @@ POINTS = {
     "right of the image": ([(64, 1)], [1], r"0 <= x < 64 and 0 <= y < 48, got \(64, 1\)"),
     "below the image": ([(1, 1), (1, 48)], [1, 1], r"got \(1, 48\)"),
     "left of the image": ([(-0.5, 1)], [1], r"got \(-0.5, 1\)"),
+    "above the image": ([(1, -0.5)], [1], r"got \(1, -0.5\)"),
     "outside by an outside point": ([(1, 1), (70, 1)], [1, 0], r"got \(70, 1\)"),
     "too many labels": ([(1, 1)], [1, 0], r"labels: expected shape \(1,\) to match points \(1, 2\), got \(2,\)"),
     "label 2": ([(1, 1)], [2], r"expected 1 \(inside\) or 0 \(outside\), got \[2.0\]"),
-    "padding of one object": ([(1, 1)], [-1], r"got \[-1.0\]"),
+    "label 2 beside others": ([(1, 1), (2, 2)], [1, 2], r"or 0 \(outside\), got \[2.0\]"),
+    "padding of one object": ([(1, 1)], [-1], r"expected 1 \(inside\) or 0 \(outside\), got \[-1.0\]"),
     "label 3 in a batch": ([[(1, 1)]], [[3]], r"1, 0 or -1 \(padding\), got \[3.0\]"),
     "label nan": ([(1, 1)], [np.nan], "labels: expected finite"),
     "only outside": ([(1, 1)], [0], "at least one 1 .* add a point on the object"),
     "object of padding": ([[(1, 1)], [(1, 1)]], [[1], [-1]], "for object 1"),
+    "second object outside": ([[(1, 1)] * 2] * 2, [[1, 0], [0, -1]], r"got \[0.0, -1.0\] for object 1"),
 }
 
 
@@ -85,6 +89,11 @@ def test_points_refused(name: str) -> None:
     points, labels, words = POINTS[name]
     with pytest.raises(ValueError, match=words):
         check_points(points, labels, SIZE)
+
+
+def test_boxes_that_reach_into_the_image_by_a_part_of_a_pixel_are_taken() -> None:
+    given = [(-9, -9, 0.5, 0.5), (63.5, 47.5, 99, 99)]
+    assert check_boxes(given, SIZE).tolist() == [[0, 0, 0.5, 0.5], [63.5, 47.5, 64, 48]]
 
 
 def test_boxes_are_cut_to_the_image() -> None:
@@ -98,12 +107,15 @@ def test_boxes_are_cut_to_the_image() -> None:
 BOXES: dict[str, tuple[Any, str]] = {
     "flat": ([1, 2, 3, 4], r"expected shape \(M, 4\) .* got \(4,\)"),
     "none": (np.zeros((0, 4)), r"got \(0, 4\)"),
+    "three numbers": ([(1, 2, 3)], r"got \(1, 3\)"),
     "corners": (np.zeros((1, 2, 2)), r"got \(1, 2, 2\)"),
     "xywh": ([(20, 20, 10, 10)], r"x1 < x2 and y1 < y2 \(xyxy\), got \(20, 20, 10, 10\)"),
     "no height": ([(1, 5, 9, 5)], "x1 < x2 and y1 < y2"),
     "no width": ([(5, 1, 5, 9)], "x1 < x2 and y1 < y2"),
     "right of the image": ([(64, 1, 70, 9)], r"touches the 64x48 image, got \(64, 1, 70, 9\)"),
     "above the image": ([(1, -9, 5, 0)], "touches the 64x48 image"),
+    "left of the image": ([(-9, 1, 0, 5)], "touches the 64x48 image"),
+    "below the image": ([(1, 48, 5, 50)], "touches the 64x48 image"),
     "nan": ([(1, 2, np.nan, 4)], "boxes: expected finite"),
 }
 
