@@ -21,6 +21,7 @@ from glesam_ros.ros.conversions import (
     compressed_to_rgb,
     image_to_rgb,
 )
+from glesam_ros.settings import Settings
 from glesam_ros.value_range import ValueRange
 
 RED, GREEN, BLUE = (240, 0, 0), (0, 240, 0), (0, 0, 240)
@@ -361,6 +362,19 @@ def test_dynamic_scaling_leaves_alpha_and_a_line_of_numbers_out(shape: tuple[int
         pixels[0] = 65535
     rgb = image_to_rgb(message(pixels, "rgba16"), ValueRange(dynamic=True))
     assert set(np.unique(rgb[1:])) == {0, 255}
+
+
+def test_dynamic_scaling_of_a_png_of_a_mosaic() -> None:
+    values = mosaic("rggb", (200, 100, 0), (6, 8)) * np.uint16(5) + np.uint16(7300)
+    png = compressed(coded(".png", values), "bayer_rggb16; png compressed ")
+    rgb = compressed_to_rgb(png, ValueRange(dynamic=True))
+    np.testing.assert_array_equal(rgb, np.broadcast_to(np.array([255, 128, 0]), (6, 8, 3)))
+
+
+def test_the_range_of_the_settings_is_theirs() -> None:
+    settings = Settings(min_image_value=20.0, max_image_value=40.0, do_dynamic_scaling=True)
+    assert ValueRange.of(settings) == ValueRange(20.0, 40.0, True)
+    assert ValueRange.of(Settings()) == ValueRange() and ValueRange().is_own
 
 
 def test_dynamic_scaling_of_a_flat_picture_and_of_floats_that_are_none() -> None:

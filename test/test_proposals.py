@@ -220,7 +220,7 @@ def test_unstable_masks_come_later_or_not_at_all() -> None:
 
 def test_the_threshold_is_of_the_score_alone() -> None:
     steady, features = candidates([(slice(0, 3), slice(0, 6))], edge=0.5)
-    for threshold, count in ((0.79, 1), (0.81, 0)):
+    for threshold, count in ((0.79, 1), (float(np.float32(0.8)), 1), (0.81, 0)):
         _, got, rank = choose(steady, np.array([0.8], np.float32), features, threshold, 0.0, 0.7, 10)
         assert len(got) == len(rank) == count and (rank < threshold).all()
 

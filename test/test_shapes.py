@@ -35,10 +35,18 @@ def test_a_part_below_half_of_the_largest_becomes_background() -> None:
 
 @pytest.mark.parametrize(("share", "kept"), [(0.0, 36), (0.25, 36), (0.26, 31), (0.55, 31), (0.56, 20), (1.0, 20)])
 def test_the_share_says_what_is_small(share: float, kept: int) -> None:
-    # beside the background, which here is the smallest part of all
     logits = parts((0, 0, 10, 2), (12, 0, 23, 1), (25, 0, 30, 1))[:2, :30]
-    drop_islands(logits, share, extent=(0, 0, 30, 2))
+    is_mask = logits > 0
+    assert drop_islands(logits, share, extent=(0, 0, 30, 2)) is (kept < 36)
     assert (logits > 0).sum() == kept
+    assert (logits[~is_mask] == -3).all()
+
+
+def test_the_background_is_no_small_part() -> None:
+    logits = parts((0, 0, 20, 2), (21, 0, 30, 2))  # 40 cells and 18, between them 2
+    before = logits.copy()
+    assert not drop_islands(logits, 0.2, extent=(0, 0, 30, 2))
+    np.testing.assert_array_equal(logits, before)
 
 
 def test_only_the_extent_is_looked_at() -> None:
@@ -63,6 +71,13 @@ def test_the_part_under_the_point_stays(point: tuple[int, int], kept: int) -> No
     assert (logits > 0).sum() == kept
 
 
+@pytest.mark.parametrize("point", [(3, 8), (26, 8), (25, 3), (25, 9), (4, 3), (29, 19)])
+def test_a_point_beside_all_parts_keeps_none(point: tuple[int, int]) -> None:
+    logits = parts((5, 4, 15, 6), (24, 8, 26, 9))
+    assert drop_islands(logits, ISLAND, middle(*point))
+    assert (logits > 0).sum() == 20
+
+
 @pytest.mark.parametrize(
     ("xy", "corner"), [((-1.0, -1.0), (0, 0)), ((1.0, 1.0), (19, 29)), ((1.5, -2.0), (0, 29))]
 )
@@ -77,7 +92,7 @@ def test_points_at_and_beyond_the_border_count_for_the_nearest_cell(xy, corner) 
 def test_masks_in_one_piece_and_empty_ones_stay(rectangles: tuple[tuple[int, int, int, int], ...]) -> None:
     logits = parts(*rectangles)
     before = logits.copy()
-    drop_islands(logits, ISLAND, middle(3, 3))
+    assert not drop_islands(logits, ISLAND, middle(3, 3))
     np.testing.assert_array_equal(logits, before)
 
 
