@@ -413,6 +413,15 @@ def test_prompts_are_where_they_were_in_the_mirrored_part() -> None:
     np.testing.assert_array_equal(window.mirrored(image), image[44:134, 60:180][:, ::-1])
 
 
+@pytest.mark.parametrize(("pixel", "told"), [
+    ((29, 40), -1), ((91, 40), -1), ((50, 21), -1), ((50, 68), -1), ((29, 21), -1), ((30, 40), 0), ((90, 40), 0),
+])
+def test_background_on_no_side_of_the_part_says_anything_there(pixel: tuple[int, int], told: int) -> None:
+    for label, expected in ((0, told), (1, 1)):
+        _, labels = Window(GRID, 30, 22, 60, 45).prompts(in_frame(pixel), np.float32([[label]]))
+        assert labels.tolist() == [[expected]]
+
+
 def test_the_second_look_comes_and_goes_with_the_level_by_degrees(bad) -> None:
     """So that the masks of a camera near the level where it begins do not flicker."""
     assert [share(level) for level in (0.0, 0.15, 0.2, 0.25, 1.0)] == pytest.approx([0, 0, 0.25, 0.5, 0.5])

@@ -9,7 +9,7 @@ import pytest
 
 from glesam_ros import Instances
 from glesam_ros.ros.camera import Camera
-from glesam_ros.ros.diagnostics import CameraLedger, Ring, worth_a_log_line
+from glesam_ros.ros.diagnostics import CameraLedger, Ring, no_publisher, worth_a_log_line
 
 OK, WARN, ERROR, STALE = b"\x00", b"\x01", b"\x02", b"\x03"
 
@@ -33,7 +33,7 @@ def working(now=0.0):
 
 def test_a_ring_keeps_the_last_values():
     ring = Ring(4)
-    assert not ring and all(math.isnan(value) for value in ring.percentiles(50, 95))
+    assert not ring and [math.isnan(value) for value in ring.percentiles(50, 95)] == [True, True]
     ring.add(7)
     assert ring and ring.percentiles(50) == [7]
     for value in (1, 3):
@@ -91,6 +91,8 @@ def test_fewer_frames_than_are_expected_are_a_warning_once_rates_are_known():
     assert [second(now, 3)[0] for now in range(7, 13)][-1] == OK
     # nobody asked
     assert {second(now, 1, "no_subscriber")[0] for now in range(13, 20)} == {OK}
+    assert [second(now, 1) for now in range(20, 26)][-1] == slow
+    assert [second(now, 2)[0] for now in range(26, 32)][-1] == OK  # just what is expected
 
 
 def test_a_silence_is_told_once_and_its_length_when_it_ends():
@@ -168,6 +170,58 @@ def test_what_is_noticed_is_counted_and_told_and_costs_no_frame():
     found = values(ledger, 1.1)
     assert (found["noticed_zero_stamp"], found["frames_dropped"]) == ("2", "0")
     assert found["last_fault"] == "zero_stamp: set it"
+
+
+def test_faults_of_which_no_frame_gets_through_are_an_error():
+    ledger = CameraLedger("/image")
+    ledger.arrived(0.0)
+    ledger.noticed("zero_stamp", "set it")
+    assert verdict(ledger, 0.5) == (WARN, "faults: 1 zero_stamp")  # cost no frame
+    ledger.dropped("bad_step", "step 3")
+    ledger.dropped("overwritten")
+    assert verdict(ledger, 1.0) == (ERROR, "no frame could be processed: 1 bad_step, 1 zero_stamp")
+    ledger.processed()
+    assert verdict(ledger, 1.5) == (WARN, "faults: 1 bad_step, 1 zero_stamp")
+
+
+def test_what_nobody_subscribes_to_is_said_where_nothing_is_processed():
+    ledger = CameraLedger("/image")
+    ledger.arrived(0.0)
+    assert verdict(ledger, 0.5) == (OK, "1.0 Hz in, 0.0 Hz processed")
+    ledger.dropped("no_subscriber")
+    assert verdict(ledger, 1.0) == (OK, "1.0 Hz in, 0.0 Hz processed, no subscriber")
+    ledger.processed()
+    assert verdict(ledger, 1.0) == (OK, "1.0 Hz in, 1.0 Hz processed")
+
+
+def test_a_first_frame_that_does_not_come_is_told_once():
+    ledger = CameraLedger("/image")
+    assert ledger.missed(100.0) == ""  # nothing is expected yet
+    ledger.listens(100.0)
+    assert [ledger.missed(now) for now in (104.9, 105.0, 106.0)] == ["", "no frame yet on /image", ""]
+    ledger.listens(110.0)
+    ledger.no_publisher = "no publisher on /image"
+    assert [ledger.missed(now) for now in (114.0, 116.0)] == ["", "no publisher on /image"]
+    for forget in (ledger.rest, lambda: ledger.arrived(121.0)):
+        ledger.listens(120.0)
+        forget()
+        assert ledger.missed(130.0) == ""
+
+
+@pytest.mark.parametrize(("publishers", "compressed", "several", "expected"), [
+    ({"/a/image": 1}, False, False, ""),
+    ({"/a/image/compressed": 2}, True, False, ""),
+    ({"/a/image/compressed": 1}, False, False,
+     "no publisher on /a/image, but one on /a/image/compressed: set compressed:=true"),
+    ({"/a/image": 1}, True, False, "no publisher on /a/image/compressed, but one on /a/image: set compressed:=false"),
+    ({}, False, False,
+     "no publisher on /a/image: start the camera, or set image_topic (compressed:=true for JPEG)"),
+    ({}, True, True,
+     "no publisher on /a/image/compressed: start the camera, or set image_topics (compressed:=false for raw images)"),
+])
+def test_why_no_frame_can_come(publishers, compressed, several, expected):
+    topic = "/a/image/compressed" if compressed else "/a/image"
+    assert no_publisher(topic, compressed, lambda name: publishers.get(name, 0), several) == expected
 
 
 def test_a_fault_is_told_until_the_window_has_gone_by():

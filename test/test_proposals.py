@@ -87,10 +87,11 @@ def test_what_nothing_overlaps_is_kept() -> None:
     assert kept.tolist() == voted.tolist() == list(range(200)) and (novelty == 1).all()
 
 
-def test_empty_masks_are_kept_and_overlap_nothing() -> None:
+@pytest.mark.parametrize("vote_iou", [0.0, 0.7])
+def test_empty_masks_are_kept_and_overlap_nothing(vote_iou: float) -> None:
     masks = np.zeros((4, SIZE * SIZE), np.bool_)
     masks[1, :9] = True
-    kept, voted, novelty = suppress(packed(masks), 0.0, 0.0, 4)
+    kept, voted, novelty = suppress(packed(masks), 0.0, vote_iou, 4)
     assert kept.tolist() == voted.tolist() == list(range(4)) and (novelty == 1).all()
 
 
