@@ -347,6 +347,35 @@ def test_effect_gets_worse_with_the_level(name: str) -> None:
     assert means[0] > means[1] > means[2]
 
 
+STRENGTHS = {
+    "low_light": ((12.8, -52.3), (10.2, -71.0), (8.7, -84.6)),
+    "motion_blur": ((27.6, 0.9), (24.7, 1.6), (22.3, 2.7)),
+    "defocus": ((30.6, 0.5), (27.7, 0.9), (25.4, 1.5)),
+    "rain": ((24.2, 7.3), (19.2, 13.5), (16.1, 20.1)),
+    "lens_drops": ((25.6, -0.4), (22.0, 0.4), (18.6, 0.3)),
+    "fog": ((14.3, 33.6), (12.0, 45.4), (10.3, 56.8)),
+    "snow": ((21.8, 13.5), (16.9, 25.5), (13.9, 37.3)),
+    "glare": ((19.4, 8.2), (15.7, 12.4), (12.9, 15.4)),
+    "jpeg": ((27.1, 0.0), (25.6, -0.1), (23.6, 0.2)),
+    "gaussian_noise": ((26.7, 0.0), (20.5, 0.0), (15.8, -0.1)),
+    "iso_noise": ((29.8, -0.4), (24.9, -1.1), (20.6, -2.5)),
+    "rolling_shutter": ((35.4, 0.0), (29.5, -0.1), (26.4, -0.1)),
+    "dead_pixels": ((35.2, 0.0), (32.3, 0.0), (26.2, -0.1)),
+    "h264": ((27.8, -0.1), (26.3, 0.0), (24.9, -0.8)),
+    "lq": ((24.1, -0.3), (23.4, -0.2), (22.0, -0.2)),
+}
+"""By kind, for each level: mean PSNR in dB and how much brighter the mean is, of four scenes."""
+
+
+@pytest.mark.parametrize("name", names())
+def test_each_level_is_as_strong_as_when_the_figures_of_the_docs_were_measured(name: str) -> None:
+    for level, (decibels, brighter) in zip(robot.LEVELS, STRENGTHS[name]):
+        scenes = [scene(seed, 240, 320) for seed in range(4)]
+        pairs = [(image, degrade(image, name, level, seed).image) for seed, image in enumerate(scenes)]
+        assert np.mean([psnr(worse, image) for image, worse in pairs]) == pytest.approx(decibels, abs=0.4)
+        assert np.mean([worse.mean() - image.mean() for image, worse in pairs]) == pytest.approx(brighter, abs=1.0)
+
+
 @pytest.mark.parametrize("name", names())
 def test_weather_of_a_film_is_stable(name: str) -> None:
     image = scene(1)
