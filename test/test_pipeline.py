@@ -428,6 +428,12 @@ class TestUpsampling:
             extent = (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1) if rows.size else (0, 0, 0, 0)
             assert box == extent
 
+    def test_a_positive_cell_that_no_pixel_is_near_enough_to_is_an_empty_mask(self) -> None:
+        logits = np.full((12, 16), -1000, np.float32)
+        logits[5, 5] = 1e-3
+        mask = np.zeros((HEIGHT, WIDTH), np.bool_)
+        assert upsample_into(mask, logits) == ((0, 0, 0, 0), 0) and not mask.any()
+
     def test_small_objects_everywhere(self) -> None:
         for cells, pixels in (((12, 16), (61, 83)), ((12, 16), (60, 80)), ((12, 16), (9, 7))):
             for y in range(cells[0]):
