@@ -241,12 +241,21 @@ def compressed(data: bytes, stated: str) -> Any:
 BGR_PHOTO = np.ascontiguousarray(photo()[..., ::-1])
 
 
-@pytest.mark.parametrize("stated", ["png", "rgb8; png compressed bgr8", "bgr8; png compressed bgr8", "PNG"])
+@pytest.mark.parametrize(
+    "stated",
+    ["png", "rgb8; png compressed bgr8", "bgr8; png compressed bgr8", "PNG", "bayer_rggb8; png compressed bgr8"],
+)
 def test_png_is_exact(stated: str) -> None:
     np.testing.assert_array_equal(compressed_to_rgb(compressed(coded(".png", BGR_PHOTO), stated)), photo())
 
 
-@pytest.mark.parametrize("stated", ["jpeg", "jpg", "rgb8; jpeg compressed bgr8", "bgr8; jpeg compressed bgr8", "mjpeg"])
+@pytest.mark.parametrize(
+    "stated",
+    [
+        "jpeg", "jpg", "rgb8; jpeg compressed bgr8", "bgr8; jpeg compressed bgr8", "mjpeg",
+        "bayer_rggb8; jpeg compressed bgr8",
+    ],
+)
 def test_jpeg_colours(stated: str) -> None:
     rgb = compressed_to_rgb(compressed(coded(".jpg", BGR_PHOTO), stated))
     np.testing.assert_allclose(rgb.astype(int), photo(), atol=24)
@@ -448,8 +457,9 @@ def test_a_cut_jpeg_with_an_end_marker_put_on_is_refused(kind: str, kept: float)
     assert caught.value.reason == "corrupt_image"
 
 
-def test_a_jpeg_cut_within_a_marker_or_where_a_restart_is_due_is_refused() -> None:
-    whole = coded(".jpg", cv2.resize(BGR_PHOTO, (83, 61)), cv2.IMWRITE_JPEG_RST_INTERVAL, 3)
+@pytest.mark.parametrize("interval", [3, 1])  # restarts are numbered from 0 to 7, and then from 0 again
+def test_a_jpeg_cut_within_a_marker_or_where_a_restart_is_due_is_refused(interval: int) -> None:
+    whole = coded(".jpg", cv2.resize(BGR_PHOTO, (83, 61)), cv2.IMWRITE_JPEG_RST_INTERVAL, interval)
     scan = whole.index(b"\xff\xda") + 14
     cuts = [n for n in range(scan, len(whole) - 40) if whole[n - 1] == 0xFF or whole[n] == 0xFF]
     assert len(cuts) > 10
@@ -470,7 +480,7 @@ def test_a_whole_jpeg_that_ends_grey_after_fill_bytes_is_accepted(progressive: i
     np.testing.assert_array_equal(compressed_to_rgb(compressed(filled, "jpeg")), expected)
 
 
-@pytest.mark.parametrize("interval", [0, 3])
+@pytest.mark.parametrize("interval", [0, 1, 3])
 @pytest.mark.parametrize("shape", [(48, 64, 3), (45, 67, 3), (48, 64)])
 def test_a_whole_grey_jpeg_is_accepted(shape: tuple[int, ...], interval: int) -> None:
     flat = np.full(shape, 128, np.uint8)

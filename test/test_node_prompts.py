@@ -261,6 +261,14 @@ def test_classes_of_the_boxes_go_on_to_their_detections(scene):
     scene.client.send(detections.last, "prompt/boxes")
     again = {"1": expected["2"], "2": expected["3"]}
     scene.client.stream(scene.frame, lambda: said() == again, f"{again}, got {said()}")
+    # of very many the first go on
+    many, names = detections.last, [f"class {k}" for k in range(20)]
+    many.detections[1].results = [
+        ObjectHypothesisWithPose(hypothesis=ObjectHypothesis(class_id=name, score=0.5)) for name in names
+    ]
+    scene.client.send(many, "prompt/boxes")
+    first = ["object", *names[:16]]
+    scene.client.stream(scene.frame, lambda: [name for name, _ in said().get("2", ())] == first, f"{first}")
 
 
 @pytest.mark.parametrize("kind", ["point", "boxes"])

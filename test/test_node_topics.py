@@ -144,8 +144,11 @@ def test_label_info_waits_for_late_subscribers(launch):
     wait_for(lambda: inbox.messages, "label_info")
     assert [(c.class_id, c.class_name) for c in inbox.last.class_map] == [(1, "object")]
     assert inbox.last.threshold == pytest.approx(0.25)
+    before = inbox.last.header.stamp
     client.set_parameters(score_threshold=0.5)
     wait_for(lambda: inbox.last.threshold == pytest.approx(0.5), "the new threshold")
+    after = inbox.last.header.stamp
+    assert (after.sec, after.nanosec) > (before.sec, before.nanosec) > (0, 0)
     assert [(c.class_id, c.class_name) for c in inbox.last.class_map] == [(1, "object")]
     client.set_parameters(max_instances=7)
     time.sleep(0.3)
