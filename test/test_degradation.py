@@ -461,6 +461,27 @@ def test_low_light_darkens_and_its_noise_grows_relative_to_the_signal() -> None:
     assert means[0] < 0.5 * robot._to_linear(grey).mean()
 
 
+@pytest.mark.parametrize("level", robot.LEVELS)
+@pytest.mark.parametrize(("name", "is_warm"), [("low_light", True), ("glare", True), ("fog", False)])
+def test_lamps_are_warm_and_fog_is_cold(name: str, is_warm: bool, level: int) -> None:
+    red, green, blue = degrade(np.full((120, 160, 3), 128, np.uint8), name, level, 0).image.mean((0, 1))
+    assert red > green > blue if is_warm else red < green < blue
+
+
+def test_even_black_has_the_read_noise_of_the_sensor() -> None:
+    for level in robot.LEVELS:
+        out = degrade(np.zeros((200, 200, 3), np.uint8), "low_light", level, 0).image.astype(float)
+        assert (out - out.mean(1, keepdims=True)).std() > 2 > out.mean(1).std()  # of pixels more than of rows
+
+
+def test_coarse_noise_of_high_gain_is_of_colour_and_not_of_brightness() -> None:
+    for level in robot.LEVELS:
+        out = degrade(np.full((240, 320, 3), 128, np.uint8), "iso_noise", level, 0).image.astype(np.float32)
+        coarse = cv2.GaussianBlur(out, (0, 0), 4)
+        brightness = coarse.mean(2, keepdims=True)
+        assert (coarse - brightness).std() > 2.5 * brightness.std()
+
+
 def test_fog_goes_to_the_air_light_and_hides_the_far_more() -> None:
     stripes = np.zeros((200, 200, 3), np.uint8)
     stripes[:, ::2] = 220
