@@ -210,6 +210,13 @@ def test_label_info_of_the_class_map_waits_for_late_subscribers(results, node):
     instances = node.subscribe(LabelInfo, "label_info", LATCHED)
     wait_for(lambda: instances.messages, "label_info of the masks")
     assert [(c.class_id, c.class_name) for c in instances.last.class_map] == [(1, "object")]
+    # the threshold is that of the masks; every pixel has a class
+    node.set_parameters(score_threshold=0.5)
+    wait_for(lambda: instances.last.threshold == pytest.approx(0.5), "the new threshold")
+    late = node.subscribe(LabelInfo, "semantic/label_info", LATCHED)
+    wait_for(lambda: late.messages, "label_info")
+    assert late.last.threshold == inbox.last.threshold == 0
+    node.set_parameters(score_threshold=-1.0)
 
 
 def test_diagnostics_have_own_times_and_name_the_models(results, node):

@@ -7,11 +7,14 @@ import time
 import cv2
 import numpy as np
 import pytest
+import rclpy
 from geometry_msgs.msg import Point
 from rclpy.qos import QoSDurabilityPolicy, QoSProfile
 from ros_graph import image_message, picture, pixels_of, wait_for
 from sensor_msgs.msg import CompressedImage, Image
 from vision_msgs.msg import Classification, Detection2DArray, LabelInfo
+
+from glesam_ros.ros.names import beside
 
 LARGE, SMALL = (20, 20, 60, 60), (100, 40, 40, 40)
 
@@ -219,6 +222,23 @@ def test_what_belongs_to_a_topic_goes_where_it_is_remapped_to(launch):
         return labels[60, 120] == 1 and not labels[50, 50]
 
     client.stream(frame, only_small, "what was clicked", "cam/raw/compressed")
+
+
+@pytest.mark.parametrize(("rules", "expected"), [
+    ([], "/cam/masks/compressed"),
+    (["masks:=/seen"], "/seen/compressed"),
+    (["masks:=seen"], "/cam/seen/compressed"),
+    (["masks/compressed:=packed"], "/cam/packed"),
+    (["masks:=/seen", "masks/compressed:=packed"], "/cam/packed"),
+    (["overlay:=/seen"], "/cam/masks/compressed"),
+])
+def test_a_topic_beside_another_goes_along_unless_it_has_a_rule_of_its_own(_ros, rules, expected):
+    arguments = ["--ros-args", *(word for rule in rules for word in ("-r", rule))]
+    node = rclpy.create_node("names", namespace="cam", cli_args=arguments)
+    try:
+        assert node.resolve_topic_name(beside(node, "masks", "/compressed")) == expected
+    finally:
+        node.destroy_node()
 
 
 def test_cameras_whose_topics_are_exchanged(launch):
