@@ -254,7 +254,7 @@ def publish(args: argparse.Namespace) -> int:
 def film(folder: Path | None, width: int, height: int) -> list[Any]:
     """(height, width, 3) uint8 RGB pictures: those of `folder`, or a window that pans over a photograph and back."""
     if folder is not None:
-        paths = [path for path, _ in find_pictures([folder], recursive=False)][:FILM_FRAMES]
+        paths = [path for path, _ in find_pictures([folder])][:FILM_FRAMES]
         return [cv2.resize(read_picture(path), (width, height), interpolation=cv2.INTER_AREA) for path in paths]
     photograph = read_picture(demo_photograph())
     scale = 1.25 * max(width / photograph.shape[1], height / photograph.shape[0])

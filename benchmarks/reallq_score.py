@@ -47,7 +47,7 @@ def main() -> int:
     def quality_of(image: np.ndarray) -> Quality:
         return measure(image, lambda picture: pipeline.encode(picture).degradation)
 
-    paths = [path for path, _ in find_pictures([args.clear], recursive=False)]
+    paths = [path for path, _ in find_pictures([args.clear])]
     if args.list:
         wanted = _listed(args.list)
         paths = [path for path in paths if path.stem in wanted]
@@ -55,7 +55,7 @@ def main() -> int:
     clear = [quality_of(image) for image in tqdm(images, desc="clear", disable=None)]
     rows = []
     if args.real:
-        found = [quality_of(read_picture(path)) for path, _ in find_pictures([args.real], recursive=False)]
+        found = [quality_of(read_picture(path)) for path, _ in find_pictures([args.real])]
         rows.append({"kind": args.real.name, **{
             name: {"above_clear": [_above(list(map(number, found)), list(map(number, clear)))]}
             for name, number in NUMBERS.items()

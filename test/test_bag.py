@@ -424,7 +424,9 @@ def test_one_gate_for_each_camera(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["nowhere", "--out", "out"], "nowhere"),
+        (["nowhere", "--out", "out"], "nowhere: no such bag$"),
+        ([".", "--out", "out"], "a folder without metadata.yaml; .* --from-images"),
+        (["film.avi", "--out", "out"], r"film.avi: expected a bag \(folder, .mcap, .db3, .bag\)"),
         (["drive", "--out", "drive"], "exists already"),
         (["drive", "--out", "out", "--topic", "/rear"], "not in .*; its image topics: /front/image_raw"),
         (["drive", "--out", "out", "--topic", "/notes"], "expected sensor_msgs/Image or CompressedImage, got std_msgs"),
@@ -434,7 +436,8 @@ def test_one_gate_for_each_camera(tmp_path):
 def test_failures_are_one_line(arguments, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_bag(Path("drive"), drive())
-    Path("text.mcap").write_text("this is no bag")
+    for name in ("text.mcap", "film.avi"):
+        Path(name).write_text("this is no bag")
     assert bag(*arguments) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1

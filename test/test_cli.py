@@ -181,12 +181,37 @@ def test_failures_are_one_line_without_traceback(arguments, expected, tmp_path, 
     assert expected in lines[0]
 
 
+def test_an_out_that_cannot_be_a_folder_is_named_with_the_remedy(tmp_path, capsys):
+    picture, file = write(tmp_path / "a.png", bright_model.scene()), tmp_path / "file"
+    file.write_text("")
+    assert segment(picture, "--out", file) == 1
+    assert capsys.readouterr().err == (
+        f"glesam segment: error: {file}: expected a folder or a free name, got a file; give another name\n"
+    )
+    assert segment(picture, "--out", file / "below") == 1
+    assert "expected a folder above it, got a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("a.mp4", "ffmpeg -i FILM"), ("a.MOV", "film"), ("b.mcap", "glesam bag")]
+)
+def test_a_film_or_a_bag_in_place_of_a_picture_is_named_with_the_way(name, expected, tmp_path, capsys):
+    (tmp_path / name).write_bytes(b"film")
+    assert segment(tmp_path / name, "--out", tmp_path / "o") == 1
+    assert re.search(f"skipped .*{name}: expected a picture, got .*{expected}", capsys.readouterr().err)
+
+
 def test_missing_path_and_empty_folder_are_named(tmp_path, capsys):
     assert segment(tmp_path / "nowhere.png", "--out", tmp_path / "o") == 1
     assert "nowhere.png: no such picture or folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert segment(tmp_path / "empty", "--out", tmp_path / "o") == 1
-    assert "no picture" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no picture" in said and "; -r looks into" in said
+    # a command without -r does not name it
+    assert main(["bag", "--from-images", str(tmp_path / "empty"), "--out", str(tmp_path / "o")]) == 1
+    said = capsys.readouterr().err
+    assert "no picture" in said and "looks into" not in said
 
 
 def test_options_have_the_defaults_of_the_settings():
@@ -383,6 +408,14 @@ def test_a_missing_package_is_one_line_that_says_once_how_to_install_it(command,
     assert main([command, str(picture), "--out", str(tmp_path / "out"), "--model", "without"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"glesam {command}: error: ") and line.count("install") == 2 == line.count("pip install") + 1
+
+
+def test_training_asks_for_its_own_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name in [name for name in sys.modules if name.startswith("glesam_ros.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["train", "tiny", "--data", "nowhere"]) == 1
+    assert capsys.readouterr().err.endswith("; install it: pip install 'glesam_ros[train]'\n")
 
 
 def jpegs() -> dict[str, bytes]:

@@ -257,7 +257,7 @@ def test_faults_of_labels_are_named_and_counted(tmp_path, capsys):
         (["pick", "drive", "--out", "set", "--topic", "/side", *CLASSES], "--topic /side: not in drive"),
         (["pick", "drive", "--out", "full", *CLASSES], "expected an empty folder or an earlier set, found keep"),
         (["pick", "drive", "--out", "set", "--classes", "a", "a"], "each once, got a"),
-        (["read", "full"], "manifest.json"),
+        (["read", "full"], "expected a set that `glesam reallq pick` made, found no manifest.json"),
         (["read", "nowhere"], "nowhere"),
     ],
 )

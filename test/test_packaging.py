@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import glesam_ros
-from glesam_ros.cli.main import OPTIONAL
+from glesam_ros.cli.main import OPTIONAL, TRAIN
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("package.xml", "setup.py", "setup.cfg", "pyproject.toml", "colcon.pkg")
@@ -122,6 +122,7 @@ def test_a_missing_package_is_named_with_an_extra_that_has_it(wheel):
     for module, hint in OPTIONAL.items():
         if extra := re.fullmatch(r"pip install 'glesam_ros\[(\w+)\]'", hint):
             assert names.get(module, module).replace("_", "-") in found[extra[1]], module
+    assert "torch" in found[re.fullmatch(r"pip install 'glesam_ros\[(\w+)\]'", TRAIN)[1]]
     asked = re.search(r"setup\.sh (.+)", (ROOT / "scripts/test.sh").read_text())[1].split()
     assert set(asked) <= set(found) and "glesam" in asked
 

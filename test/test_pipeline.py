@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -650,6 +651,7 @@ class TestLoading:
         [
             ("torch", "; install what it needs: pip install 'glesam_ros[glesam]'"),
             ("sam2", "; install what it needs: SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2"),
+            ("onnxruntime", "; install what it needs: pip install onnxruntime (with a GPU onnxruntime-gpu)"),
             ("glesam_ros.typo", ""),
         ],
     )
@@ -662,6 +664,14 @@ class TestLoading:
             load_pipeline(f"without_{missing}")
         assert caught.value.name == missing
         assert str(caught.value).endswith(f"No module named '{missing}'{helps}")
+
+    def test_a_missing_package_of_weights_of_ones_own_is_named_as_well(self, tmp_path: Path, monkeypatch: Any) -> None:
+        def lacks(*_: Any) -> Any:
+            raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
+
+        monkeypatch.setattr("glesam_ros.models.registry._nano", lacks)
+        with pytest.raises(ModuleNotFoundError, match="; install what it needs: pip install onnxruntime"):
+            load_pipeline(str(tmp_path))
 
     def test_images_are_checked(self) -> None:
         with pytest.raises(ValueError, match="stack a grey image"):

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper  # noqa: E402
 
 from glesam_ros import load_semantic  # noqa: E402
 from glesam_ros.models import OutOfMemory, rass_nano  # noqa: E402
-from glesam_ros.models.rass_nano import RassNano, load_rass_nano  # noqa: E402
+from glesam_ros.models.rass_nano import RassNano  # noqa: E402
 from glesam_ros.semantic import SemanticSegmenter  # noqa: E402
 
 COLOURS = {"grass": (40, 160, 40), "sky": (90, 150, 250), "brick": (180, 60, 50), "snow": (240, 240, 240)}
@@ -184,7 +184,7 @@ def test_by_name(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert segmenter.device.startswith("cpu (fp32, onnxruntime, CPUExecutionProvider")
         assert segmenter.palette.tolist() == [list(colour) for colour in COLOURS.values()]
         assert segmenter.segment(np.zeros((48, 64, 3), np.uint8)).size == (48, 64)
-    assert load_rass_nano("cpu", "fp32").licence == "none"
+    assert RassNano("cpu", "fp32").licence == "none"
 
 
 def test_a_folder_takes_the_place_of_the_name(weights: Path, tmp_path: Path) -> None:

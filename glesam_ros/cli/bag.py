@@ -245,7 +245,7 @@ def _bag_of_pictures(args: argparse.Namespace) -> int:
         args.usage_error(f"--topic: expected one topic with --from-images, got {len(args.topic)}")
     if not args.from_images.is_dir():
         raise CommandError(f"{args.from_images}: expected a folder of pictures")
-    paths = [path for path, _ in find_pictures([args.from_images], recursive=False)]
+    paths = [path for path, _ in find_pictures([args.from_images])]
     values, failures = ValueRange.of(args), 0
 
     def pictures() -> Iterator[UInt8Array]:

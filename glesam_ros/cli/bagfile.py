@@ -68,6 +68,7 @@ _VISION_MSGS = {
 
 _WITH_CLASSES = {"semantic", "semantic/confidence", LABEL_INFO, "detections", "overlay"}
 
+BAG_SUFFIXES = (".mcap", ".db3", ".bag")
 UNREADABLE = (AnyReaderError, ValueError, IndexError, AssertionError, struct.error)
 """What the versions of rosbags raise for a message whose bytes do not fit its type."""
 _ENDLESS = QosTime(9223372036, 854775807)  # as rosbag2 records it
@@ -144,6 +145,15 @@ def open_bag(path: Path, distro: str) -> Iterator[BagSource]:
     Raises:
         CommandError: missing, broken or unreadable bag.
     """
+    if not path.exists():
+        raise CommandError(f"{path}: no such bag")
+    if path.is_dir() and not (path / "metadata.yaml").exists():
+        raise CommandError(
+            f"{path}: expected a bag, got a folder without metadata.yaml; of a recording that was cut off name the "
+            ".mcap or .db3 in it, of pictures make a bag with glesam bag --from-images"
+        )
+    if path.is_file() and path.suffix not in BAG_SUFFIXES:
+        raise CommandError(f"{path}: expected a bag (folder, {', '.join(BAG_SUFFIXES)}), got another file")
     types = message_types(distro)
     with contextlib.ExitStack() as stack:
         try:

@@ -316,7 +316,7 @@ def _unlabelled_photographs(args: argparse.Namespace) -> dict[str, Path]:
 
     if not _degradations(args):
         raise CommandError("--agreement: expected at least one kind of degradation, got --kinds none")
-    return {str(stem): path for path, stem in find_pictures([args.agreement], recursive=False)[: args.limit]}
+    return {str(stem): path for path, stem in find_pictures([args.agreement])[: args.limit]}
 
 
 def _degradations(args: argparse.Namespace) -> tuple[Condition, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import select
 import sys
@@ -28,7 +29,7 @@ from glesam_ros.cli import (
 )
 from glesam_ros.cli.options import CommandError
 from glesam_ros.cli.stopping import stop_code, terminable
-from glesam_ros.optional import OPTIONAL
+from glesam_ros.optional import OPTIONAL, TRAIN
 
 EPILOG = """\
 examples:
@@ -50,6 +51,17 @@ examples:
 `glesam COMMAND --help` explains a command with its own examples.
 exit codes: 0 done, 1 something failed (said in one line), 2 wrong usage, 130 stopped by Ctrl-C, 141 nobody read the
 output to its end (glesam models | head -1), 143 stopped by SIGTERM; demo ends with 0 after both, train with 130."""
+
+
+REMEDIES = {
+    errno.EEXIST: "expected a folder or a free name, got a file; give another name",
+    errno.ENOTDIR: "expected a folder above it, got a file; give another name",
+    errno.EISDIR: "expected a file, got a folder; give another name",
+    errno.EACCES: "permission denied; give another place, or mend its permissions",
+    errno.EROFS: "read-only file system; give another place",
+    errno.ENOSPC: "no space left on device; make room, or give another place",
+}
+"""What the system says of a file in three words, with what was expected and how to mend it."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -117,19 +129,26 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except (CommandError, OSError, MemoryError) as error:
-        # Python's own MemoryError has no text
-        print(f"glesam {args.command}: error: {str(error) or 'out of memory'}", file=sys.stderr)
+        print(f"glesam {args.command}: error: {_text(error)}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
             raise
-        how = OPTIONAL[error.name]
+        # torch is in two extras
+        how = TRAIN if (args.command, error.name) == ("train", "torch") else OPTIONAL[error.name]
         text = str(error) if how in str(error) else f"{error}; install it: {how}"
         print(f"glesam {args.command}: error: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"glesam {args.command}: stopped", file=sys.stderr)
         return stop_code(stop)
+
+
+def _text(error: Exception) -> str:
+    """What to say of an error; Python's own MemoryError has no text."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {REMEDIES.get(error.errno or 0, error.strerror)}"
+    return str(error) or "out of memory"
 
 
 if __name__ == "__main__":

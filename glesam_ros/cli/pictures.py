@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 FAILURES = (ValueError, RuntimeError, OSError, MemoryError)
 """What one picture may fail with; the others are done all the same."""
 
+_FILM = "a film; take its frames out: ffmpeg -i FILM frames/%06d.png"
+_BAG = "a recorded bag: glesam bag"
+NO_PICTURES = {
+    **dict.fromkeys((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"), _FILM),
+    **dict.fromkeys((".bag", ".db3", ".mcap"), _BAG),
+}
+"""Endings of what is taken for pictures by mistake: what it is, and the way from there."""
+
 
 def add_pictures(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that turn pictures into files: PATH, what `find_pictures` takes; --out; -r."""
@@ -31,12 +39,14 @@ def add_pictures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-r", "--recursive", action="store_true", help="look into the folders below, too")
 
 
-def find_pictures(paths: Sequence[Path], recursive: bool, out: Path | None = None) -> list[tuple[Path, Path]]:
+def find_pictures(
+    paths: Sequence[Path], recursive: bool | None = None, out: Path | None = None
+) -> list[tuple[Path, Path]]:
     """Pictures named by `paths`, each with the stem of its results: its path below the folder it was found in.
 
     Args:
         paths: pictures and folders of pictures.
-        recursive: look into the folders below, too.
+        recursive: look into the folders below, too; None of a command that has no option for it.
         out: where results will be written; what lies there is no picture of a folder above it.
 
     Raises:
@@ -57,7 +67,7 @@ def find_pictures(paths: Sequence[Path], recursive: bool, out: Path | None = Non
             raise CommandError(f"{path}: no such picture or folder")
     if not found:
         kinds = " ".join(SUFFIXES)
-        hint = "" if recursive else "; -r looks into the folders below, too"
+        hint = "; -r looks into the folders below, too" if recursive is False else ""
         raise CommandError(f"no picture ({kinds}) in {', '.join(map(str, paths))}{hint}")
     stems: set[Path] = set()
     result = []
@@ -110,6 +120,8 @@ def read_picture(path: Path, values: ValueRange = OWN_RANGE) -> UInt8Array:
     import cv2
     import numpy as np
 
+    if what := NO_PICTURES.get(path.suffix.lower()):
+        raise ValueError(f"expected a picture, got {what}")
     # OpenCV makes no colours of grey floats, so that is left to the end
     pixels = decoded(path.read_bytes(), cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
     if pixels.dtype != np.uint8:

@@ -199,7 +199,7 @@ class PictureFolder:
     def __init__(self, folder: Path, rate: float, values: ValueRange) -> None:
         from glesam_ros.cli.pictures import find_pictures
 
-        self.paths = [path for path, _ in find_pictures([folder], recursive=False)]
+        self.paths = [path for path, _ in find_pictures([folder])]
         self.rate = rate
         self.total = len(self.paths)
         files = hashlib.sha256()

@@ -97,11 +97,6 @@ class RassNano:
         del self._session
 
 
-def load_rass_nano(device: str = "auto", precision: str = "auto") -> RassNano:
-    """The shipped model. Arguments and errors as of `RassNano`."""
-    return RassNano(device, precision)
-
-
 def read_card(file: Path) -> Card:
     """Read `rass_nano.json`: an object with `classes`, `palette` ([r, g, b] each), `long_side`, `licence`, and others.
 

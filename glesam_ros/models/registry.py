@@ -21,10 +21,10 @@ RestorerLoader = Callable[[str, str], RestorerModel]
 _Model = TypeVar("_Model")
 
 
-def _nano(device: str, precision: str) -> SegmentationModel:
+def _nano(device: str, precision: str, folder: Path | None = None) -> SegmentationModel:
     from glesam_ros.models.nano import Nano  # onnxruntime is needed only here
 
-    return Nano(device, precision)
+    return Nano(device, precision, folder)
 
 
 def _full_size(name: str, device: str, precision: str) -> SegmentationModel:
@@ -33,10 +33,10 @@ def _full_size(name: str, device: str, precision: str) -> SegmentationModel:
     return load_glesam(name, device, precision)
 
 
-def _rass_nano(device: str, precision: str) -> SemanticModel:
-    from glesam_ros.models.rass_nano import load_rass_nano
+def _rass_nano(device: str, precision: str, folder: Path | None = None) -> SemanticModel:
+    from glesam_ros.models.rass_nano import RassNano
 
-    return load_rass_nano(device, precision)
+    return RassNano(device, precision, folder)
 
 
 def _rass(device: str, precision: str) -> SemanticModel:
@@ -101,9 +101,7 @@ def load_model(name: str, device: str = "auto", precision: str = "auto") -> Segm
         ModuleNotFoundError: a package that this model needs is missing; says how to install it.
     """
     if name not in _REGISTRY and name not in catalogue.HUB and _is_folder(name):
-        from glesam_ros.models.nano import Nano
-
-        return Nano(device, precision, Path(name))
+        return _made("model", name, lambda: _nano(device, precision, Path(name)))
     asked, name = name, name if name in _REGISTRY else catalogue.own_name(name)
     if name not in _REGISTRY:
         own = [known for known in model_names() if known not in catalogue.model_names()]
@@ -126,9 +124,7 @@ def load_semantic_model(name: str, device: str = "auto", precision: str = "auto"
         As `load_model`.
     """
     if name not in _SEMANTIC and _is_folder(name):
-        from glesam_ros.models.rass_nano import RassNano
-
-        return RassNano(device, precision, Path(name))
+        return _made("semantic", name, lambda: _rass_nano(device, precision, Path(name)))
     return _load("semantic", _SEMANTIC, name, device, precision)
 
 
@@ -154,8 +150,13 @@ def _load(
 ) -> _Model:
     if name not in registry:
         raise ValueError(f"{what}: expected one of {', '.join(sorted(registry))}; got {name!r}")
+    return _made(what, name, lambda: registry[name](device, precision))
+
+
+def _made(what: str, name: str, make: Callable[[], _Model]) -> _Model:
+    """What `make` gives; a package that it lacks is named with what brings it."""
     try:
-        return registry[name](device, precision)
+        return make()
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
             raise

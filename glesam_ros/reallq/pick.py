@@ -288,6 +288,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: it is none, or of another format.
     """
     path = folder / MANIFEST
+    if not path.exists():
+        raise ValueError(f"{folder}: expected a set that `glesam reallq pick` made, found no {MANIFEST}")
     try:
         document: dict[str, Any] = json.loads(path.read_bytes())
         version = document["settings"]["format"]
