@@ -136,6 +136,14 @@ def test_camera_refuses_wrong_parameters(start, argument, words):
     assert re.search(words, process.log.read_text())
 
 
+@pytest.mark.parametrize("arguments", [("--params-file", "nowhere.yaml"), ("-r", "__ns:=/2cam"), ("-p", "rate")])
+def test_camera_refuses_wrong_arguments_of_ros(start, arguments):
+    process = start("glesam_ros.ros.demo_camera", "--ros-args", *arguments)
+    assert process.wait(30) == 1
+    said = process.log.read_text()
+    assert "the demo camera cannot start: " in said and "Traceback" not in said
+
+
 def _decode(frames: list[np.ndarray]) -> np.ndarray:
     return np.stack([cv2.imdecode(f, cv2.IMREAD_COLOR) for f in frames])
 

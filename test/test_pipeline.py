@@ -622,7 +622,8 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            ({"model": "nanoo"}, "model: expected one of .*nano.*; got 'nanoo'"),
+            ({"model": "nanoo"}, "model: expected one of .*nano.*; got 'nanoo'$"),
+            ({"model": "rass-nano"}, "got 'rass-nano', a model of classes: parameter semantic, `glesam semantic`"),
             ({"model": ""}, "model: expected one of .*nano.*; got ''"),
             ({"enhancement": "on"}, "expected one of off, always, auto"),
             ({"colour": 1}, "load_pipeline: .*colour.* see glesam_ros.Settings"),

@@ -308,11 +308,11 @@ def test_models_of_ones_own_by_name() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="semantic: expected one of .*rass-nano, rass-sd21.*; got 'rass'"):
+    with pytest.raises(ValueError, match="semantic: expected one of .*rass-sd21.*, or a folder .*; got 'rass'$"):
         load_semantic("rass")
     with pytest.raises(ValueError, match="semantic: expected one of .*; got ''"):
         load_semantic("")
-    with pytest.raises(ValueError, match="restorer: expected one of scr-sd21.*; got 'rass-nano'"):
+    with pytest.raises(ValueError, match="expected one of scr-sd21.*; got 'rass-nano', a model of classes: .*`glesam"):
         load_restorer("rass-nano")
 
 

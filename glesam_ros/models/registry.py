@@ -108,7 +108,7 @@ def load_model(name: str, device: str = "auto", precision: str = "auto") -> Segm
         raise ValueError(
             f"model: expected one of {', '.join([*own, *catalogue.BASES])}, SAM's also with "
             f"{', '.join(f'+{enhancer}' for enhancer in catalogue.ENHANCERS)}, or a folder with weights of nano; "
-            f"got {asked!r}"
+            f"got {asked!r}{_elsewhere(asked)}"
         )
     return _load("model", _REGISTRY, name, device, precision)
 
@@ -137,6 +137,15 @@ def _is_folder(name: str) -> bool:
     return name != "" and Path(name).is_dir()  # a path without a name would be the current folder
 
 
+def _elsewhere(name: str) -> str:
+    """The way to the model `name`, where it is of another kind than was asked for."""
+    if name in _REGISTRY:
+        return ", a model of masks: parameter model, `glesam segment`"
+    if name in _SEMANTIC:
+        return ", a model of classes: parameter semantic, `glesam semantic`"
+    return ", a restorer: parameter restorer, `glesam restore`" if name in _RESTORERS else ""
+
+
 def _register(
     what: str, registry: dict[str, Callable[[str, str], _Model]], name: str, loader: Callable[[str, str], _Model]
 ) -> None:
@@ -149,7 +158,10 @@ def _load(
     what: str, registry: dict[str, Callable[[str, str], _Model]], name: str, device: str, precision: str
 ) -> _Model:
     if name not in registry:
-        raise ValueError(f"{what}: expected one of {', '.join(sorted(registry))}; got {name!r}")
+        folder = ", or a folder with weights of rass-nano" if what == "semantic" else ""
+        raise ValueError(
+            f"{what}: expected one of {', '.join(sorted(registry))}{folder}; got {name!r}{_elsewhere(name)}"
+        )
     return _made(what, name, lambda: registry[name](device, precision))
 
 

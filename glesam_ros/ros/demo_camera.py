@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 import rclpy
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
-from rclpy.exceptions import InvalidParameterValueException, ParameterException
+from rclpy.exceptions import InvalidParameterValueException, NameValidationException, ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.impl.implementation_singleton import rclpy_implementation as _rclpy
 from rclpy.node import Node
 from rclpy.qos import QoSDurabilityPolicy, QoSProfile, QoSReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
@@ -202,16 +203,19 @@ def _window(photo: UInt8Array, size: tuple[int, int], progress: float) -> UInt8A
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the camera until SIGINT or SIGTERM; 1 when its parameters are not valid, else 0."""
+    """Run the camera until SIGINT or SIGTERM; 1 when its arguments are not valid, else 0."""
     cv2.setNumThreads(1)  # the cores are the perception node's
     shared_memory.enlarge()
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     try:
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         node = DemoCamera()
-    except (ValueError, FileNotFoundError, ParameterException, InvalidParameterValueException) as error:
+    except (
+        ValueError, FileNotFoundError, ParameterException, InvalidParameterValueException, NameValidationException,
+        _rclpy.RCLError, _rclpy.UnknownROSArgsError,
+    ) as error:
         rclpy.logging.get_logger(NODE_NAME).fatal(f"the demo camera cannot start: {error}")
         rclpy.try_shutdown()
         return 1
