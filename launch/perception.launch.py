@@ -86,7 +86,8 @@ def _mirrored_text(name: str) -> str:
     spec, default = settings.spec(name), settings.default(name)
     choices = f" One of {', '.join(spec.choices)}." if spec.choices else ""
     shown = ",".join(default) if isinstance(default, tuple) else default
-    return f"{spec.help}{choices} Empty: as in params_file or a parent launch, else {shown!r}."
+    form = " Comma separated." if isinstance(default, tuple) else f" {OR_NOT}" if isinstance(default, bool) else ""
+    return f"{spec.help}{choices}{form} Empty: as in params_file or a parent launch, else {shown!r}."
 
 
 def _start(context: LaunchContext) -> list[Action]:
