@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+import rclpy
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from rclpy.qos import QoSDurabilityPolicy, QoSProfile
@@ -13,7 +14,7 @@ from ros_graph import LOST_ANSWER, TIMEOUT_S, image_message, picture, wait_for
 from sensor_msgs.msg import Image
 from std_srvs.srv import SetBool
 
-OK, ERROR = b"\x00", b"\x02"
+OK, WARN, ERROR = b"\x00", b"\x01", b"\x02"
 SQUARE = (20, 20, 60, 60)
 CHANGE_STATE = "perception/change_state"
 
@@ -275,6 +276,16 @@ def test_names_that_ros_refuses_end_the_process_with_one_line(launch, arguments)
     assert client.ros.process.wait(15) == 1
     assert "[FATAL]" in client.ros.output and arguments[-1] in client.ros.output
     assert "Traceback" not in client.ros.output
+
+
+def test_a_second_node_of_the_same_name_is_a_warning_while_it_is_there(launch):
+    client = launch()
+    wait_for(lambda: client.model_status_is(OK, "active"), "an active node")
+    twin = rclpy.create_node("perception", namespace=client.namespace)
+    wait_for(lambda: client.model_status_is(WARN, "perception runs 2 times"), "a warning")
+    client.wait_log(f"/{client.namespace}/perception runs 2 times", "another namespace")
+    twin.destroy_node()
+    wait_for(lambda: client.model_status_is(OK, "active"), "a node that is alone again")
 
 
 def test_the_state_is_told_in_diagnostics(launch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -253,6 +253,17 @@ def no_publisher(topic: str, is_compressed: bool, count: Callable[[str], int], i
     kind = "raw images" if is_compressed else "JPEG"
     argument = "image_topics" if is_of_several else "image_topic"
     return f"no publisher on {topic}: start the camera, or set {argument} ({switch} for {kind})"
+
+
+def twins(own: tuple[str, str], found: Sequence[tuple[str, str]]) -> str:
+    """What to do about other nodes with the name and namespace `own` among all that are `found`; "" without any."""
+    others = found.count(own) - 1
+    if others < 1:
+        return ""
+    return (
+        f"{own[1].rstrip('/')}/{own[0]} runs {others + 1} times: their results mix on the same topics; end one, or start "
+        "it with another namespace (one that was killed counts for some seconds more)"
+    )
 
 
 def worth_a_log_line(count: int) -> bool:

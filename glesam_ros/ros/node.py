@@ -124,6 +124,7 @@ class PerceptionNode(LifecycleNode):
         self._is_in_transition = False
         self._device_text = ""
         self._last_error = ""
+        self._twins = ""
 
         self._image_group = MutuallyExclusiveCallbackGroup()
         self._transition_group = MutuallyExclusiveCallbackGroup()
@@ -563,6 +564,11 @@ class PerceptionNode(LifecycleNode):
     def _publish_diagnostics(self) -> None:
         now = time.monotonic()
         name = self.get_fully_qualified_name().lstrip("/")
+        before, self._twins = self._twins, diagnostics.twins(
+            (self.get_name(), self.get_namespace()), self.get_node_names_and_namespaces()
+        )
+        if self._twins and not before:
+            self.get_logger().warning(self._twins)
         hardware_id = f"{self.settings.model} on {self._device_text or self.settings.device}"
         message = DiagnosticArray(status=[self._node_status(name, hardware_id)])
         message.header.stamp = self.get_clock().now().to_msg()
@@ -600,6 +606,8 @@ class PerceptionNode(LifecycleNode):
             level, text = DiagnosticStatus.ERROR, "the inference thread has ended; deactivate and activate again"
         elif memory is not None and memory.now != memory.full:
             level, text = DiagnosticStatus.WARN, f"out of memory: {memory}"
+        elif self._twins:
+            level, text = DiagnosticStatus.WARN, self._twins
         elif not self._is_enabled:
             level, text = DiagnosticStatus.OK, "paused (service enable)"
         elif pace is not None and pace.is_late:
