@@ -78,6 +78,11 @@ class Instances:
     def __len__(self) -> int:
         return int(self.masks.shape[0])
 
+    def __repr__(self) -> str:
+        height, width = self.masks.shape[1:]
+        enhanced = "enhanced" if self.enhanced else "not enhanced"
+        return f"<{len(self)} instances, {width}x{height} px, degradation {self.degradation:.2f}, {enhanced}>"
+
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the image."""

@@ -75,6 +75,10 @@ class SemanticMap:
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"confidence: expected 0..1, got {low:g} .. {high:g}")
 
+    def __repr__(self) -> str:
+        height, width = self.size
+        return f"<class map, {width}x{height} px, {len(self.classes)} classes>"
+
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the image."""

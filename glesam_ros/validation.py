@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,36 @@ def check_image(image: Any) -> UInt8Array:
         ValueError: wrong shape or no pixels.
     """
     if not isinstance(image, np.ndarray):
-        raise TypeError(f"image: expected a numpy array (H, W, 3) uint8 RGB, got {type(image).__name__}")
+        raise TypeError(f"image: expected a numpy array (H, W, 3) uint8 RGB, got {type(image).__name__}{_way(image)}")
     if image.ndim != 3 or image.shape[2] != 3:
-        hint = "; stack a grey image three times" if image.ndim == 2 else ""
+        hint = ""
+        if image.ndim == 2 or image.shape[-1] == 1:
+            hint = "; stack a grey image three times: np.dstack([image] * 3)"
+        elif image.ndim == 3 and image.shape[-1] == 4:
+            hint = "; leave the alpha out: image[..., :3]"
+        elif image.ndim == 3 and image.shape[0] == 3:
+            hint = "; put the channels last: image.transpose(1, 2, 0)"
+        elif image.ndim == 4:
+            hint = "; hand in one image at a time"
         raise ValueError(f"image: expected shape (H, W, 3), got {image.shape}{hint}")
     if image.dtype != np.uint8:
         raise TypeError(f"image: expected dtype uint8 (0..255), got {image.dtype}; scale and convert first")
     if image.shape[0] == 0 or image.shape[1] == 0:
         raise ValueError(f"image: expected height and width of at least 1 pixel, got {image.shape[:2]}")
     return image
+
+
+def _way(image: Any) -> str:
+    """How to make an array of what is taken for one by mistake."""
+    if image is None:
+        return "; cv2.imread gives None where it finds no picture"
+    if isinstance(image, (str, PurePath)):
+        return "; read the file first: cv2.imread(image)[..., ::-1]"
+    if hasattr(image, "permute"):  # a tensor; torch is not imported for it
+        return "; of a tensor (3, H, W): image.permute(1, 2, 0).cpu().numpy()"
+    if hasattr(image, "convert"):  # a picture of PIL
+        return "; of a picture of PIL: np.asarray(image.convert('RGB'))"
+    return ""
 
 
 def check_classes(classes: Any, palette: Any) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from glesam_ros import Instances
+from glesam_ros.models import Embedding
+from glesam_ros.semantic import SemanticMap
 
 
 def fields(**changes: Any) -> dict[str, Any]:
@@ -32,6 +34,16 @@ def test_length_size_areas() -> None:
     assert (len(found), found.size) == (2, (8, 10))
     assert found.areas.tolist() == [16, 16]
     assert found.areas.dtype == np.int64
+
+
+def test_what_a_notebook_shows_is_one_line() -> None:
+    assert repr(Instances(**fields())) == "<2 instances, 10x8 px, degradation 0.30, enhanced>"
+    assert repr(Instances.empty((8, 10))) == "<0 instances, 10x8 px, degradation 0.00, not enhanced>"
+    embedding = Embedding(np.zeros((1, 9, 2, 3)), (8, 10), 0.5)
+    assert repr(embedding) == "<embedding, 10x8 px, degradation 0.50, not enhanced>"
+    labels = np.zeros((8, 10), np.uint8)
+    seen = SemanticMap(labels, labels.astype(np.float32), ("road",), np.zeros((1, 3), np.uint8))
+    assert repr(seen) == "<class map, 10x8 px, 1 classes>"
 
 
 def test_empty() -> None:

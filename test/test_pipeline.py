@@ -624,6 +624,8 @@ class TestLoading:
         [
             ({"model": "nanoo"}, "model: expected one of .*nano.*; got 'nanoo'$"),
             ({"model": "rass-nano"}, "got 'rass-nano', a model of classes: parameter semantic, `glesam semantic`"),
+            ({"model": "~/export"}, "model: expected a folder with weights of nano, found no folder ~/export"),
+            ({"model": "runs/no/export"}, "found no folder runs/no/export; give its whole path"),
             ({"model": ""}, "model: expected one of .*nano.*; got ''"),
             ({"enhancement": "on"}, "expected one of off, always, auto"),
             ({"colour": 1}, "load_pipeline: .*colour.* see glesam_ros.Settings"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from glesam_ros.validation import check_boxes, check_classes, check_image, check_points
 
@@ -19,11 +21,15 @@ def test_a_good_image_is_returned_uncopied() -> None:
 
 IMAGES = {
     "list": ([[[0, 0, 0]]], TypeError, "expected a numpy array .* got list"),
-    "none": (None, TypeError, "got NoneType"),
+    "none": (None, TypeError, "got NoneType; cv2.imread gives None"),
+    "name": ("a.jpg", TypeError, "got str; read the file first"),
+    "path": (Path("a.jpg"), TypeError, "got PosixPath; read the file first"),
+    "picture of PIL": (Image.new("RGB", (4, 5)), TypeError, r"got Image; .* np.asarray\(image.convert\('RGB'\)\)"),
     "grey": (np.zeros((4, 5), np.uint8), ValueError, r"got \(4, 5\); stack a grey image three times"),
-    "alpha": (np.zeros((4, 5, 4), np.uint8), ValueError, r"expected shape \(H, W, 3\), got \(4, 5, 4\)"),
-    "channels first": (np.zeros((3, 4, 5), np.uint8), ValueError, r"got \(3, 4, 5\)"),
-    "batch": (np.zeros((1, 4, 5, 3), np.uint8), ValueError, r"got \(1, 4, 5, 3\)"),
+    "alpha": (np.zeros((4, 5, 4), np.uint8), ValueError, r"\(H, W, 3\), got \(4, 5, 4\); leave the alpha out"),
+    "one channel": (np.zeros((4, 5, 1), np.uint8), ValueError, r"got \(4, 5, 1\); stack a grey image three times"),
+    "channels first": (np.zeros((3, 4, 5), np.uint8), ValueError, r"got \(3, 4, 5\); .* image.transpose\(1, 2, 0\)"),
+    "batch": (np.zeros((1, 4, 5, 3), np.uint8), ValueError, r"got \(1, 4, 5, 3\); hand in one image at a time"),
     "float": (np.zeros((4, 5, 3)), TypeError, "expected dtype uint8 .* got float64; scale and convert first"),
     "no rows": (np.zeros((0, 5, 3), np.uint8), ValueError, r"at least 1 pixel, got \(0, 5\)"),
     "no columns": (np.zeros((5, 0, 3), np.uint8), ValueError, "at least 1 pixel"),
@@ -35,6 +41,12 @@ def test_images_refused(name: str) -> None:
     image, kind, words = IMAGES[name]
     with pytest.raises(kind, match=words):
         check_image(image)
+
+
+def test_a_tensor_is_refused_with_the_way_to_an_array() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"got Tensor; .* image.permute\(1, 2, 0\)"):
+        check_image(torch.zeros(3, 4, 5))
 
 
 def test_points_of_one_object() -> None:

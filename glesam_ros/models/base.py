@@ -93,6 +93,10 @@ class Embedding:
     finish: Callable[[], Embedding] | None = None
     adapt: Callable[[], Embedding] | None = None
 
+    def __repr__(self) -> str:
+        enhanced = "enhanced" if self.enhanced else "not enhanced"
+        return f"<embedding, {self.size[1]}x{self.size[0]} px, degradation {self.degradation:.2f}, {enhanced}>"
+
     def finished(self) -> Embedding:
         """The embedding with its latent: what `encode` left out is computed now."""
         return self if self.finish is None else self.finish()

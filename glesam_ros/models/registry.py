@@ -102,6 +102,8 @@ def load_model(name: str, device: str = "auto", precision: str = "auto") -> Segm
     """
     if name not in _REGISTRY and name not in catalogue.HUB and _is_folder(name):
         return _made("model", name, lambda: _nano(device, precision, Path(name)))
+    if name not in catalogue.HUB and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"model: expected a folder with weights of nano, found no folder {name}; give its whole path")
     asked, name = name, name if name in _REGISTRY else catalogue.own_name(name)
     if name not in _REGISTRY:
         own = [known for known in model_names() if known not in catalogue.model_names()]

@@ -261,8 +261,8 @@ def twins(own: tuple[str, str], found: Sequence[tuple[str, str]]) -> str:
     if others < 1:
         return ""
     return (
-        f"{own[1].rstrip('/')}/{own[0]} runs {others + 1} times: their results mix on the same topics; end one, or start "
-        "it with another namespace (one that was killed counts for some seconds more)"
+        f"{own[1].rstrip('/')}/{own[0]} runs {others + 1} times: their results mix on the same topics; end one, or "
+        "start it with another namespace (one that was killed counts for some seconds more)"
     )
 
 
