@@ -78,6 +78,24 @@ def test_all_commands_are_looked_at(capsys):
     assert tuple(sorted(re.findall(r"^    ([a-z-]+)(?: |$)", capsys.readouterr().out, re.MULTILINE))) == COMMANDS
 
 
+@pytest.mark.parametrize("action", ["lqseg build", "lqseg info", "models get", "models where", "reallq pick"])
+def test_the_help_of_an_action_says_what_it_does_and_where_its_examples_are(action, capsys):
+    with pytest.raises(SystemExit):
+        main([*action.split(), "--help"])
+    text = capsys.readouterr().out
+    about = text.split("\n\n")[1]
+    assert about.endswith(".") and not about.startswith(("positional", "options"))
+    assert text.rstrip().endswith(f"examples: glesam {action.split()[0]} --help")
+
+
+def test_yes_or_no_is_the_default_of_a_switch(capsys):
+    for command in ("segment", "evaluate", "restore"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert re.search(r"default:\s+(yes|no)\b", text) and not re.search(r"default:\s+(True|False)\b", text)
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])

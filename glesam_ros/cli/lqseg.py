@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from glesam_ros.cli.options import CommandError, positive, progress
+from glesam_ros.cli.options import CommandError, add_action, positive, progress
 
 NAMED_FAULTS = 5
 """So many faults are printed; errors.jsonl has all."""
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    build = actions.add_parser("build", help="build a data set, or go on with one that was stopped")
+    build = add_action(actions, "lqseg", "build", "build a data set, or go on with one that was stopped")
     build.add_argument(
         "--from", dest="source", required=True, choices=("coco", "folder", "ade20k", "bsds"), help="kind of the source"
     )
@@ -67,7 +67,7 @@ def add_parser(commands: Any) -> None:
     for name, run, text in (
         ("verify", run_verify, "check the checksum of every file"), ("info", run_info, "say what is in a data set")
     ):
-        action = actions.add_parser(name, help=text)
+        action = add_action(actions, "lqseg", name, text)
         action.add_argument("folder", type=Path, metavar="DIR", help="folder of the data set")
         action.set_defaults(func=run)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glesam_ros.cli.options import CommandError
+from glesam_ros.cli.options import CommandError, add_action
 
 if TYPE_CHECKING:
     from glesam_ros.models.glesam.catalogue import Source
@@ -45,8 +45,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(func=run_list)
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
-    actions.add_parser("list", help="names, what is here, sizes, licences; the default").set_defaults(func=run_list)
-    get = actions.add_parser("get", help="download what a model needs")
+    listing = add_action(actions, "models", "list", "names, what is here, sizes, licences; the default")
+    listing.set_defaults(func=run_list)
+    get = add_action(actions, "models", "get", "download what a model needs")
     get.add_argument("name", metavar="NAME", help="for example sam2.1_hiera_tiny+glesam")
     get.add_argument(
         "--from", dest="source", type=Path, metavar="PATH",
@@ -55,10 +56,10 @@ def add_parser(commands: Any) -> None:
         "of one of their repositories on Hugging Face",
     )
     get.set_defaults(func=run_get)
-    where = actions.add_parser("where", help="print the path of each file of a model; 1 when one is missing")
+    where = add_action(actions, "models", "where", "print the path of each file of a model; 1 when one is missing")
     where.add_argument("name", metavar="NAME", help="for example sam2.1_hiera_tiny+glesam")
     where.set_defaults(func=run_where)
-    verify = actions.add_parser("verify", help="compare files with their checksums; 1 when one is not as it was")
+    verify = add_action(actions, "models", "verify", "compare files with their checksums; 1 when one is not as it was")
     verify.add_argument("name", metavar="NAME", nargs="?", help="for example sam2.1_hiera_tiny+glesam; default: all")
     verify.set_defaults(func=run_verify)
 

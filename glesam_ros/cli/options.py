@@ -57,7 +57,8 @@ def add_settings(
         about = [(texts or {}).get(name, spec.help).replace("%", "%%")]
         if spec.low is not None:
             about.append(f"{spec.low} .. {spec.high}{' ' + spec.unit if spec.unit else ''};")
-        about.append(f"default: {default}")
+        shown = {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
+        about.append(f"default: {shown}")
         text = " ".join(about)
         if isinstance(default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
@@ -66,6 +67,13 @@ def add_settings(
         else:
             metavar = {int: "N", float: "X", str: "NAME"}[type(default)]
             group.add_argument(flag, type=_checked(name, type(default)), default=default, metavar=metavar, help=text)
+
+
+def add_action(actions: Any, command: str, name: str, text: str) -> argparse.ArgumentParser:
+    """Add the action `name` of `command` to its sub-parsers; `text` says in both helps what it does."""
+    return actions.add_parser(  # type: ignore[no-any-return]
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"examples: glesam {command} --help"
+    )
 
 
 def chosen_settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

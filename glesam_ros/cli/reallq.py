@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from glesam_ros.cli.options import (
     VALUE_SETTINGS,
     CommandError,
+    add_action,
     add_settings,
     not_negative,
     open_pipeline,
@@ -62,7 +63,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    pick = actions.add_parser("pick", help="export the worst frames for labelling")
+    pick = add_action(actions, "reallq", "pick", "export the worst frames for labelling")
     pick.add_argument(
         "source", type=Path, metavar="IN", help="recorded bag (folder, .mcap, .db3 or .bag), or folder of pictures"
     )
@@ -98,7 +99,7 @@ def add_parser(commands: Any) -> None:
     )
     add_settings(pick, (*SETTINGS, *VALUE_SETTINGS))
     pick.set_defaults(func=run_pick, usage_error=pick.error, model=LEVEL_MODEL, enhancement="off")
-    read = actions.add_parser("read", help="read the labels back as annotations")
+    read = add_action(actions, "reallq", "read", "read the labels back as annotations")
     read.add_argument("folder", type=Path, metavar="SET", help="what `glesam reallq pick` made")
     read.add_argument(
         "--labels", type=Path, metavar="DIR",
