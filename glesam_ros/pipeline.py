@@ -120,10 +120,14 @@ class Pipeline:
             Everything: best first, by `Candidates.rank`.
 
         Raises:
+            TypeError: `embedding` is none.
             ValueError: prompts of wrong shape, range or count.
             OutOfMemory, RuntimeError: as for `encode`.
         """
         s = self.resolved
+        if not isinstance(embedding, Embedding):
+            kind = type(embedding).__name__
+            raise TypeError(f"embedding: expected what encode gives, got {kind}; segment does both for an image")
         if points is None and labels is not None:
             raise ValueError("labels: expected None without points, got labels; hand in the points they belong to")
         if points is None and boxes is None:
@@ -180,6 +184,12 @@ class Pipeline:
             if not self._is_closed:
                 self._is_closed = True
                 self.model.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _check_open(self) -> None:
         if self._is_closed:

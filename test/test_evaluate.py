@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
+import os
 import re
+import signal
 import sys
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -368,6 +371,23 @@ def test_table_has_a_row_a_condition_and_all_modes() -> None:
         assert rows_of(text, title)[2][2] == "100.0 / 100.0 / 100.0"
     assert rows_of(text, "## Degradation level")[3][2:4] == ["1.00 [1.00, 1.00]", "100 %"]
     assert "At worst automatic mode is +0.00 points from always: made, clear, three random points." in text
+
+
+class StartsInterrupted:
+    """Work that a process is told of in the moment of a Ctrl-C, while it starts."""
+
+    def __reduce__(self) -> Any:
+        return _after_an_interrupt, ()
+
+
+def _after_an_interrupt() -> Any:
+    os.kill(os.getpid(), signal.SIGINT)
+    return partial(int, 10)
+
+
+def test_an_interrupt_does_not_reach_the_processes_while_they_start() -> None:
+    assert list(pool.share(StartsInterrupted(), operator.add, range(5), 2)) == [10, 11, 12, 13, 14]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_table_says_gain_with_interval_and_share() -> None:

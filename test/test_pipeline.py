@@ -649,6 +649,16 @@ class TestLoading:
             with pytest.raises(RuntimeError, match="was closed; load it again"):
                 pipe.decode(embedding, **prompts)
 
+    def test_closed_by_a_with_statement(self) -> None:
+        with pipeline(Known(rectangles((1, 1, 30, 30)), [0.9])) as pipe:
+            assert len(pipe.segment(picture())) == 1
+        with pytest.raises(RuntimeError, match="was closed"):
+            pipe.segment(picture())
+
+    def test_an_image_is_not_decoded(self) -> None:
+        with pytest.raises(TypeError, match="expected what encode gives, got ndarray; segment does both for an image"):
+            pipeline(Known(rectangles((1, 1, 30, 30)), [0.9])).decode(picture())
+
     @pytest.mark.parametrize(
         ("missing", "helps"),
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 from collections import deque
@@ -48,7 +49,8 @@ def share(
     try:
         waiting: deque[Future[Result]] = deque()
         for task in tasks:
-            waiting.append(pool.submit(_work, work, task))
+            with _interrupts_wait():  # processes begin here, and never see Ctrl-C: who started this one stops them
+                waiting.append(pool.submit(_work, work, task))
             if len(waiting) >= _IN_FLIGHT * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -57,9 +59,18 @@ def share(
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """SIGINT comes to this thread after the block; processes that begin in it inherit that it is blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(open_state: Callable[[], Any]) -> None:
     global _state
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that was started by the user stops the others
     cv2.setNumThreads(1)
     _state = open_state()
 
