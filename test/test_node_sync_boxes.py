@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 
 import pytest
+from geometry_msgs.msg import Point, PointStamped
 from ros_graph import image_message, picture, pixels_of, wait_for
 from sensor_msgs.msg import Image
+from std_srvs.srv import SetBool
 from vision_msgs.msg import Detection2D, Detection2DArray, ObjectHypothesis, ObjectHypothesisWithPose
+
+from glesam_ros.ros.pairing import BOXES_KEPT
 
 LEFT, RIGHT = (20, 20, 40, 60), (100, 20, 40, 60)
 IN_LEFT, IN_RIGHT = (50, 40), (50, 120)
@@ -109,6 +113,21 @@ def test_a_bad_box_is_left_out_and_the_others_keep_their_ids(detector):
     assert detector.answer(stamp)[IN_RIGHT] == 2
     detector.client.wait_count("noticed_refused_prompt", 1)
     assert detector.client.wait_log("refused_prompt", "1 of 2 boxes are left out")
+
+
+def test_points_are_refused_and_boxes_of_a_paused_node_are_no_fault(detector):
+    point = PointStamped(point=Point(x=120.0, y=50.0))
+    detector.client.send(point, "prompt/point")
+    assert "answered with boxes of their stamp alone" in detector.client.wait_log("refused")
+    detector.client.call(SetBool, "enable", SetBool.Request(data=False))
+    for _ in range(BOXES_KEPT + 2):
+        detector.boxes(detector.frame(LEFT), LEFT)
+    counts = detector.client.counts()
+    assert counts["dropped_disabled"] == BOXES_KEPT + 2 and not counts["noticed_unmatched_boxes"]
+    detector.client.call(SetBool, "enable", SetBool.Request(data=True))
+    stamp = detector.frame(RIGHT)
+    detector.boxes(stamp, RIGHT)
+    assert detector.answer(stamp)[IN_RIGHT] == 1
 
 
 def test_switched_off_every_frame_is_answered_again(detector):

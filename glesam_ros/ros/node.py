@@ -473,7 +473,8 @@ class PerceptionNode(LifecycleNode):
 
     def _on_boxes(self, camera: Camera, message: Any) -> None:
         if self.settings.sync_boxes:
-            self._paired(camera, camera.pairing.put_boxes(message))
+            if self._is_enabled:
+                self._paired(camera, camera.pairing.put_boxes(message))
             return
         boxes, results = corners_of(message)
         self._prompt(camera, message.header, "boxes", lambda size: camera.prompts.set_boxes(
@@ -485,6 +486,8 @@ class PerceptionNode(LifecycleNode):
     ) -> None:
         """Hand a prompt to `accept`, unless its image is too old; a refusal is a warning with the numbers."""
         try:
+            if self.settings.sync_boxes:
+                raise ValueError("with sync_boxes frames are answered with boxes of their stamp alone; set it to false")
             if camera.ledger.size is None:
                 raise ValueError(
                     f"no frame of {camera.ledger.topic} was read yet; send the prompt after the first result"
