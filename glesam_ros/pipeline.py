@@ -120,7 +120,7 @@ class Pipeline:
             Everything: best first, by `Candidates.rank`.
 
         Raises:
-            TypeError: `embedding` is none.
+            TypeError: `embedding` is no Embedding.
             ValueError: prompts of wrong shape, range or count.
             OutOfMemory, RuntimeError: as for `encode`.
         """

@@ -188,7 +188,7 @@ class Settings:
     )
     sync_boxes: bool = _param(
         False, "Boxes and the frame that they were found in go together, by their stamps: a frame waits for its boxes, "
-        "for max_frame_age_ms at most, and is answered with these alone; frames without boxes are dropped.",
+        "for max_frame_age_ms (and in 256 MB) at most, and is answered with these alone; others are dropped.",
     )
     overlay_alpha: float = _param(0.5, "Opacity of the mask colours in the overlay.", low=0.0, high=1.0)
 

@@ -27,7 +27,7 @@ def check_image(image: Any) -> UInt8Array:
         raise TypeError(f"image: expected a numpy array (H, W, 3) uint8 RGB, got {type(image).__name__}{_way(image)}")
     if image.ndim != 3 or image.shape[2] != 3:
         hint = ""
-        if image.ndim == 2 or image.shape[-1] == 1:
+        if image.ndim == 2 or (image.ndim == 3 and image.shape[-1] == 1):
             hint = "; stack a grey image three times: np.dstack([image] * 3)"
         elif image.ndim == 3 and image.shape[-1] == 4:
             hint = "; leave the alpha out: image[..., :3]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -208,6 +209,15 @@ def test_an_out_that_cannot_be_a_folder_is_named_with_the_remedy(tmp_path, capsy
     )
     assert segment(picture, "--out", file / "below") == 1
     assert "expected a folder above it, got a file" in capsys.readouterr().err
+
+
+def test_an_error_of_two_files_names_both(tmp_path, capsys, monkeypatch):
+    def run(args):
+        raise OSError(errno.EXDEV, "Invalid cross-device link", "a.part", None, "a")
+
+    monkeypatch.setattr("glesam_ros.cli.segment.run", run)
+    assert main(["segment", "x.png", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "glesam segment: error: a.part -> a: Invalid cross-device link\n"
 
 
 @pytest.mark.parametrize(

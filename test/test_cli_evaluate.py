@@ -219,7 +219,7 @@ def test_a_place_that_takes_no_results_is_said_before_maps_of_classes_are_measur
     (tmp_path / "out").touch()
     arguments = ["--data", "street", "--out", str(tmp_path / "out"), "--device", "cpu", "--workers", "1"]
     assert main(["evaluate-semantic", *arguments]) == 1
-    assert "File exists" in capsys.readouterr().err
+    assert "out: expected a folder or a free name, got a file" in capsys.readouterr().err
 
 
 def test_figures_of_a_photograph_do_not_depend_on_the_others(data, tmp_path) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from functools import partial
 from typing import Any
 
@@ -388,6 +389,34 @@ def _after_an_interrupt() -> Any:
 def test_an_interrupt_does_not_reach_the_processes_while_they_start() -> None:
     assert list(pool.share(StartsInterrupted(), operator.add, range(5), 2)) == [10, 11, 12, 13, 14]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+class InterruptsItsParent:
+    """Work that is handed to a process in the moment of a Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.handed_over: list[bool] = []
+
+    def __reduce__(self) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(10_000):  # Python looks for signals between two instructions
+            pass
+        self.handed_over.append(True)
+        return partial, (int, 10)
+
+
+def test_an_interrupt_waits_until_a_process_has_begun_whichever_thread_takes_it() -> None:
+    ended = threading.Event()
+    idle = threading.Thread(target=ended.wait, daemon=True)
+    idle.start()
+    work, own = InterruptsItsParent(), signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(pool.share(work, operator.add, range(5), 2))  # type: ignore[arg-type]
+    finally:
+        ended.set()
+        idle.join()
+    assert work.handed_over == [True] and signal.getsignal(signal.SIGINT) is own
 
 
 def test_table_says_gain_with_interval_and_share() -> None:

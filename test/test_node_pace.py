@@ -37,6 +37,9 @@ def test_the_size_gives_way_to_the_budget_and_comes_back_with_it(launch):
     until(lambda: len(masks) >= before + 3, "masks all the same")
     assert (masks.messages[-1].height, masks.messages[-1].width) == picture(()).shape[:2]
 
+    # while no frame comes, none is too slow
+    wait_for(lambda: client.model_status_is(OK, "active, processing size 256 of 512"), "no warning any more")
+
     assert all(result.successful for result in client.set_parameters(frame_budget_ms=0))
     wait_for(lambda: client.model_status_is(OK, "active") and size_is("512"), "the model's own size")
     assert "processing size" not in client.status("model").message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from builtin_interfaces.msg import Time
 from geometry_msgs.msg import Point, PointStamped
 from ros_graph import image_message, picture, pixels_of, wait_for
 from sensor_msgs.msg import Image
@@ -128,6 +129,12 @@ def test_points_are_refused_and_boxes_of_a_paused_node_are_no_fault(detector):
     stamp = detector.frame(RIGHT)
     detector.boxes(stamp, RIGHT)
     assert detector.answer(stamp)[IN_RIGHT] == 1
+
+
+def test_frames_without_stamps_are_refused(detector):
+    detector.client.send(image_message(picture((LEFT,)), Time()))
+    assert "frames need stamps, got 0" in detector.client.wait_log("no_boxes")
+    detector.client.wait_count("dropped_no_boxes", 1)
 
 
 def test_switched_off_every_frame_is_answered_again(detector):

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from glesam_ros.ros.pairing import BOXES_KEPT, FRAMES_KEPT, Paired, Pairing
+from glesam_ros.ros.pairing import BOXES_KEPT, BYTES_KEPT, LATELY_S, Paired, Pairing
 from glesam_ros.ros.scheduling import Frame
 
 NONE = Paired()
 
 
 def message(seconds, nanoseconds=0):
-    return SimpleNamespace(header=SimpleNamespace(stamp=SimpleNamespace(sec=seconds, nanosec=nanoseconds)))
+    stamp = SimpleNamespace(sec=seconds, nanosec=nanoseconds)
+    return SimpleNamespace(header=SimpleNamespace(stamp=stamp), data=b"")
 
 
 def frame(seconds, nanoseconds=0, arrival=0.0):
@@ -60,13 +61,45 @@ def test_frames_expire_after_the_limit_when_the_next_one_comes():
     assert pairing.put_boxes(message(2)).frame is not None
 
 
-def test_without_a_limit_the_oldest_frames_expire_by_their_number():
-    pairing = Pairing()
-    frames = [frame(seconds, arrival=1e3 * seconds) for seconds in range(FRAMES_KEPT + 2)]
-    expired = [pairing.put_frame(one, 0).expired for one in frames]
-    assert expired == [0] * FRAMES_KEPT + [1, 1]
+@pytest.mark.parametrize("limit_ms", [0, 10_000])
+def test_the_oldest_frames_expire_where_they_would_take_too_much_memory(limit_ms):
+    pairing, expired = Pairing(), []
+    for seconds in range(6):
+        one = frame(seconds, arrival=1.0 * seconds)
+        one.message.data = range(BYTES_KEPT // 4)
+        expired.append(pairing.put_frame(one, limit_ms).expired)
+    assert expired == [0, 0, 0, 0, 1, 1]
     assert pairing.put_boxes(message(1)).frame is None
     assert pairing.put_boxes(message(2)).frame is not None
+    alone = frame(7, arrival=7.0)
+    alone.message.data = range(2 * BYTES_KEPT)
+    assert pairing.put_frame(alone, limit_ms).passed == 3
+    assert pairing.put_boxes(message(7)).frame is not None
+
+
+def test_frames_that_a_working_detector_leaves_out_are_passed_over():
+    """30 Hz, of which a detector that takes 0.45 s finds one after the other; frames wait for half a second."""
+    pairing, passed, expired, answered, busy = Pairing(), 0, 0, 0, None
+    for k in range(300):
+        now = k / 30
+        met = pairing.put_frame(frame(k + 1, arrival=now), 500)
+        passed, expired = passed + met.passed, expired + met.expired
+        if busy is None:
+            busy = k
+        elif now >= busy / 30 + 0.45:
+            met = pairing.put_boxes(message(busy + 1))
+            passed, answered, busy = passed + met.passed, answered + (met.frame is not None), None
+    assert answered > 15 and expired == 0
+    assert passed + answered + pairing.clear() == 300
+
+
+def test_frames_expire_again_when_the_detector_has_stopped():
+    pairing = Pairing()
+    pairing.put_frame(frame(1, arrival=10.0), 500)
+    pairing.put_boxes(message(1))
+    pairing.put_frame(frame(2, arrival=10.5), 500)
+    assert pairing.put_frame(frame(3, arrival=10.0 + LATELY_S), 500) == Paired(passed=1)
+    assert pairing.put_frame(frame(4, arrival=10.75 + LATELY_S), 500) == Paired(expired=1)
 
 
 def test_a_second_frame_with_the_same_stamp_takes_the_place_of_the_first():

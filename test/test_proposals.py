@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -272,11 +273,12 @@ def voted(
     kernels, features = candidates([FIRST, *rows], edge)
     xy = np.array(points, np.float32) / SIZE * 2 - 1
     kernel = kernels[0].copy()
-    found = with_votes(
-        kernel, kernels[1:], np.array(scores, np.float32), features, pooled(features), xy, np.array(labels, np.float32)
+    [found] = with_votes(
+        kernel[None], kernels[1:], np.array(scores, np.float32), features, xy[None], np.array(labels, np.float32)[None]
     )
     assert kernel.tolist() == kernels[0].tolist() and found.dtype == np.float32
-    return found.tolist()
+    result: list[float] = found.tolist()
+    return result
 
 
 def test_a_prompted_mask_is_half_the_mean_of_candidates_by_score_and_overlap() -> None:
@@ -314,3 +316,22 @@ def test_unstable_candidates_have_less_of_the_vote() -> None:
     found = voted([FIRST, SHORTER], [0.6, 0.9], [IN_FIRST], [1], edge=0.5)
     first, shorter = 0.6 * (5 / 6) ** 2, 0.9 * (4 / 5) ** 2 * 30 / 36
     assert found == pytest.approx([0.5, 0.5 * first / (first + shorter), 0.5 * shorter / (first + shorter)])
+
+
+def test_many_objects_get_what_each_gets_alone() -> None:
+    rng = np.random.default_rng(4)
+    weights, features = rng.normal(size=(400, 12)).astype(np.float32), rng.normal(size=(12, 32, 48)).astype(np.float32)
+    weights[:, 0], features[0] = rng.uniform(4, 8, 400), cv2.GaussianBlur(rng.normal(size=(32, 48)), (0, 0), 5) * 30
+    scores, points = rng.random(400, dtype=np.float32), rng.uniform(-1, 1, (40, 3, 2)).astype(np.float32)
+    labels = rng.choice(np.float32([1, 1, 0, -1]), (40, 3))
+    kernels = (weights[:40] + rng.normal(size=(40, 12)) * 0.1).astype(np.float32)
+    together = with_votes(kernels, weights, scores, features, points, labels)
+    alone = [
+        with_votes(kernels[k : k + 1], weights, scores, features, points[k : k + 1], labels[k : k + 1])[0]
+        for k in range(40)
+    ]
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
+    moved = np.abs(together - kernels).max(1) > 0
+    assert moved.any() and not moved.all()
+    nothing = with_votes(kernels[:0], weights, scores, features, points[:0], labels[:0])
+    assert nothing.shape == (0, 12)

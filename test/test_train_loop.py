@@ -314,10 +314,11 @@ def test_a_full_disk_is_said_in_the_words_of_the_system(numbers: int, tmp_path: 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match="File too large") as error:
             checkpoint.write(path, {"a": torch.zeros(numbers)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.filename == str(path)
     assert checkpoint.read(path)["a"].tolist() == [1, 1, 1]
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from glesam_ros.validation import check_boxes, check_classes, check_image, check_points
 
@@ -24,7 +23,7 @@ IMAGES = {
     "none": (None, TypeError, "got NoneType; cv2.imread gives None"),
     "name": ("a.jpg", TypeError, "got str; read the file first"),
     "path": (Path("a.jpg"), TypeError, "got PosixPath; read the file first"),
-    "picture of PIL": (Image.new("RGB", (4, 5)), TypeError, r"got Image; .* np.asarray\(image.convert\('RGB'\)\)"),
+    "nothing in an array": (np.array(None), ValueError, r"\(H, W, 3\), got \(\)$"),
     "grey": (np.zeros((4, 5), np.uint8), ValueError, r"got \(4, 5\); stack a grey image three times"),
     "alpha": (np.zeros((4, 5, 4), np.uint8), ValueError, r"\(H, W, 3\), got \(4, 5, 4\); leave the alpha out"),
     "one channel": (np.zeros((4, 5, 1), np.uint8), ValueError, r"got \(4, 5, 1\); stack a grey image three times"),
@@ -41,6 +40,12 @@ def test_images_refused(name: str) -> None:
     image, kind, words = IMAGES[name]
     with pytest.raises(kind, match=words):
         check_image(image)
+
+
+def test_a_picture_of_pil_is_refused_with_the_way_to_an_array() -> None:
+    pil = pytest.importorskip("PIL.Image")
+    with pytest.raises(TypeError, match=r"got Image; .* np.asarray\(image.convert\('RGB'\)\)"):
+        check_image(pil.new("RGB", (4, 5)))
 
 
 def test_a_tensor_is_refused_with_the_way_to_an_array() -> None:

@@ -147,7 +147,8 @@ def _run(argv: Sequence[str] | None) -> int:
 def _text(error: Exception) -> str:
     """What to say of an error; Python's own MemoryError has no text."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {REMEDIES.get(error.errno or 0, error.strerror)}"
+        names = error.filename if error.filename2 is None else f"{error.filename} -> {error.filename2}"
+        return f"{names}: {REMEDIES.get(error.errno or 0, error.strerror)}"
     return str(error) or "out of memory"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -61,12 +62,20 @@ def share(
 
 @contextlib.contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """SIGINT comes to this thread after the block; processes that begin in it inherit that it is blocked."""
+    """SIGINT comes after the block; processes that begin in it inherit that it is blocked."""
+    is_main = threading.current_thread() is threading.main_thread()
+    came: list[int] = []
+    # another thread may take the signal, and Python then handles it in the main one
+    own = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if is_main else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if is_main:
+            signal.signal(signal.SIGINT, own or signal.SIG_DFL)
+            if came:
+                signal.raise_signal(signal.SIGINT)
 
 
 def _start(open_state: Callable[[], Any]) -> None:

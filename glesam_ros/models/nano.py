@@ -20,7 +20,7 @@ from glesam_ros.masks import extents_of
 from glesam_ros.models import second_look, shapes
 from glesam_ros.models.base import Budget, Candidates, Embedding, check_finite
 from glesam_ros.models.onnx_session import AGAIN, engine_cache, on_device, open_session, run_session
-from glesam_ros.models.proposals import choose, pooled, with_votes
+from glesam_ros.models.proposals import choose, with_votes
 from glesam_ros.validation import FloatArray, UInt8Array
 
 _LOG = logging.getLogger(__name__)
@@ -135,7 +135,6 @@ class Nano:
     def propose(self, embedding: Embedding, score_threshold: float, limit: int, budget: Budget) -> Candidates:
         """As `SegmentationModel.propose`: logits (K, h / 4, w / 4) float32. Raises OutOfMemory."""
         features, _, _, weights, scores = self._shared(embedding)
-        check_finite(scores, f"scores of nano on {self.device}")
         chosen, found, rank = choose(
             weights.reshape(-1, weights.shape[-1]), scores.ravel(), features[0],
             score_threshold, budget.stability_threshold, budget.nms_iou, math.ceil(DISTINCT * limit),
@@ -168,12 +167,13 @@ class Nano:
             others, their_scores = self._kernels(second, *window.prompts(xy, labels), pieces)
             scores = (1 - share) * scores + share * their_scores
         chosen = np.arange(len(xy)), np.where(is_lone, 1 + scores[:, 1:].argmax(1), 0)
-        weights, scores = self._with_votes(embedding, weights[chosen], xy, labels), scores[chosen]
+        scores = scores[chosen]
+        weights = self._with_votes(embedding, weights[chosen], xy, labels, budget.points_per_batch)
         logits = np.empty((len(xy), *window.grid), np.float32)
         for piece in pieces:
             logits[piece] = _masks(weights[piece], features)
         if share > 0:
-            others = self._with_votes(second, others[chosen], *window.prompts(xy, labels))
+            others = self._with_votes(second, others[chosen], *window.prompts(xy, labels), budget.points_per_batch)
             second_features = self._shared(second)[0]
             part = logits[(slice(None), *window.cells)]
             for piece in pieces:
@@ -200,7 +200,9 @@ class Nano:
     def _shared(self, embedding: Embedding) -> tuple[Any, ...]:
         """What all masks of an embedding need, computed once and kept with it."""
         if "shared" not in embedding.extra:
-            embedding.extra["shared"] = run_session(self._decoder, {"latent": embedding.finished().latent})
+            found = run_session(self._decoder, {"latent": embedding.finished().latent})
+            check_finite(found[-1], f"scores of nano on {self.device}")
+            embedding.extra["shared"] = found
         shared: tuple[Any, ...] = tuple(embedding.extra["shared"])
         return shared
 
@@ -230,18 +232,16 @@ class Nano:
         return weights, scores
 
     def _with_votes(
-        self, embedding: Embedding, weights: FloatArray, xy: FloatArray, labels: FloatArray
+        self, embedding: Embedding, weights: FloatArray, xy: FloatArray, labels: FloatArray, at_once: int
     ) -> FloatArray:
         """Weights (B, C) of masks of points (B, N) in -1..1, moved by what everything mode finds there."""
         # measured: a box says so much that others have nothing to add
         of_points = np.flatnonzero((labels == 1).any(1) & (labels < 2).all(1))
-        if not of_points.size:
-            return weights
         features, _, _, candidates, scores = self._shared(embedding)
-        candidates, scores, cells = candidates.reshape(-1, weights.shape[1]), scores.ravel(), pooled(features[0])
-        moved = weights.copy()
-        for k in of_points:
-            moved[k] = with_votes(weights[k], candidates, scores, features[0], cells, xy[k], labels[k])
+        candidates, moved = candidates.reshape(-1, weights.shape[1]), weights.copy()
+        for start in range(0, len(of_points), at_once):
+            some = of_points[start : start + at_once]
+            moved[some] = with_votes(weights[some], candidates, scores.ravel(), features[0], xy[some], labels[some])
         return moved
 
 

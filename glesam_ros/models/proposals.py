@@ -71,33 +71,38 @@ def choose(
 
 
 def with_votes(
-    kernel: FloatArray, candidates: FloatArray, scores: FloatArray, features: FloatArray, cells: FloatArray,
-    points: FloatArray, labels: FloatArray,
+    kernels: FloatArray, candidates: FloatArray, scores: FloatArray, features: FloatArray, points: FloatArray,
+    labels: FloatArray,
 ) -> FloatArray:
-    """The kernel of a prompted mask, half of it the mean of those candidates that mean the same.
+    """Kernels (B, C) of prompted masks, half of each the mean of those candidates that mean the same.
 
     These hold all points of the object and none of the background, and overlap its mask by `VOTE_IOU`.
 
     Args:
-        kernel: (C,) float32 of the prompted mask.
+        kernels: (B, C) float32 of the prompted masks.
         candidates: (N, C) float32, dense.
         scores: (N,) float32 in 0..1, predicted IoU.
-        features: (C, h, w) float32.
-        cells: as `pooled` makes them of the features.
-        points: (P, 2) xy in -1..1 of the frame.
-        labels: (P,) 1 the object, 0 the background; others do not count.
+        features: (C, h, w) float32, h and w multiples of `POOL`.
+        points: (B, P, 2) xy in -1..1 of the frame.
+        labels: (B, P) 1 the object, 0 the background; others do not count.
     """
-    says = (labels == 0) | (labels == 1)
-    x, y = grid_cells(points[says], features.shape[1:]).T
-    alike = np.flatnonzero(((candidates @ features[:, y, x] > 0) == (labels[says] == 1)).all(1))
-    bits, stability = _coarse(candidates[alike], cells)
-    own, areas = packed((kernel @ cells > 0)[None]), set_bits(bits)
-    overlap = _overlap(set_bits(bits & own), areas, set_bits(own)[0])
-    votes = np.where(overlap >= VOTE_IOU, scores[alike] * stability * stability * overlap, 0)
-    if not votes.any():
-        return kernel
-    mean: FloatArray = (kernel + votes @ candidates[alike] / votes.sum()) / 2
-    return mean.astype(np.float32)
+    cells = pooled(features)
+    x, y = grid_cells(points, features.shape[1:]).reshape(-1, 2).T
+    is_in = (candidates @ features[:, y, x] > 0).reshape(len(candidates), *labels.shape)
+    means = ((is_in == (labels == 1)) | ((labels != 0) & (labels != 1))).all(2)
+    # coarse masks once, of all that any object needs
+    some = np.flatnonzero(means.any(1))
+    bits, stability = _coarse(candidates[some], cells)
+    areas, rank = set_bits(bits), scores[some] * stability * stability
+    own = packed(kernels @ cells > 0)
+    own_areas, voted = set_bits(own), kernels.copy()
+    for k, kernel in enumerate(kernels):
+        alike = np.flatnonzero(means[some, k])
+        overlap = _overlap(set_bits(bits[alike] & own[k]), areas[alike], own_areas[k])
+        votes = np.where(overlap >= VOTE_IOU, rank[alike] * overlap, 0)
+        if votes.any():
+            voted[k] = (kernel + votes @ candidates[some[alike]] / votes.sum()) / 2
+    return voted
 
 
 def _coarse(weights: FloatArray, cells: FloatArray) -> tuple[Bits, FloatArray]:

@@ -58,6 +58,7 @@ class CameraLedger:
         degradation, enhanced: of the newest result, None before.
         qos_mismatch: text of a QoS mismatch, "" where there is none.
         no_publisher: text of a topic without a publisher, "" where it has one.
+        processed_rate_hz: frames a second when `status` was last asked for.
         latency_ms: from stamp to masks.
         encode_ms, decode_ms: of the pipeline.
         semantic_ms, restore_ms: of the semantic model and of the restorer, in `status` once there is one.
@@ -71,6 +72,7 @@ class CameraLedger:
         self.enhanced: bool | None = None
         self.qos_mismatch = ""
         self.no_publisher = ""
+        self.processed_rate_hz = 0.0
         self.latency_ms, self.encode_ms, self.decode_ms, self.own_ms = Ring(), Ring(), Ring(), Ring()
         self.semantic_ms, self.restore_ms = Ring(), Ring()
         self._lock = threading.Lock()
@@ -166,6 +168,7 @@ class CameraLedger:
             then, received, processed, old_events = self._history[0]
             span = max(now - then, 1.0)  # a first frame just before a call, or just after its `now`, is no rate
             rate_in, rate_out = (self._received - received) / span, (self._processed - processed) / span
+            self.processed_rate_hz = rate_out
             level, message = self._verdict(now, rate_in, rate_out, events - old_events)
             if level == DiagnosticStatus.OK and self._is_slow(rate_out, min_rate_hz, events - old_events):
                 level, message = DiagnosticStatus.WARN, f"{message}: expected at least {min_rate_hz:g} Hz (min_rate_hz)"

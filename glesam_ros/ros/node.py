@@ -52,13 +52,15 @@ WARM_UP_SIZES = (480, 640), (720, 1280)
 PROMPT_DEPTH = 2 * MAX_POINTS
 """An object may come as a burst of points; one that is lost is lost without a word."""
 NO_BOXES = (
-    "with sync_boxes a frame waits for boxes with its stamp on prompt/boxes, and none came within "
-    "max_frame_age_ms; the detector has to copy header.stamp of its image, and to be faster than that"
+    "with sync_boxes a frame waits for boxes with its stamp on prompt/boxes, and none came within max_frame_age_ms; "
+    "the detector has to copy header.stamp of its image, to publish where it finds nothing, too, and to be faster"
 )
 NO_FRAME = (
-    "with sync_boxes boxes wait for the frame with their stamp, and none came, or it was over; the "
-    "detector has to copy header.stamp of its image, and to be faster than max_frame_age_ms"
+    "with sync_boxes boxes wait for the frame with their stamp, and none came, or it was over; the detector has to "
+    "copy header.stamp of its image and to be faster than max_frame_age_ms; where frames are lost on the way here, "
+    "input_reliability: reliable helps"
 )
+NO_STAMP = "with sync_boxes frames need stamps, got 0; let the camera driver fill header.stamp"
 CLICKED = "_mouse_left"
 """rqt_image_view publishes clicks on `<image topic>_mouse_left` as geometry_msgs/Point in pixels."""
 
@@ -94,8 +96,8 @@ class PerceptionNode(LifecycleNode):
 
     | Callback group | Callbacks |
     |---|---|
-    | images | store the newest message of a camera |
-    | default ("control") | parameters, services, prompts, diagnostics |
+    | images | store the newest message of a camera; with sync_boxes those that wait for their boxes |
+    | default ("control") | parameters, services, prompts, diagnostics; with sync_boxes frames whose boxes came |
     | transitions | change_state and autostart, which load and free the model |
 
     Inference runs on a thread of its own, between activate and deactivate.
@@ -253,6 +255,7 @@ class PerceptionNode(LifecycleNode):
         )
         worker.start()
         self._worker = worker
+        self._forget_waiting("disabled")
         for camera in self._cameras.values():
             camera.outputs.tell_threshold(pipeline.resolved.score_threshold)
             camera.forget_time()
@@ -408,7 +411,7 @@ class PerceptionNode(LifecycleNode):
         if not self._is_enabled:
             camera.ledger.dropped("disabled")
         elif self.settings.sync_boxes:
-            self._paired(camera, camera.pairing.put_frame(frame, self.settings.max_frame_age_ms))
+            self._wait_for_boxes(camera, frame)
         else:
             self._put(camera, frame)
 
@@ -416,16 +419,28 @@ class PerceptionNode(LifecycleNode):
         if lost := self._frames.put(frame):
             camera.ledger.dropped(lost)
 
+    def _wait_for_boxes(self, camera: Camera, frame: Frame) -> None:
+        stamp = frame.message.header.stamp
+        if not (stamp.sec or stamp.nanosec):
+            self._drop_without_boxes(camera, NO_STAMP)
+            return
+        self._paired(camera, camera.pairing.put_frame(frame, self.settings.max_frame_age_ms))
+        if not (self._is_enabled and self.settings.sync_boxes):  # since the frame came: nobody else takes it out
+            self._forget_waiting("disabled")
+
     def _paired(self, camera: Camera, paired: Paired) -> None:
         """With sync_boxes: hand on a frame that has its boxes, count what stays alone."""
         for _ in range(paired.passed):
             camera.ledger.dropped("passed_over")
         for _ in range(paired.expired):
-            self._tell(camera, f"frame dropped, no_boxes: {NO_BOXES}", camera.ledger.dropped("no_boxes", NO_BOXES))
+            self._drop_without_boxes(camera, VISION_MSGS_MISSING or NO_BOXES)
         for _ in range(paired.unmatched):
             self._tell(camera, f"unmatched_boxes: {NO_FRAME}", camera.ledger.noticed("unmatched_boxes", NO_FRAME))
         if paired.frame is not None:
             self._put(camera, paired.frame)
+
+    def _drop_without_boxes(self, camera: Camera, text: str) -> None:
+        self._tell(camera, f"frame dropped, no_boxes: {text}", camera.ledger.dropped("no_boxes", text))
 
     def _tell(self, camera: Camera, text: str, count: int) -> None:
         if diagnostics.worth_a_log_line(count):
@@ -524,6 +539,8 @@ class PerceptionNode(LifecycleNode):
         points, boxes = sum(p for p, _ in held), sum(b for _, b in held)
         response.success = True
         now = "everything mode is back" if self.settings.everything else "masks stay empty until the next prompt"
+        if self.settings.sync_boxes:
+            now = "frames are answered with boxes of their stamp (sync_boxes)"
         response.message = f"cleared {points} points and {boxes} boxes of {len(held)} cameras; {now}"
         return response
 
@@ -600,6 +617,7 @@ class PerceptionNode(LifecycleNode):
         # a transition may take the pipeline away at any time
         worker, pipeline = self._worker, self._pipeline
         memory, pace = (pipeline.memory, pipeline.pace) if pipeline is not None else (None, None)
+        is_busy = any(camera.ledger.processed_rate_hz for camera in list(self._cameras.values()))
         if self._last_error:
             level, text = DiagnosticStatus.ERROR, self._last_error
         elif worker is None:
@@ -613,7 +631,7 @@ class PerceptionNode(LifecycleNode):
             level, text = DiagnosticStatus.WARN, self._twins
         elif not self._is_enabled:
             level, text = DiagnosticStatus.OK, "paused (service enable)"
-        elif pace is not None and pace.is_late:
+        elif pace is not None and pace.is_late and is_busy:
             limit = f"frame_budget_ms, {settings.frame_budget_ms} ms"
             level, text = DiagnosticStatus.WARN, f"frames take longer than {limit}, even at processing size {pace.now}"
         else:

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 from glesam_ros.ros.scheduling import Frame
 
-FRAMES_KEPT = 32
-"""Frames that wait for their boxes: one second of most cameras."""
+BYTES_KEPT = 256 * 2**20
+"""Of frames that wait for their boxes: ten seconds of 640x480 at 30 Hz, one and a half of 1920x1080."""
 BOXES_KEPT = 8
 """Messages of boxes that wait for their frame, which a detector may have had earlier."""
+LATELY_S = 10.0
+"""While boxes met a frame within this time, the detector works, and frames that expire are those that it left out."""
 
 Stamp = tuple[int, int]
 
@@ -21,8 +23,8 @@ class Paired(NamedTuple):
 
     Attributes:
         frame: with its boxes, where both are there now, else None.
-        passed: frames that get no boxes any more, because those of a newer one came.
-        expired: frames whose boxes did not come in time.
+        passed: frames that a working detector left out.
+        expired: frames that no boxes came for, nor for others around them.
         unmatched: messages of boxes whose frame did not come.
     """
 
@@ -42,13 +44,14 @@ class Pairing:
         self._lock = threading.Lock()
         self._frames: dict[Stamp, Frame] = {}
         self._boxes: dict[Stamp, Any] = {}
+        self._last_answered: float | None = None
 
     def put_frame(self, frame: Frame, limit_ms: int) -> Paired:
         """Take in a frame.
 
         Args:
             frame: as it came.
-            limit_ms: frames that wait for longer expire; 0 is no limit.
+            limit_ms: frames that wait for longer expire; 0 is no limit but that of memory, `BYTES_KEPT`.
         """
         stamp = _stamp(frame.message)
         with self._lock:
@@ -58,12 +61,13 @@ class Pairing:
                 if key != stamp and not 0 < limit_ms < 1e3 * (frame.arrival - held.arrival)
             }
             self._frames[stamp] = frame
-            while len(self._frames) > FRAMES_KEPT:
-                del self._frames[next(iter(self._frames))]
-            expired = before + 1 - len(self._frames)
-            if stamp not in self._boxes:
-                return Paired(expired=expired)
-            return self._match(stamp, self._boxes[stamp])._replace(expired=expired)
+            size = sum(len(held.message.data) for held in self._frames.values())
+            while size > BYTES_KEPT and len(self._frames) > 1:
+                size -= len(self._frames.pop(next(iter(self._frames))).message.data)
+            lost = before + 1 - len(self._frames)
+            works = self._last_answered is not None and frame.arrival - self._last_answered <= LATELY_S
+            found = self._match(stamp, self._boxes[stamp]) if stamp in self._boxes else Paired()
+            return found._replace(passed=found.passed + lost) if works else found._replace(expired=lost)
 
     def put_boxes(self, message: Any) -> Paired:
         """Take in a vision_msgs/Detection2DArray."""
@@ -81,7 +85,7 @@ class Pairing:
         """Forget all; how many frames were waiting."""
         with self._lock:
             count = len(self._frames)
-            self._frames, self._boxes = {}, {}
+            self._frames, self._boxes, self._last_answered = {}, {}, None
             return count
 
     def _match(self, stamp: Stamp, message: Any) -> Paired:
@@ -89,6 +93,7 @@ class Pairing:
         keys = list(self._frames)
         passed = keys.index(stamp)
         frame = dataclasses.replace(self._frames[stamp], boxes=message)
+        self._last_answered = frame.arrival
         for key in keys[: passed + 1]:
             del self._frames[key]
         late = [key for key in self._boxes if key < stamp]

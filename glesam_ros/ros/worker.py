@@ -35,6 +35,11 @@ FEW_VALUES = 64
 """Of the upper 8 bits of 16, more than 14 bits that nobody shifted up give."""
 FLAT = 16
 """Of these, more than lies between the coldest and the warmest that a thermal camera sees in most scenes."""
+FASTER = "frame_budget_ms makes frames faster"
+AFTER_BOXES = (
+    "the boxes that it waited for (sync_boxes) came late, or the model is slow: a faster detector, a higher "
+    "max_frame_age_ms, or frame_budget_ms helps"
+)
 
 Result = TypeVar("Result")
 
@@ -255,7 +260,7 @@ class Worker:
             if 0 < limit_ms < age_ms:
                 self._notice(
                     camera, "late_result", f"expected masks at most {limit_ms} ms after the stamp (max_frame_age_ms), "
-                    f"they came after {age_ms:.0f} ms; frame_budget_ms makes frames faster",
+                    f"they came after {age_ms:.0f} ms; {AFTER_BOXES if frame.boxes is not None else FASTER}",
                 )
             outputs.publish_quality(wanted, header, embedding.degradation, embedding.enhanced)
             ledger.degradation, ledger.enhanced = embedding.degradation, embedding.enhanced
@@ -362,7 +367,7 @@ class Worker:
             in_node_ms = 1e3 * (time.monotonic() - frame.arrival)
             raise DroppedFrame(
                 "stale", f"expected an age of at most {limit_ms} ms (max_frame_age_ms), got {age_ms:.0f} ms; "
-                f"{self._why_old(age_ms - in_node_ms)}",
+                f"{self._why_old(age_ms - in_node_ms) if frame.boxes is None else AFTER_BOXES}",
             )
         if age_ms < -limit_ms:
             self._notice(camera, "future_stamp", self._why_ahead(-age_ms))

@@ -238,7 +238,7 @@ def train_rass_nano(
         ValueError: the device or precision is not there, `out` was begun with another configuration, weights that do
             not fit, labels that cannot be read.
         FileNotFoundError: data or weights are missing.
-        FloatingPointError: the loss is infinite or not a number.
+        FloatingPointError: the loss or a weight is infinite or not a number.
     """
     config = settled(config, device)
     accelerator = make_accelerator(device, config.precision)

@@ -102,13 +102,13 @@ def write_checkpoint(path: Path, content: dict[str, Any], *, is_shared: bool = T
         try:
             with beside.open("wb") as file:  # of a path torch writes the name, a random one, into the file
                 torch.save(content, file)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
             if cause is None:
                 raise
-            # torch's own text is of its archive alone
+            # torch's own text is of its archive alone, and what comes of closing a file names none
             raise OSError(cause.errno, cause.strerror, str(path)) from error
 
     write_whole(path, write, is_shared=is_shared)
