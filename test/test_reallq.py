@@ -715,7 +715,7 @@ def test_grey_masks_of_cvat_count_the_lines(tmp_path):
 
 
 def test_what_is_no_set_and_no_labels(tmp_path):
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="expected a set that `glesam reallq pick` made, found no manifest.json"):
         read_labels(tmp_path)
     out, names = picked(tmp_path, 1)
     with pytest.raises(FileNotFoundError, match="expected a folder of labels"):
