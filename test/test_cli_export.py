@@ -148,7 +148,7 @@ def test_engines_of_other_weights_are_neither_found_nor_left(home, tmp_path, mon
 def test_what_cannot_be_exported_or_opened_says_why(home, tmp_path, capsys):  # noqa: F811
     name, folder = home
     for arguments, words in (
-        (["nano"], "nano has its own export"),
+        (["nano"], "nano needs none: its graphs ship"),
         (["sam_vit_x"], "expected one of sam_vit_b"),
         ([name, "--size", "100"], "expected a multiple of 128, got 100"),
         ([name, "--images", str(tmp_path / "none.jpg")], "none.jpg"),

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -28,10 +29,12 @@ from accelerate import Accelerator  # noqa: E402
 from training_runs import killed_at_first_checkpoint  # noqa: E402
 
 from glesam_ros.cli.main import main  # noqa: E402
+from glesam_ros.models.nano import CHECKSUM  # noqa: E402
 from glesam_ros.models.nano_net import LATENT, STATISTICS, NanoNet  # noqa: E402
+from glesam_ros.pipeline import load_pipeline  # noqa: E402
 from glesam_ros.training import batches, checkpoint, export, loop, nano  # noqa: E402
 from glesam_ros.training.config import STAGES, SourceConfig, load_config, make_config, to_dict, to_yaml  # noqa: E402
-from glesam_ros.training.shipped import PARTS  # noqa: E402
+from glesam_ros.training.shipped import PARTS, read_shipped  # noqa: E402
 from glesam_ros.training.sources import load_scenes  # noqa: E402
 
 # gradients that are summed up, and a loss of the paper on the way
@@ -101,7 +104,8 @@ def test_stages_change_what_they_say_and_nothing_else(whole: Path) -> None:
 
 def test_a_run_leaves_logs_and_weights_that_load(whole: Path) -> None:
     names = {path.name for path in whole.iterdir()}
-    assert names == {"config.yaml", "nano.pt", "tensorboard"} | {f"{s}.{e}" for s in STAGES for e in ("csv", "pt")}
+    of_stages = {f"{s}.{e}" for s in STAGES for e in ("csv", "pt")}
+    assert names == {"config.yaml", "nano.pt", "nano", "tensorboard"} | of_stages
     assert [row["step"] for row in csv.DictReader((whole / "restore.csv").open())] == ["2", "4"]
     assert load_config(whole / "config.yaml") == load_config("tiny", CHANGES)
     NanoNet().load_state_dict(checkpoint.read(whole / "nano.pt"))
@@ -143,10 +147,43 @@ def test_sigterm_writes_and_says_how_to_go_on(
 
 
 def test_finished_stages_are_not_run_again(data: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path.name: path.stat().st_mtime_ns for path in whole.glob("*.pt") if path.name != "nano.pt"}
+    def written() -> dict[Path, int]:
+        files = [*whole.glob("*.pt"), *whole.glob("nano/*")]
+        return {path: path.stat().st_mtime_ns for path in files if path.name != "nano.pt"}
+
+    before = written()
     assert main(arguments(data, whole, "--set", "base.log_every=1", "--set", "workers=1")) == 0
-    assert capsys.readouterr().out == f"weights for export: {whole / 'nano.pt'}\n"
-    assert {path.name: path.stat().st_mtime_ns for path in whole.glob("*.pt") if path.name != "nano.pt"} == before
+    assert capsys.readouterr().out.splitlines() == [
+        f"model folder: {whole / 'nano'}", f"ros2 launch glesam_ros perception.launch.py model:={whole / 'nano'}"
+    ]
+    assert written() == before
+
+
+def test_a_run_ends_with_a_folder_that_the_node_takes(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = checkpoint.read(whole / "nano.pt")
+    read = read_shipped(whole / "nano").state_dict()
+    name = "decoder.dense.weight"
+    assert (read[name] - weights[name]).abs().max() < 1e-3 * weights[name].abs().max()
+    with load_pipeline(str(whole / "nano"), precision="int8") as pipeline:
+        pipeline.segment(np.zeros((120, 160, 3), np.uint8), points=[[[80, 60]]])
+    # an export that was cut off has no checksum yet; one before another end of the run is of other weights
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    config, made = load_config(whole / "config.yaml"), []
+    monkeypatch.setattr(export, "export", lambda net, folder, pictures, check: made.append(len(pictures)))
+    export.export_run(config, data, out)
+    assert not made
+    os.utime(out / "refit.pt")
+    export.export_run(config, data, out)
+    assert made == [2 * export.PAIRS]
+    os.utime(out / "nano" / CHECKSUM)
+    export.export_run(config, data, out)
+    assert len(made) == 1
+    (out / "nano" / CHECKSUM).unlink()
+    export.export_run(config, data, out)
+    assert len(made) == 2
 
 
 def test_a_command_that_failed_at_its_start_may_be_corrected(data: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from glesam_ros.cli.main import main  # noqa: E402
 from glesam_ros.labelled import IGNORE, open_labelled  # noqa: E402
 from glesam_ros.models.rass_nano import RassNano as Segmenter  # noqa: E402
 from glesam_ros.models.rass_nano_net import ADAPTED, RassNano, features_of  # noqa: E402
+from glesam_ros.semantic import load_semantic  # noqa: E402
 from glesam_ros.training import checkpoint, rass_nano_export  # noqa: E402
 from glesam_ros.training.adapters import add_adapters  # noqa: E402
 from glesam_ros.training.config import load_any  # noqa: E402
@@ -317,6 +318,30 @@ def test_the_export_gives_the_node_the_same_classes(
     assert logits.shape == expected.shape == (3, 24, 32)
     assert np.abs(logits - expected).max() < 1e-2 * np.abs(expected).max()
     assert (logits.argmax(0) == expected.argmax(0)).mean() > 0.99
+
+
+def test_a_run_ends_with_a_folder_that_the_node_takes(
+    data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = json.loads((whole / "rass_nano" / "rass_nano.json").read_text())
+    assert card["trained_on"] == "toys (train)" and card["palette"] == [list(colour) for colour in COLOURS.values()]
+    # what is finished stays, and is no more than said
+    before = (whole / "rass_nano" / "rass_nano.onnx").stat().st_mtime_ns
+    assert main(arguments(data, whole)) == 0
+    folder = whole / "rass_nano"
+    assert capsys.readouterr().out.splitlines() == [
+        f"model folder: {folder}", f"ros2 launch glesam_ros perception.launch.py semantic:={folder}"
+    ]
+    assert (folder / "rass_nano.onnx").stat().st_mtime_ns == before
+    semantic = load_semantic(str(folder))
+    assert semantic.classes == tuple(COLOURS)
+    assert semantic.segment(np.zeros((96, 128, 3), np.uint8)).labels.shape == (96, 128)
+    # a run without its last stage has none
+    out = tmp_path / "base"
+    ending = ("--set", f"start={whole / 'base.pt'}", "--set", "base.steps=0", "--set", "scr.steps=1", "--until", "scr")
+    assert main(arguments(data, out, *ending)) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"weights: {out / 'scr.pt'}"
+    assert not (out / "rass_nano").exists()
 
 
 @pytest.mark.parametrize("layout", ["ade20k", "names alone"])

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from glesam_ros.models.glesam import catalogue
 
     if args.name == "nano":
-        raise CommandError("nano has its own export: python -m glesam_ros.training.export --help; its graphs ship")
+        raise CommandError("nano needs none: its graphs ship with the package, those of a run glesam train writes")
     try:
         name = catalogue.own_name(args.name)
         catalogue.split_name(name)

@@ -36,9 +36,10 @@ classes), rass (the segmenter on its features).
 DATA is the folder that the paths of the sources are relative to. The full size reads the weights of SAM and Stable
 Diffusion that `glesam models get` brings.
 --out holds the losses (CSV, tensorboard/), checkpoint.pt of the stage under way, STAGE.pt of each finished one, and at
-the end nano.pt, or at full size a folder BASE+ENHANCER: glesam models get BASE+ENHANCER --from FOLDER; of RASS a folder
-rass: glesam models get rass-sd21 --from FOLDER. Ctrl-C finishes the step, writes the checkpoint and exits with 130;
-after a kill the last periodic checkpoint counts. Either way the result is that of a run that was not stopped."""
+the end a folder: nano or rass_nano, which node and commands take as it is (model:=, semantic:=); at full size
+BASE+ENHANCER: glesam models get BASE+ENHANCER --from FOLDER; of RASS rass: glesam models get rass-sd21 --from FOLDER.
+Ctrl-C finishes the step, writes the checkpoint and exits with 130; after a kill the last periodic checkpoint counts.
+Either way the result is that of a run that was not stopped."""
 
 
 def add_parser(commands: Any) -> None:
@@ -89,11 +90,17 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         written = recipe.train_function()(config, args.data, out, args.device, until)
+        folder = None
+        if recipe.export and written and until == recipe.stages[-1]:
+            folder = recipe.export_function()(config, args.data, out)
     except (ValueError, FloatingPointError) as error:
         raise CommandError(str(error)) from error
     except Stopped:
         print(f"glesam train: stopped; go on with: {_again(args, out)}", file=sys.stderr)
         return 130
+    if folder is not None:
+        print(f"model folder: {folder}\n{recipe.use.format(path=shlex.quote(str(folder.resolve())))}")
+        return 0
     print("\n".join(f"{recipe.result}: {path}" for path in written) or f"done until {until}: {out}")
     return 0
 

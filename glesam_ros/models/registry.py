@@ -91,7 +91,7 @@ def load_model(name: str, device: str = "auto", precision: str = "auto") -> Segm
 
     Args:
         name: a registered name; for a model at full size a repository of Hugging Face, see `catalogue.HUB`; or a folder
-            that `glesam_ros.training.export` wrote.
+            that `glesam train` wrote.
         device, precision: as in `glesam_ros.settings`.
 
     Raises:

@@ -1,5 +1,7 @@
 """Writes the ONNX files of nano, in fp32 and for CPUs in 8 bits, and checks them against torch.
 
+`glesam train` ends with it; by hand, for example of one stage:
+
     python -m glesam_ros.training.export --checkpoint runs/nano/nano.pt --out glesam_ros/models/weights \\
         --calibration DATA
 """
@@ -9,7 +11,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +21,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from glesam_ros.checksum import sha256
@@ -26,15 +31,18 @@ from glesam_ros.training.batches import draw_pairs
 from glesam_ros.training.config import Config, SourceConfig, load_config
 from glesam_ros.training.graphs import shorten_names, simplify
 from glesam_ros.training.quantize import Grids, hand_out_bytes, quantize
+from glesam_ros.training.recipes import RECIPES
 from glesam_ros.training.sources import load_scenes
 from glesam_ros.training.storage import save, split_convolutions, store_half
 
+_LOG = logging.getLogger(__name__)
 OPSET = 17
 KEPT = {"decoder": ("/dense/", "Add", "Clip")}
 """Nodes that stay fp32. Scores of the grid: in 8 bits neighbours would be equal, a peak have several tops. Sums and
 limits: they are those of mask kernels, whose centres reach further on a larger grid than on that of the calibration."""
 SHARPNESS = 3.0
 """Factor on mask logits: training leaves them small, and stability is measured by shifts of 1. Masks stay the same."""
+ALL_STAGES = frozenset(stage for recipe in RECIPES.values() for stage in recipe.stages)
 PAIRS = 16
 """Crops for calibration, each clear and degraded."""
 
@@ -169,11 +177,22 @@ def parts_of(net: NanoNet) -> dict[str, Part]:
 def _traced(name: str, part: Part, path: Path) -> onnx.ModelProto:
     """The fp32 graph of a part; torch writes it to `path` on the way."""
     taken, made = map(list, PARTS[name])
-    torch.onnx.export(
-        part.module.eval(), part.inputs, str(path), input_names=taken, output_names=made, dynamic_axes=part.axes,
-        opset_version=OPSET, dynamo=False,
-    )
+    trace(part.module, part.inputs, path, taken, made, part.axes)
     return simplify(onnx.load(path))
+
+
+def trace(
+    module: nn.Module, inputs: tuple[Tensor, ...], path: Path, taken: list[str], made: list[str],
+    axes: dict[str, dict[int, str]],
+) -> None:
+    """Write the graph of `module` to `path`, with names of inputs and outputs, and the axes of any length by name."""
+    with warnings.catch_warnings():
+        # that tracing fixes what depends on numbers: tests compare graphs and torch at other sizes
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module.eval(), inputs, str(path), input_names=taken, output_names=made, dynamic_axes=axes,
+            opset_version=OPSET, dynamo=False,
+        )
 
 
 def _in_8_bits(
@@ -255,7 +274,9 @@ def in_bytes(x: np.ndarray[Any, Any], scale: np.float32, zero: np.uint8) -> np.n
 
 def open_graph(source: str | bytes) -> ort.InferenceSession:
     """A session on the CPU of an ONNX file or its bytes."""
-    return ort.InferenceSession(source, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors: it warns of each unused constant
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def compare(path: Path, module: nn.Module, inputs: tuple[Tensor, ...], names: list[str]) -> float:
@@ -291,6 +312,38 @@ def read_net(checkpoint: Path) -> NanoNet:
     net = NanoNet()
     load_weights(net, checkpoint)
     return net
+
+
+def export_run(config: Config, data: Path, out: Path) -> Path:
+    """The model folder of a finished run: its `nano.pt`, exported and calibrated by its own sources.
+
+    Args:
+        config: of the run.
+        data: folder that the paths of its sources are relative to.
+        out: the run's folder, gets `nano/`. What an earlier call wrote there stays, unless a stage was finished later.
+
+    Raises:
+        FileNotFoundError: `data` lacks one of the sources.
+    """
+    from glesam_ros.training.nano import RESULT
+
+    folder = out / "nano"
+
+    def write() -> None:
+        export(read_net(out / RESULT), folder, calibration_pictures(data, sources=config.sources), check=False)
+
+    write_once(write, folder / CHECKSUM, out)
+    return folder
+
+
+def write_once(write: Callable[[], object], last: Path, out: Path) -> None:
+    """Call `write` in the main process of a run, unless `last`, what it writes last, came after all stages in `out`."""
+    stages = [path.stat().st_mtime_ns for path in out.glob("*.pt") if path.stem in ALL_STAGES]
+    state = PartialState()
+    if state.is_main_process and not (last.is_file() and last.stat().st_mtime_ns > max(stages, default=0)):
+        _LOG.info("writing %s", last.parent)
+        write()
+    state.wait_for_everyone()
 
 
 def sources_of(checkpoint: Path) -> tuple[SourceConfig, ...]:

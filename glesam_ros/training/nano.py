@@ -431,7 +431,7 @@ def train_nano(
         config: the recipe.
         data: folder that the paths of the sources are relative to.
         out: gets `config.yaml`, `<stage>.csv`, `tensorboard/`, `checkpoint.pt` while a stage is under way, `<stage>.pt`
-            of each finished one, and at the end `nano.pt`, what is exported.
+            of each finished one, and at the end `nano.pt`, which `glesam_ros.training.export` makes a model folder of.
         device: auto takes a GPU where there is one.
         until: last stage to run.
 

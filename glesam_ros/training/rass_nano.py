@@ -231,7 +231,7 @@ def train_rass_nano(
         until: last stage to run.
 
     Returns:
-        The state dict of the last stage, which is what `glesam_ros.training.rass_nano_export` takes.
+        The state dict of the last stage, which `glesam_ros.training.rass_nano_export` makes a model folder of.
 
     Raises:
         Stopped: SIGINT or SIGTERM came; the same call goes on.

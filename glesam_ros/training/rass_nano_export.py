@@ -1,5 +1,7 @@
 """Writes the files of rass-nano: the graph, checked against torch, and the card with the names of its classes.
 
+`glesam train` ends with it; by hand, to say a licence:
+
     python -m glesam_ros.training.rass_nano_export --checkpoint runs/rass_nano/rass.pt --folder DATA/camvid \\
         --out glesam_ros/models/weights --licence "CC BY-NC 4.0, from CamVid" --trained-on "CamVid, train split"
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,13 @@ from torch import Tensor, nn
 
 from glesam_ros.labelled import classes_of
 from glesam_ros.models.rass_nano_net import RassNano
-from glesam_ros.training.export import OPSET, compare
+from glesam_ros.training.export import compare, trace, write_once
 from glesam_ros.training.graphs import simplify
+from glesam_ros.training.labelled_crops import load_labelled
 from glesam_ros.training.rass_nano import load_weights
+from glesam_ros.training.rass_nano_config import RassNanoConfig
 from glesam_ros.training.storage import store_half
+from glesam_ros.validation import UInt8Array
 
 LONG_SIDE = 640
 """Larger pictures are scaled down inside the model."""
@@ -56,11 +62,8 @@ def export(net: RassNano, card: dict[str, Any], folder: Path) -> dict[str, Any]:
     module = SemanticGraph(net.to(memory_format=torch.contiguous_format)).eval()  # type: ignore[call-overload]
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, *EXAMPLE, 3), np.uint8))
     files = folder / "rass_nano.onnx", folder / "rass_nano.json"
-    torch.onnx.export(
-        module, (image,), str(files[0]), input_names=["image"], output_names=["logits"], opset_version=OPSET,
-        dynamo=False,
-        dynamic_axes={"image": {1: "H", 2: "W"}, "logits": {2: "h", 3: "w"}},
-    )
+    axes = {"image": {1: "H", 2: "W"}, "logits": {2: "h", 3: "w"}}
+    trace(module, (image,), files[0], ["image"], ["logits"], axes)
     graph = simplify(onnx.load(files[0]))
     store_half(graph)
     onnx.save(graph, files[0])
@@ -68,6 +71,40 @@ def export(net: RassNano, card: dict[str, Any], folder: Path) -> dict[str, Any]:
     files[1].write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return {
         "torch": compare(files[0], module, (image,), ["image"]), "bytes": {f.name: f.stat().st_size for f in files},
+    }
+
+
+def export_run(config: RassNanoConfig, data: Path, out: Path) -> Path:
+    """The model folder of a finished run: its `rass.pt`, exported with the classes of its sources.
+
+    Args:
+        config: of the run.
+        data: folder that the paths of its sources are relative to.
+        out: the run's folder, gets `rass_nano/`. What an earlier call wrote there stays, unless a stage was finished
+            later.
+
+    Raises:
+        FileNotFoundError: `data` lacks one of the sources, or the run trained no `rass`.
+        ValueError: labels that cannot be read.
+    """
+    folder = out / "rass_nano"
+
+    def write() -> None:
+        scenes = load_labelled(config.sources, data)
+        net = RassNano(len(scenes.classes))
+        load_weights(net, out / "rass.pt")
+        trained_on = ", ".join(f"{source.path} ({source.split})" for source in config.sources)
+        export(net, card(scenes.classes, scenes.palette, "that of the training data", trained_on), folder)
+
+    write_once(write, folder / "rass_nano.json", out)
+    return folder
+
+
+def card(classes: Sequence[str], palette: UInt8Array, licence: str, trained_on: str) -> dict[str, Any]:
+    """What `rass_nano.json` says of K classes with the colours `palette` (K, 3)."""
+    return {
+        "classes": list(classes), "palette": palette.tolist(), "long_side": LONG_SIDE, "licence": licence,
+        "trained_on": trained_on,
     }
 
 
@@ -86,11 +123,8 @@ def main() -> None:
         load_weights(net, args.checkpoint)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    card = {
-        "classes": list(listed.classes), "palette": listed.shown.tolist(), "long_side": LONG_SIDE,
-        "licence": args.licence, "trained_on": args.trained_on,
-    }
-    print(json.dumps(export(net, card, args.out), indent=2))
+    written = card(listed.classes, listed.shown, args.licence, args.trained_on)
+    print(json.dumps(export(net, written, args.out), indent=2))
 
 
 if __name__ == "__main__":

@@ -21,12 +21,17 @@ class Recipe:
         config, train: module:name, below `glesam_ros.training`, of the dataclass of its configuration and of the
             function (config, data, out, device, until) -> paths of what it wrote.
         result: what those paths are.
+        export: module:name of a function (config, data, out) -> the model folder that it makes of a finished run; empty
+            where what `train` writes is one.
+        use: the command that takes that folder, with `{path}` in its place.
     """
 
     stages: tuple[str, ...]
     config: str
     train: str
     result: str
+    export: str = ""
+    use: str = ""
 
     def config_class(self) -> Any:
         """The dataclass."""
@@ -37,17 +42,24 @@ class Recipe:
         found: Callable[..., Sequence[Path]] = _named(self.train)
         return found
 
+    def export_function(self) -> Callable[..., Path]:
+        """The function; ask for it only where `export` names one."""
+        found: Callable[..., Path] = _named(self.export)
+        return found
+
 
 RECIPES = {
     "nano": Recipe(
-        ("base", "level", "restore", "decode", "refit"), "config:Config", "nano:train_nano", "weights for export"
+        ("base", "level", "restore", "decode", "refit"), "config:Config", "nano:train_nano", "weights",
+        "export:export_run", "ros2 launch glesam_ros perception.launch.py model:={path}",
     ),
     "glesam": Recipe(
         ("level", "restore", "decode", "distill"), "full_config:FullConfig", "full:train_full", "enhancer"
     ),
     "rass": Recipe(("scr", "rass"), "rass_config:RassTrainingConfig", "rass:train_rass", "weights"),
     "rass_nano": Recipe(
-        ("base", "scr", "rass"), "rass_nano_config:RassNanoConfig", "rass_nano:train_rass_nano", "weights for export"
+        ("base", "scr", "rass"), "rass_nano_config:RassNanoConfig", "rass_nano:train_rass_nano", "weights",
+        "rass_nano_export:export_run", "ros2 launch glesam_ros perception.launch.py semantic:={path}",
     ),
 }
 
