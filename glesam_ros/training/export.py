@@ -29,7 +29,7 @@ from glesam_ros.models.nano import CHECKSUM, PARTS, TENSORS
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, with_positions
 from glesam_ros.training.batches import draw_pairs
 from glesam_ros.training.config import Config, SourceConfig, load_config
-from glesam_ros.training.graphs import shorten_names, simplify
+from glesam_ros.training.graphs import quiet_onnxruntime, shorten_names, simplify
 from glesam_ros.training.quantize import Grids, hand_out_bytes, quantize
 from glesam_ros.training.recipes import RECIPES
 from glesam_ros.training.sources import load_scenes
@@ -134,8 +134,9 @@ def export(
         old.unlink(missing_ok=True)
     parts = parts_of(copy.deepcopy(net).eval())
     graphs = {name: _traced(name, part, folder / f"nano_{name}.onnx") for name, part in parts.items()}
-    feeds = calibration(graphs, pictures) if len(pictures) else {}
-    small, grids = _in_8_bits(graphs, feeds)
+    with quiet_onnxruntime():
+        feeds = calibration(graphs, pictures) if len(pictures) else {}
+        small, grids = _in_8_bits(graphs, feeds)
     for name, graph in graphs.items():
         split_convolutions(graph, small.get(name))
     files = {f"nano_{name}_int8.onnx": graph for name, graph in small.items()}
@@ -145,7 +146,8 @@ def export(
         shorten_names(graph)
     save(files, folder, TENSORS)
     (folder / CHECKSUM).write_text(f"{sha256(folder / TENSORS)}  {TENSORS}\n", encoding="utf-8")
-    return _report(folder, parts, feeds, grids) if check else {}
+    with quiet_onnxruntime():
+        return _report(folder, parts, feeds, grids) if check else {}
 
 
 def parts_of(net: NanoNet) -> dict[str, Part]:
@@ -274,9 +276,7 @@ def in_bytes(x: np.ndarray[Any, Any], scale: np.float32, zero: np.uint8) -> np.n
 
 def open_graph(source: str | bytes) -> ort.InferenceSession:
     """A session on the CPU of an ONNX file or its bytes."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors: it warns of each unused constant
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(source, providers=["CPUExecutionProvider"])
 
 
 def compare(path: Path, module: nn.Module, inputs: tuple[Tensor, ...], names: list[str]) -> float:

@@ -6,8 +6,10 @@ comes back to it. So what can be part of a convolution becomes part of it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,16 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 UNSHUFFLE = ["Squeeze", "Reshape", "Transpose", "Reshape", "Reshape", "Unsqueeze"]
 """What torch 2 makes of `pixel_unshuffle`, last node first."""
+
+
+@contextlib.contextmanager
+def quiet_onnxruntime() -> Iterator[None]:
+    """onnxruntime says errors alone: it warns of each constant that a pass left unused, with every session."""
+    ort.set_default_logger_severity(3)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)
 
 
 def simplify(model: ModelProto) -> ModelProto:
@@ -41,10 +53,10 @@ def fold_constants(model: ModelProto) -> ModelProto:
     """The graph with everything computed that does not depend on the input, by onnxruntime's basic optimisation."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
-        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        with quiet_onnxruntime():
+            ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         folded = onnx.load(options.optimized_model_filepath)
     # onnxruntime declares every domain that it knows; the checker then proves that the standard one is enough
     opsets = list(model.opset_import)

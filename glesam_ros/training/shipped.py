@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -151,12 +150,7 @@ def _constants(folder: Path, part: str) -> list[Array]:
     path = folder / f"nano_{part}.onnx"
     if not path.is_file():
         raise FileNotFoundError(f"expected the file {path}, as glesam_ros.training.export writes it, found none")
-    # the joins of bytes go, and with them what they read: onnxruntime says so at every start
-    ort.set_default_logger_severity(3)
-    try:
-        model = fold_constants(onnx.load(path))
-    finally:
-        ort.set_default_logger_severity(2)
+    model = fold_constants(onnx.load(path))
     values = constants(model)
     read = [values[name] for node in model.graph.node for name in node.input if name in values]
     return [value for value in read if value.dtype == np.float32]
