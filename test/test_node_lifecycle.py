@@ -250,6 +250,13 @@ def test_more_signals_while_the_process_ends_change_nothing(launch):
     assert process.returncode == 0
 
 
+def test_a_library_that_locks_itself_up_as_the_process_ends_does_not_keep_it(launch, monkeypatch):
+    monkeypatch.setenv("HOLD_AT_END", "1")
+    client = launch()
+    assert client.ros.end() == -signal.SIGALRM
+    assert "ending" in client.ros.output and "Traceback" not in client.ros.output
+
+
 def test_start_parameters_that_are_not_valid_end_the_process_with_a_reason(launch):
     client = launch(wait_active=False, enhancement="sometimes")
     assert client.ros.process.wait(15) == 1

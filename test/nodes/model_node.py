@@ -19,12 +19,14 @@ Semantic models: `horizon` says white is "person", the rest "sky" in the upper h
 Restorer: `negative`, which raises on a red picture and lacks memory for a green one, and is busy as long as the file
 that STUCK_RESTORER names is there. Their calls are logged.
 
+HOLD_AT_END, where it is set, lets no other thread run once the node has ended.
 STOP_TIMEOUT_S, where it is set, is how long the node waits for an inference that should end.
 At its end the process prints which modules of ours and which libraries of networks it has imported.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
@@ -331,4 +333,6 @@ if __name__ == "__main__":
     register_restorer("negative", Negative)
     code = process.main()
     print("modules:", *sorted(m for m in sys.modules if m.startswith("glesam_ros.") or m in NETWORK_LIBRARIES))
+    if "HOLD_AT_END" in os.environ:
+        ctypes.PyDLL(None).pause()  # as a library that locks itself up: the interpreter's lock stays taken
     sys.exit(code)
