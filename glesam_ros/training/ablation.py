@@ -18,10 +18,10 @@ from typing import Any
 
 import yaml
 
-from glesam_ros.models.nano_net import Enhancer, NanoNet
+from glesam_ros.models.nano_net import Enhancer
 from glesam_ros.training import checkpoint
 from glesam_ros.training.config import Config, load_config, to_dict
-from glesam_ros.training.export import export
+from glesam_ros.training.export import export, read_net
 from glesam_ros.training.loop import Stopped, sow
 from glesam_ros.training.nano import SHIPPED, shipped_net, train_nano
 from glesam_ros.training.sources import load_scenes
@@ -71,9 +71,7 @@ def train_runs(runs: dict[str, Config], data: Path, out: Path, device: str = "au
         print(f"ablation: {name}", flush=True)
         _share_stage_1(runs, name, out)
         (trained,) = train_nano(config, data, folder, device)  # type: ignore[arg-type]  # argparse checked it
-        net = NanoNet()
-        net.load_state_dict(checkpoint.read(trained))
-        export(net, folder / "partial")
+        export(read_net(trained), folder / "partial")
         (folder / "partial").rename(folder / "weights")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from glesam_ros.models.glesam.weights import read_checkpoint, write_checkpoint
 
 
@@ -28,3 +30,19 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dictionary of tensors, got {type(content).__name__}")
     return content
+
+
+def load_into(net: nn.Module, path: Path, model: str) -> None:
+    """Give `net` the weights in `path`.
+
+    Args:
+        model: its name, for what is said of weights that do not fit.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none, or of another network.
+    """
+    try:
+        net.load_state_dict(read(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected weights of {model}, {' '.join(str(error).split())}") from error

@@ -28,6 +28,7 @@ from glesam_ros.checksum import sha256
 from glesam_ros.models.nano import CHECKSUM, PARTS, TENSORS
 from glesam_ros.models.nano_net import HYPOTHESES, NanoNet, kernel_weights, with_positions
 from glesam_ros.training.batches import draw_pairs
+from glesam_ros.training.checkpoint import load_into
 from glesam_ros.training.config import Config, SourceConfig, load_config
 from glesam_ros.training.graphs import quiet_onnxruntime, shorten_names, simplify
 from glesam_ros.training.quantize import Grids, hand_out_bytes, quantize
@@ -36,6 +37,8 @@ from glesam_ros.training.sources import load_scenes
 from glesam_ros.training.storage import save, split_convolutions, store_half
 
 _LOG = logging.getLogger(__name__)
+RESULT = "nano.pt"
+"""What a whole run leaves: weights in which `enhancer` of its configuration is folded."""
 OPSET = 17
 KEPT = {"decoder": ("/dense/", "Add", "Clip")}
 """Nodes that stay fp32. Scores of the grid: in 8 bits neighbours would be equal, a peak have several tops. Sums and
@@ -299,8 +302,6 @@ def read_net(checkpoint: Path) -> NanoNet:
         FileNotFoundError: there is no such file.
         ValueError: it is of another network, or of a stage of a run whose `enhancer` the weights do not hold yet.
     """
-    from glesam_ros.training.nano import RESULT, load_weights  # reads shipped files, for which it needs this module
-
     beside = checkpoint.with_name("config.yaml")
     if checkpoint.name != RESULT and beside.is_file():
         enhancer = load_config(beside).enhancer
@@ -310,7 +311,7 @@ def read_net(checkpoint: Path) -> NanoNet:
                 f"{enhancer.gamma:g} and enhancer.condition={enhancer.condition} in them; finish the run"
             )
     net = NanoNet()
-    load_weights(net, checkpoint)
+    load_into(net, checkpoint, "nano")
     return net
 
 
@@ -325,8 +326,6 @@ def export_run(config: Config, data: Path, out: Path) -> Path:
     Raises:
         FileNotFoundError: `data` lacks one of the sources.
     """
-    from glesam_ros.training.nano import RESULT
-
     folder = out / "nano"
 
     def write() -> None:

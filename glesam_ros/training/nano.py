@@ -27,6 +27,7 @@ from glesam_ros.training.config import (
     StageConfig,
 )
 from glesam_ros.training.crops import STRIDE
+from glesam_ros.training.export import RESULT
 from glesam_ros.training.level import draw_frames, level_loss
 from glesam_ros.training.loop import (
     Batch,
@@ -54,8 +55,6 @@ ADAPTED = r"_blocks\.\d+\.(_expand_conv|_project_conv)|from\d+|context\.0|fuse\.
 """What gets adapters, of `Trunk`: all convolutions but the depthwise ones and the overview."""
 PAIRS = 8
 """Frames that are seen at once for the level head."""
-RESULT = "nano.pt"
-"""What a whole run leaves, `folded`."""
 SHIPPED = "shipped"
 """Value of `start` for the weights of the package."""
 LOOKS = 8
@@ -467,7 +466,7 @@ def train_nano(
     elif config.start == SHIPPED:
         net = shipped_net(scenes, config)
     else:
-        load_weights(net, Path(config.start))
+        checkpoint.load_into(net, Path(config.start), "nano")
     net.enhancer.gamma = config.enhancer.gamma
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword alone
     net = net.to(accelerator.device)
@@ -498,14 +497,6 @@ def shipped_net(scenes: Scenes, config: Config) -> NanoNet:
     if scenes.photographs:
         renormalise(net, look)
     return net
-
-
-def load_weights(net: NanoNet, path: Path) -> None:
-    """Take over a state dict. Raises FileNotFoundError, and ValueError when it is of another network."""
-    try:
-        net.load_state_dict(checkpoint.read(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path}: expected weights of nano, {' '.join(str(error).split())}") from error
 
 
 def pretrained_backbone() -> dict[str, Tensor]:

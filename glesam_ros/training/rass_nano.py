@@ -252,7 +252,7 @@ def train_rass_nano(
             name: value for name, value in pretrained_backbone().items() if name in net.backbone.state_dict()
         })
     else:
-        load_weights(net, Path(config.start))
+        checkpoint.load_into(net, Path(config.start), "rass-nano")
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword alone
     net = net.to(accelerator.device)
     weights = class_weights(scenes, config.balance)
@@ -263,11 +263,3 @@ def train_rass_nano(
             if getattr(config, name).steps:
                 complete(make_stage(name, net, config, scenes, weights), number, shared)
     return [last] if last.exists() else []
-
-
-def load_weights(net: RassNano, path: Path) -> None:
-    """Take over a state dict. Raises FileNotFoundError, and ValueError when it is of another network."""
-    try:
-        net.load_state_dict(checkpoint.read(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path}: expected weights of rass-nano, {' '.join(str(error).split())}") from error

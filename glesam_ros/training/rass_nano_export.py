@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from glesam_ros.labelled import classes_of
 from glesam_ros.models.rass_nano_net import RassNano
+from glesam_ros.training.checkpoint import load_into
 from glesam_ros.training.export import compare, trace, write_once
 from glesam_ros.training.graphs import simplify
 from glesam_ros.training.labelled_crops import load_labelled
-from glesam_ros.training.rass_nano import load_weights
 from glesam_ros.training.rass_nano_config import RassNanoConfig
 from glesam_ros.training.storage import store_half
 from glesam_ros.validation import UInt8Array
@@ -92,7 +92,7 @@ def export_run(config: RassNanoConfig, data: Path, out: Path) -> Path:
     def write() -> None:
         scenes = load_labelled(config.sources, data)
         net = RassNano(len(scenes.classes))
-        load_weights(net, out / "rass.pt")
+        load_into(net, out / "rass.pt", "rass-nano")
         trained_on = ", ".join(f"{source.path} ({source.split})" for source in config.sources)
         export(net, card(scenes.classes, scenes.palette, "that of the training data", trained_on), folder)
 
@@ -120,7 +120,7 @@ def main() -> None:
     try:
         listed = classes_of(args.folder)
         net = RassNano(len(listed.classes))
-        load_weights(net, args.checkpoint)
+        load_into(net, args.checkpoint, "rass-nano")
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     written = card(listed.classes, listed.shown, args.licence, args.trained_on)
