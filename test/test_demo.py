@@ -144,6 +144,18 @@ def test_camera_refuses_wrong_arguments_of_ros(start, arguments):
     assert "the demo camera cannot start: " in said and "Traceback" not in said
 
 
+def test_a_library_that_locks_itself_up_does_not_keep_the_camera(start, tmp_path, monkeypatch):
+    # as the node's process, in test_node_lifecycle.py: the interpreter's lock stays taken once main is over
+    (tmp_path / "held.py").write_text(
+        "import ctypes\nfrom glesam_ros.ros import demo_camera\ndemo_camera.main()\nctypes.PyDLL(None).pause()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
+    process = start("held", "--ros-args", "-p", "width:=160", "-p", "height:=120")
+    wait_for(lambda: "scene " in process.log.read_text(), "a first scene", START_S)
+    process.terminate()
+    assert process.wait(30) == -signal.SIGALRM
+
+
 def _decode(frames: list[np.ndarray]) -> np.ndarray:
     return np.stack([cv2.imdecode(f, cv2.IMREAD_COLOR) for f in frames])
 

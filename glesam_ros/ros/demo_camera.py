@@ -27,6 +27,7 @@ from std_msgs.msg import Header, String
 from glesam_ros import degradation
 from glesam_ros.ros import shared_memory
 from glesam_ros.ros.conversions import array_to_image
+from glesam_ros.ros.leaving import leave
 from glesam_ros.validation import UInt8Array
 
 NODE_NAME = "demo_camera"
@@ -228,7 +229,7 @@ def main(args: list[str] | None = None) -> int:
         node.get_logger().info("ending: the context was shut down")
     node.close()
     executor.shutdown()
-    rclpy.try_shutdown()
+    leave()
     # launch sends one more to what still runs; the interpreter, which takes the handlers away, would die of it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return 0

@@ -22,14 +22,13 @@ from rclpy.signals import SignalHandlerOptions
 
 from glesam_ros.ros import shared_memory
 from glesam_ros.ros.executor import PooledExecutor
+from glesam_ros.ros.leaving import leave
 from glesam_ros.ros.node import NODE_NAME, PerceptionNode
 
 CALLBACK_THREADS = 4
 """Callbacks that run at once; a transition and a prompt may take long."""
 EXIT_TIMEOUT_S = 1.0
 """How long the process waits for a running inference when it is told to end."""
-TEARDOWN_S = 4.0
-"""How long ROS may take afterwards to leave the network: launch sends SIGTERM after 5 s."""
 
 
 class NodeLog(logging.Handler):
@@ -86,25 +85,13 @@ def main(args: list[str] | None = None) -> int:
         executor.shutdown(timeout_sec=EXIT_TIMEOUT_S)
         spinner.join(EXIT_TIMEOUT_S)
         core.removeHandler(to_node)
-        _end_within(TEARDOWN_S)
-        rclpy.try_shutdown()
+        leave()
     if not is_idle:
         # a thread is inside the model: the interpreter would wait for it, or tear the model down under it
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
     return 0
-
-
-def _end_within(seconds: float) -> None:
-    """Let SIGALRM end the process if it is still there after that.
-
-    Where many leave the network at once, Fast DDS may lock itself up as the node is destroyed (eProsima/Fast-DDS, issue
-    6513 is one way), for ever and with one core busy. It holds the interpreter's lock then, so no thread of ours could
-    end it.
-    """
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _refuse(text: str) -> int:
