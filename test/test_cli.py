@@ -644,6 +644,15 @@ def test_bench_measures_every_stage(tmp_path, capsys):
         assert word in table
 
 
+def test_bench_refuses_a_place_that_cannot_be_written_before_it_measures(tmp_path, capsys):
+    """Nobody waits for minutes to be told that."""
+    for place, said in ((tmp_path, "expected a file, got a folder"), (tmp_path / "no" / "b.json", "No such file")):
+        arguments = ["bench", "--model", bright_model.register(), "--frames", "1", "--json", str(place)]
+        assert main(arguments) == 1
+        streams = capsys.readouterr()
+        assert said in streams.err and str(place) in streams.err and streams.out == ""
+
+
 def test_bench_tells_the_size_of_the_weights_that_it_runs(tmp_path, capsys):
     shipped = Path(models.__file__).parent / "weights"
     own = shutil.copytree(shipped, tmp_path / "own", ignore=shutil.ignore_patterns("*_int8.onnx"))

@@ -20,6 +20,7 @@ from glesam_ros.training.config import (  # noqa: E402
     load_config,
     make_config,
     to_dict,
+    training_split,
 )
 from glesam_ros.training.recipes import recipe_of  # noqa: E402
 
@@ -96,6 +97,15 @@ def test_what_does_not_fit_is_named_in_full(data: dict[str, Any], expected: str)
         make_config(data)
     assert expected in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).count("expected") == 1  # one fault is said once
+
+
+def test_a_split_is_of_a_test_set_by_its_words() -> None:
+    """latest.json is no test split, but val_test2017 is one, however it is written."""
+    for name in ("train", "latest", "contest2", "train_attested"):
+        assert training_split(name) == name
+    for name in ("test", "testing", "test2017", "val_test2017", "image_info_test-dev", "myTest", "Test", "VALTEST"):
+        with pytest.raises(ValueError, match=f"got '{name}': nothing is trained on a test split"):
+            training_split(name)
 
 
 @pytest.mark.parametrize(

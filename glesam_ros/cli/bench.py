@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     """Time the stages and print the table."""
     if args.list:
         return _list_models()
+    if args.json is not None and str(args.json) != "-":
+        args.json.open("a").close()  # what cannot be written is said before the minutes that it takes
     image = load_frame(args.image, args.size)
     pipeline = open_pipeline(args, SETTINGS)
     stages = time_stages(pipeline, image, args.frames)

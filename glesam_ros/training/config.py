@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -21,6 +22,9 @@ STAGES = RECIPES["nano"].stages
 NO_BEARING = ("workers", "checkpoint_every", "log_every", "pictures_every", "gradient_checkpointing")
 """Keys, of the run or of a stage, that change nothing in the weights: a run may go on with other values of them."""
 
+TEST_SPLIT = re.compile(r"(?<![A-Za-z])test|Test|TEST")
+"""Finds a word that begins with test in the name of a split, as of test, val_test2017 and myTest, not of latest."""
+
 
 def no_bool(value: Any) -> Any:
     """The value; true and false, which Python takes for 1 and 0, are a ValueError."""
@@ -36,7 +40,7 @@ def no_as_text(value: Any) -> Any:
 
 def training_split(value: str) -> str:
     """The name of a split; that of a test split is a ValueError."""
-    if "test" in value:
+    if TEST_SPLIT.search(value):
         raise ValueError(f"expected a split for training, got {value!r}: nothing is trained on a test split")
     return value
 
