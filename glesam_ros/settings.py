@@ -229,6 +229,17 @@ def default(name: str) -> Any:
     return getattr(Settings(), name)
 
 
+def values_in_words(name: str) -> str:
+    """Range, choices and unit of the parameter `name`, "" where anything goes."""
+    s, kind = spec(name), _kind(name)
+    if s.choices:
+        return ", ".join(s.choices)
+    if s.low is None or s.high is None:
+        return "true, false" if kind == "bool" else ""
+    low, high = (f"{float(v)}" if kind == "float" else f"{int(v)}" for v in (s.low, s.high))
+    return f"{low} .. {high} {s.unit}".rstrip()
+
+
 def check_value(name: str, value: Any) -> None:
     """Refuse a value that breaks the type, range or choices of the parameter `name`.
 

@@ -37,26 +37,13 @@ def plain(value: Any) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
-def values(name: str) -> str:
-    """Range, choices and unit in words, "" where anything goes."""
-    spec = settings.spec(name)
-    if spec.choices:
-        return ", ".join(spec.choices)
-    if spec.low is None or spec.high is None:
-        return {bool: "true, false"}.get(type(settings.default(name)), "")
-    is_float = isinstance(settings.default(name), float)
-    low, high = (f"{float(v)}" if is_float else f"{int(v)}" for v in (spec.low, spec.high))
-    text = f"{low} .. {high}"
-    return f"{text} {spec.unit}".rstrip()
-
-
 def yaml_text() -> str:
     """config/perception.yaml, whole."""
     lines = []
     for name in settings.names():
         spec = settings.spec(name)
         lines.append(f"    # {spec.help}")
-        facts = [values(name)] if values(name) else []
+        facts = [values] if (values := settings.values_in_words(name)) else []
         facts += ["only at start"] if spec.read_only else []
         if facts:
             lines.append(f"    # ({'; '.join(facts)})")
@@ -70,7 +57,8 @@ def table_text() -> str:
     for name in settings.names():
         spec = settings.spec(name)
         live = "at start" if spec.read_only else "live"
-        rows += f"| `{name}` | `{plain(settings.default(name))}` | {values(name)} | {live} | {spec.help} |\n"
+        values = settings.values_in_words(name)
+        rows += f"| `{name}` | `{plain(settings.default(name))}` | {values} | {live} | {spec.help} |\n"
     return TABLE_HEAD + rows
 
 

@@ -128,6 +128,8 @@ def test_scenes_cycle_and_their_name_is_published(camera):
         ("degradation:=hail", "expected one of cycle, clear, low_light.*got 'hail'"),
         ("level:=4", "Max: 3, value: 4"),
         ("rate:=0.0", "Min: 0.1"),
+        ("rate:=10", r"'rate'.*'INTEGER'.*write it with a point: 1\.0 for 1"),
+        ("compressed:='true'", "'compressed'.*'STRING'.*true or false: write it without quotes"),
     ],
 )
 def test_camera_refuses_wrong_parameters(start, argument, words):

@@ -9,13 +9,18 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import rclpy
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
-from rclpy.exceptions import InvalidParameterValueException, NameValidationException, ParameterException
+from rclpy.exceptions import (
+    InvalidParameterTypeException,
+    InvalidParameterValueException,
+    NameValidationException,
+    ParameterException,
+)
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.impl.implementation_singleton import rclpy_implementation as _rclpy
 from rclpy.node import Node
@@ -25,12 +30,14 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header, String
 
 from glesam_ros import degradation
-from glesam_ros.ros import shared_memory
+from glesam_ros.ros import shared_memory, usage
 from glesam_ros.ros.conversions import array_to_image
 from glesam_ros.ros.leaving import leave
+from glesam_ros.ros.parameters import with_hint
 from glesam_ros.validation import UInt8Array
 
 NODE_NAME = "demo_camera"
+ABOUT = "A camera for machines that have none: it publishes real photographs, panned over, in changing weather."
 DEFAULT_NAMESPACE = "glesam"
 PHOTOGRAPHS = Path(__file__).parents[1] / "demo"
 CLEAR = "clear"
@@ -46,6 +53,27 @@ CROP = 0.85
 STORED_QUALITY = 95
 
 
+class Parameter(NamedTuple):
+    """One of the camera's: `low` and `high` are the range of a number."""
+
+    default: Any
+    text: str
+    low: float | None = None
+    high: float | None = None
+
+
+PARAMETERS = {
+    "rate": Parameter(30.0, "Frames a second.", 0.1, 120.0),
+    "width": Parameter(640, "Width of the image in pixels.", 16, 4096),
+    "height": Parameter(480, "Height of the image in pixels.", 16, 4096),
+    "degradation": Parameter("cycle", f"cycle, {CLEAR}, or one of {', '.join(degradation.names())}."),
+    "level": Parameter(3, "Severity of the degradation, 1 to 3.", 1, 3),
+    "seconds_per_scene": Parameter(4.0, "How long a scene plays.", 0.1, 3600.0),
+    "frame_id": Parameter("demo_camera", "frame_id of the headers."),
+    "compressed": Parameter(False, "Publish image/compressed instead of image."),
+}
+
+
 class DemoCamera(Node):
     """Publishes `image` (rgb8) or, with the parameter `compressed`, `image/compressed` (JPEG).
 
@@ -59,25 +87,15 @@ class DemoCamera(Node):
 
     def __init__(self) -> None:
         super().__init__(NODE_NAME, namespace=DEFAULT_NAMESPACE)
-        self._rate = self._declare("rate", 30.0, "Frames a second.", 0.1, 120.0)
-        size = (
-            self._declare("width", 640, "Width of the image in pixels.", 16, 4096),
-            self._declare("height", 480, "Height of the image in pixels.", 16, 4096),
-        )
-        chosen = self._declare(
-            "degradation", "cycle", f"cycle, {CLEAR}, or one of {', '.join(degradation.names())}."
-        )
+        given = {name: self._declare(name, parameter) for name, parameter in PARAMETERS.items()}
+        self._rate, self._frame_id, self._is_compressed = given["rate"], given["frame_id"], given["compressed"]
+        level, chosen, size = given["level"], given["degradation"], (given["width"], given["height"])
         known = ("cycle", CLEAR, *degradation.names())
         if chosen not in known:
             raise ValueError(f"degradation: expected one of {', '.join(known)}; got {chosen!r}")
-        level = self._declare("level", 3, "Severity of the degradation, 1 to 3.", 1, 3)
-        seconds = self._declare("seconds_per_scene", 4.0, "How long a scene plays.", 0.1, 3600.0)
-        self._frame_id = self._declare("frame_id", "demo_camera", "frame_id of the headers.")
-        self._is_compressed = self._declare("compressed", False, "Publish image/compressed instead of image.")
-
         photographs = dict.fromkeys(photo for _, photo in SCENES)
         plan = SCENES if chosen == "cycle" else tuple((chosen, photo) for photo in photographs)
-        self._frames_per_scene = max(1, round(seconds * self._rate))
+        self._frames_per_scene = max(1, round(given["seconds_per_scene"] * self._rate))
         self._scenes: list[tuple[str, list[UInt8Array]]] = []  # grows while the first scenes play
         self._closing = threading.Event()
         self._render(plan[:1], level, size)
@@ -97,13 +115,18 @@ class DemoCamera(Node):
         self._scene, self._position = 0, 0
         self.create_timer(1.0 / self._rate, self._publish)
 
-    def _declare(self, name: str, default: Any, text: str, low: Any = None, high: Any = None) -> Any:
-        descriptor = ParameterDescriptor(description=text, read_only=True)
-        if isinstance(default, float):
-            descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=high, step=0.0)]
-        elif low is not None:
-            descriptor.integer_range = [IntegerRange(from_value=low, to_value=high, step=1)]
-        return self.declare_parameter(name, default, descriptor).value
+    def _declare(self, name: str, parameter: Parameter) -> Any:
+        default, low, high = parameter.default, parameter.low, parameter.high
+        descriptor = ParameterDescriptor(description=parameter.text, read_only=True)
+        if low is not None and high is not None:
+            if isinstance(default, float):
+                descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=high, step=0.0)]
+            else:
+                descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=1)]
+        try:
+            return self.declare_parameter(name, default, descriptor).value
+        except InvalidParameterTypeException as error:
+            raise ValueError(with_hint(error)) from error
 
     def close(self) -> None:
         """Stop rendering."""
@@ -204,7 +227,14 @@ def _window(photo: UInt8Array, size: tuple[int, int], progress: float) -> UInt8A
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the camera until SIGINT or SIGTERM; 1 when its arguments are not valid, else 0."""
+    """Run the camera until SIGINT or SIGTERM; 1 when its arguments are not valid, else 0. `--help` only explains it."""
+    if usage.is_asked(args):
+        parameters = (
+            (name, default, "" if low is None else f"{low} .. {high}", meaning)
+            for name, (default, meaning, low, high) in PARAMETERS.items()
+        )
+        print(usage.text("demo_camera", ABOUT, "-p degradation:=rain -p level:=2 -p rate:=10.0", parameters))
+        return 0
     cv2.setNumThreads(1)  # the cores are the perception node's
     shared_memory.enlarge()
     ended = threading.Event()

@@ -56,11 +56,16 @@ def declare(node: Node) -> Settings:
             "", [(name, _ros_value(catalogue.default(name)), descriptor(name)) for name in catalogue.names()]
         )
     except InvalidParameterTypeException as error:
-        for (came, expected), hint in HINTS.items():
-            if f"of type '{came}', expecting type '{expected}'" in str(error):
-                raise ValueError(f"{error}; {hint}") from error
-        raise
+        raise ValueError(with_hint(error)) from error
     return Settings(**{name: _start_value(node, name) for name in catalogue.names()})
+
+
+def with_hint(error: InvalidParameterTypeException) -> str:
+    """What rclpy says of a start value of the wrong type, and how to mend it."""
+    for (came, expected), hint in HINTS.items():
+        if f"of type '{came}', expecting type '{expected}'" in str(error):
+            return f"{error}; {hint}"
+    return str(error)
 
 
 def unknown(node: Node) -> str:

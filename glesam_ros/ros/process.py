@@ -20,11 +20,16 @@ from rclpy.executors import ExternalShutdownException
 from rclpy.impl.implementation_singleton import rclpy_implementation as _rclpy
 from rclpy.signals import SignalHandlerOptions
 
-from glesam_ros.ros import shared_memory
+from glesam_ros import settings
+from glesam_ros.ros import shared_memory, usage
 from glesam_ros.ros.executor import PooledExecutor
 from glesam_ros.ros.leaving import leave
 from glesam_ros.ros.node import NODE_NAME, PerceptionNode
 
+ABOUT = """\
+Instance masks from cameras, also when the picture is bad: a lifecycle node, which activates itself unless autostart is
+false. With launch: ros2 launch glesam_ros perception.launch.py (--show-args tells its arguments)"""
+EXAMPLE = "-r image:=/camera/image_raw -p model:=nano -p 'enhancement:=\"off\"'"
 CALLBACK_THREADS = 4
 """Callbacks that run at once; a transition and a prompt may take long."""
 EXIT_TIMEOUT_S = 1.0
@@ -58,7 +63,15 @@ def main(args: list[str] | None = None) -> int:
 
     Returns:
         Exit code: 0, or 1 when the parameters, names or other arguments that it was started with are not valid.
+        With `--help` there is no node, and what it takes is printed.
     """
+    if usage.is_asked(args):
+        specs = (
+            (name, settings.default(name), settings.values_in_words(name), settings.spec(name).help)
+            for name in settings.names()
+        )
+        print(usage.text("perception_node", ABOUT, EXAMPLE, specs))
+        return 0
     with _end_requests() as (wait_for_end, request_end):
         shared_memory.enlarge()
         # rclpy's own handlers raise KeyboardInterrupt in the middle of callbacks; here a signal only asks to end
