@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -455,6 +456,40 @@ def test_other_settings_are_refused(tmp_path: Path, change: dict[str, Any], expe
     with pytest.raises(ValueError, match=re.escape(expected)):
         build(BuildOptions(**{**vars(options), **change}), tmp_path / "out")
     assert content(tmp_path / "out") == before
+
+
+def test_a_second_build_of_a_folder_is_refused_while_the_first_runs(tmp_path: Path) -> None:
+    """They would write to the same names and lose each other's journal; what was killed holds nothing."""
+    options, out = many(tmp_path), tmp_path / "out"
+    second = [
+        sys.executable, "-c", "import sys; from glesam_ros.cli.main import main; sys.exit(main(sys.argv[1:]))",
+        "lqseg", "build", "--from", "coco", "--images", str(options.images), "--annotations", str(options.annotations),
+        "--levels", "1", "3", "--kinds", "lq", "fog", "--seed", "5", "--out", str(out),
+    ]
+    answers: list[tuple[int, str]] = []
+
+    def track(items: Iterable[Any], total: int) -> Iterator[Any]:
+        for item in items:
+            if not answers:
+                run = subprocess.run(second, capture_output=True, text=True)
+                answers.append((run.returncode, run.stderr))
+            yield item
+
+    build(options, out, track=track)
+    text = f"glesam lqseg: error: {out}: another build writes there; wait for its end, or give another folder\n"
+    assert answers == [(1, text)]
+    assert verify(out) == [] and [entry["id"] for entry in entries(out)] == ["1", "2", "3", "4", "5"]
+    assert subprocess.run(second, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("description", ["{", "[]", "{}", '{"settings": null}', '{"settings": [1]}'])
+def test_a_description_without_settings_is_refused(tmp_path: Path, description: str) -> None:
+    options, out = many(tmp_path, 1), tmp_path / "out"
+    out.mkdir()
+    (out / "dataset.json").write_text(description)
+    with pytest.raises(ValueError, match=r"dataset\.json: expected the settings of an earlier build; remove "):
+        build(options, out)
+    assert content(out) == {"dataset.json": description.encode()}
 
 
 def test_a_changed_source_and_a_foreign_folder_are_refused(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ result is the same byte for byte.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +90,16 @@ def build(options: BuildOptions, out: Path, workers: int = 1, track: Track = lam
 
     Raises:
         ValueError: an option that does not exist, a source that cannot be read as a whole, a folder with something
-            else in it, or one built with other settings (says which).
+            else in it, one built with other settings (says which), or one that another build writes to.
         OSError: a source is missing, or `out` cannot be written.
     """
     _check(options, workers)
     index = read_index(options.source, options.images, options.annotations, options.split, options.binary)
+    with _alone(out):
+        return _build(options, index, out, workers, track)
+
+
+def _build(options: BuildOptions, index: Index, out: Path, workers: int, track: Track) -> Summary:
     sources = index.sources[: options.limit]
     settings = _settings(options, index)
     known = _prepare(out, settings)
@@ -180,13 +187,34 @@ def _settings(options: BuildOptions, index: Index) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Make the folder and hold it: two builds would write to the same names and lose each other's journal.
+
+    Raises:
+        ValueError: another build holds it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process that ends, however it does, lets go
+        except BlockingIOError as error:
+            text = f"{out}: another build writes there; wait for its end, or give another folder"
+            raise ValueError(text) from error
+        except OSError:  # a file system that cannot lock folders, as NFS
+            pass
+        yield
+    finally:
+        os.close(folder)
+
+
 def _prepare(out: Path, settings: dict[str, Any]) -> dict[str, str]:
     """Make the folder ready; lines of an earlier build by picture.
 
     Raises:
         ValueError: there is something else in it, or a build with other settings.
     """
-    out.mkdir(parents=True, exist_ok=True)
     info = out / LQSEG_INFO
     if not info.exists():
         foreign = [p.name for p in out.iterdir() if p.name != LQSEG_INFO + PART]
@@ -195,7 +223,7 @@ def _prepare(out: Path, settings: dict[str, Any]) -> dict[str, str]:
         write_file(info, _pretty({"settings": settings, "complete": False}))
         return {}
     try:
-        earlier = json.loads(info.read_bytes())["settings"]
+        earlier = dict(json.loads(info.read_bytes())["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{info}: expected the settings of an earlier build; remove {out}") from error
     changed = [
