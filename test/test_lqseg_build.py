@@ -356,6 +356,42 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path: Path, writes: int) -
     assert content(out) == content(tmp_path / "whole")
 
 
+def test_a_picture_is_in_the_journal_before_the_next_is_waited_for(tmp_path: Path) -> None:
+    """Or a kill would cost the work of all pictures since the last one that was."""
+    journaled: list[list[str]] = []
+
+    def track(items: Iterable[Any], total: int) -> Iterator[Any]:
+        for item in items:
+            yield item
+            lines = (tmp_path / "out" / JOURNAL).read_text().splitlines()
+            journaled.append([json.loads(line)["id"] for line in lines])
+
+    build(many(tmp_path, 3), tmp_path / "out", track=track)
+    assert journaled == [["1"], ["1", "2"], ["1", "2", "3"]]
+
+
+@pytest.mark.parametrize("writes", [20, 21, 25])
+def test_of_a_picture_that_a_kill_met_and_that_is_bad_now_nothing_is_left(tmp_path: Path, writes: int) -> None:
+    """Killed at the picture, the mask or the last file of the fourth, which has no line yet; then it is taken away."""
+    options, out = many(tmp_path), tmp_path / "out"
+    command = [sys.executable, "-c", KILL, str(options.images), str(options.annotations), str(out), str(writes)]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert any(path.name.startswith("4.") for path in (out / "images").iterdir())
+    (options.images / "4.png").unlink()
+    assert "image_missing" in [fault.kind for fault in build(options, out).faults]
+    assert verify(out) == [] and [entry["id"] for entry in entries(out)] == ["1", "2", "3", "5"]
+
+
+def test_of_a_picture_that_a_kill_met_no_layer_is_left_that_its_masks_no_longer_need(tmp_path: Path) -> None:
+    options, out = bsds_source(tmp_path), tmp_path / "out"
+    build(options, out)
+    (out / "manifest.jsonl").unlink()  # as it is before the line of the only picture is written
+    label_map(tmp_path / "regions" / "2_10.png", np.zeros((HEIGHT, WIDTH), np.uint8))  # no longer a segmentation
+    build(options, out)
+    build(options, tmp_path / "fresh")
+    assert content(out) == content(tmp_path / "fresh") and verify(out) == []
+
+
 @pytest.mark.parametrize("cut", [1, 200])
 def test_what_is_there_is_not_built_again(tmp_path: Path, cut: int) -> None:
     options = many(tmp_path)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def _build(options: BuildOptions, index: Index, out: Path, workers: int, track: 
             return line
         built = _build_one(options, index, source, out)
         kept = json.loads(built)["files"].keys() if isinstance(built, str) else set()
-        _remove(out, entry["files"].keys() - kept)
+        _remove(out, (entry["files"].keys() | _traces(options, source, out)) - kept)
         return built
 
     faults = list(index.faults)
@@ -280,6 +281,17 @@ def _checksums(source: Source) -> list[str | None]:
         except OSError:
             found.append(None)
     return found
+
+
+def _traces(options: BuildOptions, source: Source, out: Path) -> set[str]:
+    """Files of a picture that a build may have left that was killed before it wrote the line."""
+    if len(source.id.encode()) > MAX_NAME:  # nothing has such a name
+        return set()
+    layers = list(takewhile(lambda name: (out / name).exists(), (f"masks/{source.id}_{k}.png" for k in count())))
+    layers.append(f"masks/{source.id}_{len(layers)}.png")  # a half of it may be there
+    degraded = [f"lq/{kind}-{level}/{source.id}.png" for kind in options.kinds for level in options.levels]
+    names = [f"images/{source.id}{source.image.suffix.lower()}", *layers, *degraded]
+    return {name + ending for name in names for ending in ("", PART)}
 
 
 def _remove(out: Path, names: Iterable[str]) -> None:
