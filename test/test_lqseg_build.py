@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import signal
@@ -444,6 +445,38 @@ def test_a_changed_picture_of_coco_is_built_again(tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:60])
     assert "image_unreadable" in [f.kind for f in build(options, tmp_path / "out").faults]
     assert verify(tmp_path / "out") == []  # nothing is left of 3 and 5
+
+
+def test_a_stopped_build_of_what_was_changed_keeps_what_it_did(tmp_path: Path) -> None:
+    options, out = many(tmp_path), tmp_path / "out"
+    build(options, out)
+    for number in (1, 2):
+        picture(tmp_path / "images" / f"{number}.png", 9)
+
+    def stop_after(count: int) -> None:
+        def track(items: Iterable[Any], total: int) -> Iterator[Any]:
+            yield from itertools.islice(items, count)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            build(options, out, track=track)
+        with pytest.raises(ValueError, match="expected a finished data set; run its `glesam lqseg build` again"):
+            load_lqseg(out)  # pictures of two states
+
+    def stamps(names: str) -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in out.rglob("*.png") if p.stem.split("_")[0] in names}
+
+    stop_after(1)
+    first = stamps("1")
+    with (out / JOURNAL).open("a") as journal:
+        journal.write('{"id": "2", "fil')  # cut by a kill; the next line must not be joined to it
+    stop_after(2)
+    both = stamps("12")
+    assert stamps("1") == first
+    build(options, out)
+    assert stamps("12") == both
+    build(options, tmp_path / "fresh")
+    assert content(out) == content(tmp_path / "fresh")
 
 
 INTERRUPT = """
