@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -248,6 +249,25 @@ def test_a_list_has_a_name_a_line_with_or_without_its_ending(tmp_path: Path) -> 
     assert [entry["source_id"] for entry in entries(tmp_path / "out")] == ["my photo", "b", "2007.12"]
 
 
+def test_names_are_kept_as_far_as_a_file_may_have_them(tmp_path: Path) -> None:
+    """Letters of any language stay; spaces, other signs and bytes that are no UTF-8 become "_", endings small."""
+    images, masks = tmp_path / "i", tmp_path / "m"
+    named = ["日本 語.PNG", "naïve ☃.JPG", os.fsdecode(b"f\xe9.tiff")]
+    for name in named:
+        picture(images / f"x{Path(name).suffix.lower()}")
+        (images / f"x{Path(name).suffix.lower()}").rename(images / name)
+        label_map(masks / "x.png", box(3, 3, 9, 9).astype(np.uint8))
+        (masks / "x.png").rename(masks / f"{Path(name).stem}.PNG")
+    assert build(BuildOptions("folder", images, masks, (1,)), tmp_path / "out").faults == []
+    found = {entry["source_id"]: entry["image"] for entry in entries(tmp_path / "out")}
+    assert found == {
+        "日本 語": "images/日本_語.png", "naïve ☃": "images/naïve__.jpg", os.fsdecode(b"f\xe9"): "images/f_.tiff",
+    }
+    assert verify(tmp_path / "out") == []
+    for pair in load_lqseg(tmp_path / "out"):
+        np.testing.assert_array_equal(region_masks(pair.clear), [box(3, 3, 9, 9)])
+
+
 # what is built
 
 
@@ -282,6 +302,12 @@ def test_every_kind_can_be_written(tmp_path: Path) -> None:
     )
     assert summary.counts["degraded"] == len(names())
     assert verify(tmp_path / "out") == []
+
+
+def test_a_limit_takes_the_first_pictures_alone(tmp_path: Path) -> None:
+    options, out = many(tmp_path), tmp_path / "out"
+    assert command(options, out, "--limit", "2") == 0
+    assert [entry["id"] for entry in entries(out)] == ["1", "2"] and len(list((out / "images").iterdir())) == 2
 
 
 def test_loader_gives_what_was_built(tmp_path: Path) -> None:
@@ -492,6 +518,16 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def test_an_interrupted_build_does_not_make_the_rest_first(tmp_path: Path) -> None:
+    def track(items: Iterable[Any], total: int) -> Iterator[Any]:
+        raise KeyboardInterrupt
+        yield from items
+
+    with pytest.raises(KeyboardInterrupt):
+        build(many(tmp_path, 60), tmp_path / "out", track=track)
+    assert len(list(tmp_path.glob("out/images/*.png"))) < 60
+
+
 def test_an_interrupted_command_goes_on(tmp_path: Path) -> None:
     options = many(tmp_path, 8)
     build(options, tmp_path / "whole")
@@ -516,6 +552,7 @@ def test_an_interrupted_command_goes_on(tmp_path: Path) -> None:
         ({"kinds": ("lq",)}, "kinds was ['fog', 'lq'], is ['lq']"),
         ({"limit": 2}, "limit was None, is 2"),
         ({"split": "test"}, "split was 'train', is 'test'"),
+        ({"binary": True}, "binary was False, is True"),
     ],
 )
 def test_other_settings_are_refused(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
@@ -559,6 +596,42 @@ def test_a_description_without_settings_is_refused(tmp_path: Path, description: 
     with pytest.raises(ValueError, match=r"dataset\.json: expected the settings of an earlier build; remove "):
         build(options, out)
     assert content(out) == {"dataset.json": description.encode()}
+
+
+@pytest.mark.parametrize("name", ["version", "numpy", "opencv"])
+def test_what_another_version_began_is_refused(tmp_path: Path, name: str) -> None:
+    """Its bits may differ, and one data set would hold both."""
+    options, out = many(tmp_path, 1), tmp_path / "out"
+    build(options, out)
+    info = json.loads((out / "dataset.json").read_text())
+    now = info["settings"][name]
+    info["settings"][name] = "0.0.1"
+    (out / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=re.escape(f"{name} was '0.0.1', is '{now}'; build into another folder")):
+        build(options, out)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"levels": ()}, "levels: expected some of 1, 2, 3; got ()"),
+        ({"levels": (1, 4)}, "levels: expected some of 1, 2, 3; got (1, 4)"),
+        ({"kinds": ()}, "; got none"),
+        ({"kinds": ("fog", "dust")}, "; got dust"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"limit": 0}, "limit: expected at least 1, got 0"),
+        ({"source": "voc"}, "source: expected one of coco, folder, ade20k, bsds; got 'voc'"),
+    ],
+)
+def test_options_that_do_not_exist_are_refused_before_the_folder_is_made(
+    tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    options = many(tmp_path, 1)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        build(BuildOptions(**{**vars(options), **change}), tmp_path / "out")
+    with pytest.raises(ValueError, match="workers: expected at least 1, got 0"):
+        build(options, tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_changed_source_and_a_foreign_folder_are_refused(tmp_path: Path) -> None:
