@@ -139,6 +139,19 @@ def test_coco_polygons_and_both_kinds_of_rle_give_their_masks(tmp_path: Path) ->
     assert info["counts"]["crowd_left_out"] == 1 and info["counts"]["instances"] == 4
 
 
+def test_boxes_are_rounded_and_pictures_without_masks_are_counted(tmp_path: Path) -> None:
+    images = [{"id": k, "file_name": f"{k}.png", "height": HEIGHT, "width": WIDTH} for k in (1, 2, 3)]
+    picture(tmp_path / "images" / "1.png")
+    annotations = [
+        annotation(1, bbox=[-1, -0.6, WIDTH + 2, HEIGHT + 1.6]), annotation(2, bbox=[-1.2, 0, 9, 9]),
+        annotation(3, RLE, image=2, iscrowd=1),
+    ]
+    summary = build(coco_source(tmp_path, annotations, images), tmp_path / "out")
+    assert kinds_of(summary) == [("bbox_outside", 2)]
+    assert [i["id"] for i in entries(tmp_path / "out")[0]["instances"]] == [1]
+    assert summary.counts["images_without_masks"] == 2 and summary.counts["crowd_left_out"] == 1
+
+
 @pytest.mark.parametrize("folder", ["images", "images/val2017"])
 def test_lvis_names_its_pictures_by_address(tmp_path: Path, folder: str) -> None:
     picture(tmp_path / folder / "7.jpg")
@@ -168,6 +181,27 @@ def test_grey_masks_beside_their_pictures(tmp_path: Path) -> None:
     label_map(tmp_path / "a.png", np.repeat(grey[..., None].astype(np.uint8), 3, axis=2))
     build(BuildOptions("folder", tmp_path, tmp_path, (1,), binary=True), tmp_path / "out")
     np.testing.assert_array_equal(built_masks(tmp_path / "out"), [box(4, 4, 8, 8)])
+
+
+def test_of_a_grey_mask_what_is_above_127_is_the_object(tmp_path: Path) -> None:
+    picture(tmp_path / "a.jpg")
+    label_map(tmp_path / "a.png", (box(0, 0, 32, 24) * 127 + box(3, 3, 9, 9)).astype(np.uint8))
+    options = BuildOptions("folder", tmp_path, tmp_path, split="mine")
+    assert command(options, tmp_path / "out", "--binary", "--split", "mine") == 0
+    np.testing.assert_array_equal(built_masks(tmp_path / "out"), [box(3, 3, 9, 9)])
+    settings = json.loads((tmp_path / "out" / "dataset.json").read_text())["settings"]
+    assert settings["binary"] is True and settings["split"] == "mine"
+
+
+def test_a_grey_mask_with_alpha_and_the_largest_label(tmp_path: Path) -> None:
+    labels = box(3, 3, 9, 9) * 7 + box(10, 3, 12, 9) * MAX_LABEL
+    picture(tmp_path / "i" / "a.jpg")
+    label_map(tmp_path / "m" / "a.png", np.dstack([labels] * 3 + [np.full(labels.shape, 65535)]).astype(np.uint16))
+    assert build(BuildOptions("folder", tmp_path / "i", tmp_path / "m", (1,)), tmp_path / "out").faults == []
+    (pair,) = load_lqseg(tmp_path / "out")
+    np.testing.assert_array_equal(pair.clear.layers, [labels])
+    (entry,) = entries(tmp_path / "out")
+    assert [i["category"] for i in entry["instances"]] == [None, None]
 
 
 def test_labels_of_ade20k_are_categories(tmp_path: Path) -> None:
@@ -237,6 +271,7 @@ def test_annotators_of_bsds_are_alternatives_and_the_list_chooses(tmp_path: Path
     assert pair.clear.name == "2" and pair.clear.alternatives
     areas = [region_masks(pair.clear, k).sum((1, 2)).tolist() for k in range(3)]
     assert [a[1] for a in areas] == [5 * HEIGHT, 7 * HEIGHT, 15 * HEIGHT]  # 10 comes after 2
+    assert {i["category"] for i in entries(tmp_path / "out")[0]["instances"]} == {None}  # labels are no classes
     assert all(sum(a) == HEIGHT * WIDTH for a in areas)
 
 
@@ -642,6 +677,11 @@ def test_a_changed_source_and_a_foreign_folder_are_refused(tmp_path: Path) -> No
         build(options, tmp_path / "out")
     with pytest.raises(ValueError, match="expected an empty folder or an earlier build, found"):
         build(options, tmp_path / "images")
+    regions = bsds_source(tmp_path / "b")
+    build(regions, tmp_path / "bsds")
+    label_map(tmp_path / "b" / "regions" / "2_3.png", np.ones((HEIGHT, WIDTH), np.uint8))  # one annotator more
+    with pytest.raises(ValueError, match="fingerprint was"):
+        build(regions, tmp_path / "bsds")
 
 
 # malformed
@@ -756,6 +796,7 @@ def test_pictures_of_coco_that_would_get_one_name_are_named(tmp_path: Path, firs
         ("mask_values", np.full((HEIGHT, WIDTH), MAX_LABEL + 1, np.uint16) + box(0, 0, 4, 4)),
         ("mask_unreadable", b"not a picture"),
         ("mask_missing", None),
+        ("mask_duplicate", "bad.bmp"),
     ],
 )
 def test_a_bad_mask_is_named_and_the_rest_goes_on(tmp_path: Path, kind: str, mask: Any) -> None:
@@ -766,11 +807,25 @@ def test_a_bad_mask_is_named_and_the_rest_goes_on(tmp_path: Path, kind: str, mas
         label_map(tmp_path / "m" / "bad.png", mask)
     elif mask is None:
         (tmp_path / "m" / "bad.png").unlink()
+    elif isinstance(mask, str):
+        label_map(tmp_path / "m" / mask, np.ones((HEIGHT, WIDTH), np.uint8))
     else:
         (tmp_path / "m" / "bad.png").write_bytes(mask)
     summary = build(BuildOptions("folder", tmp_path / "i", tmp_path / "m", (1,)), tmp_path / "out")
     assert [(fault.kind, fault.file) for fault in summary.faults] == [(kind, "bad.png")]
     assert [e["id"] for e in entries(tmp_path / "out")] == ["good"]
+
+
+def test_a_mask_of_other_numbers_and_a_second_picture_for_a_name_are_named(tmp_path: Path) -> None:
+    for name in ("a b", "a_b", "float"):
+        picture(tmp_path / "i" / f"{name}.png")
+        label_map(tmp_path / "m" / f"{name}.tiff", box(3, 3, 9, 9).astype(np.float32 if name == "float" else np.uint8))
+    summary = build(BuildOptions("folder", tmp_path / "i", tmp_path / "m", (1,)), tmp_path / "out")
+    assert [(fault.kind, fault.file) for fault in summary.faults] == [
+        ("image_duplicate", "a_b.png"), ("mask_values", "float.tiff"),
+    ]
+    assert summary.faults[1].message == "expected labels of 8 or 16 bit, got float32"
+    assert [e["source_id"] for e in entries(tmp_path / "out")] == ["a b"]
 
 
 def test_a_name_too_long_for_what_is_made_of_it_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -870,6 +925,15 @@ def test_command_reports_faults_and_strict_fails(tmp_path: Path, capsys: pytest.
     assert command(options, tmp_path / "out", "--strict") == 1
     assert main(["lqseg", "info", str(tmp_path / "out")]) == 0
     assert re.search(r"faults +1 polygon_odd", capsys.readouterr().out)
+
+
+def test_command_names_the_first_faults_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = coco_source(tmp_path, [annotation(1), *(annotation(k, []) for k in range(2, 9))])
+    assert command(options, tmp_path / "out") == 0
+    lines = capsys.readouterr().err.strip().splitlines()[-6:]
+    assert [line.split(": ")[2] for line in lines[:5]] == [f"ann.json, {k}" for k in range(2, 7)]
+    assert "7 malformed: 7 segmentation_empty; see" in lines[5]
+    assert len((tmp_path / "out" / "errors.jsonl").read_text().splitlines()) == 7
 
 
 @pytest.mark.parametrize(
