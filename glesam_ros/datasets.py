@@ -187,7 +187,9 @@ def load_bsds(folder: Path, split: str, limit: int | None = None) -> list[Photog
     photographs = []
     for name in map(without_ending, listed(folder / f"{split}.txt")[:limit]):
         image = read_rgb(folder / "images" / f"{name}.jpg")
-        paths = sorted((folder / "regions").glob(f"{name}_*.png"))
+        path = folder / "regions" / name
+        own = re.compile(re.escape(path.name) + r"_\d+\.png")  # not those of a picture with a longer name
+        paths = sorted(p for p in path.parent.glob("*.png") if own.fullmatch(p.name))
         if not paths:
             raise FileNotFoundError(
                 f"expected label maps of {name} at {folder / 'regions' / name}_*.png, found none; add them, or take "

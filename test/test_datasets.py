@@ -155,6 +155,18 @@ def test_lists_have_a_name_a_line_with_or_without_its_ending(tmp_path: Path) -> 
     assert [photograph.name for photograph in load_bsds(tmp_path, "test")] == ["my photo", "b"]
 
 
+def test_regions_of_a_picture_are_not_those_of_one_with_a_longer_name(tmp_path: Path) -> None:
+    for name, annotators in {"a": 2, "a_b": 1, "c[1]": 3}.items():
+        for file in (f"images/{name}.jpg", *(f"regions/{name}_{k}.png" for k in range(annotators))):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            cv2.imwrite(str(tmp_path / file), np.full((20, 30), annotators, np.uint8))
+    (tmp_path / "test.txt").write_text("a\na_b\nc[1]\n")
+    found = load_bsds(tmp_path, "test")
+    assert [(one.name, len(one.layers)) for one in found] == [("a", 2), ("a_b", 1), ("c[1]", 3)]
+    assert all((layer == len(one.layers)).all() for one in found for layer in one.layers)
+    assert [one.name for one in load_bsds(tmp_path, "test", 2)] == ["a", "a_b"]
+
+
 def test_lvis_names_its_pictures_by_address(tmp_path: Path) -> None:
     (photograph,) = load_coco(coco(tmp_path, {}, {"coco_url": "http://example.com/train2017/a.png"}), "train")
     assert photograph.name == "a.png" and region_masks(photograph).sum((1, 2)).tolist() == [100, 100]
