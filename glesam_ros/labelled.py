@@ -165,7 +165,7 @@ class LabelledFolder:
         if (indices == _NOT_A_CLASS).any():
             wrong = [f"#{code:06x}" for code in there[indices == _NOT_A_CLASS]]
             raise ValueError(
-                f"{path}: expected colours of the classes, got {some_of(wrong)}; save label maps as PNG without "
+                f"{path}: expected colours of one class each, got {some_of(wrong)}; save label maps as PNG without "
                 "smoothing, and list colours that have no class under \"ignore\" in classes.json"
             )
         return indices[inverse.reshape(codes.shape)]
@@ -355,11 +355,14 @@ def default_palette(count: int) -> UInt8Array:
 
 
 def check_palette(palette: Any, count: int) -> UInt8Array:
-    """(count, 3) uint8 RGB of numbers 0..255. Raises ValueError when it is not."""
+    """(count, 3) uint8 RGB of whole numbers 0..255. Raises ValueError when it is not."""
     try:
-        found = np.array(palette, np.int64).reshape(-1, 3)
-    except (TypeError, ValueError) as error:
+        given = np.array(palette, np.float64)
+        found = given.reshape(-1, 3)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"palette: expected [r, g, b] for each of {count} classes, got {palette!r}") from error
+    if (given.size and given.ndim > 1 and given.shape[-1] != 3) or (given != np.rint(given)).any():  # 0..1, for example
+        raise ValueError(f"palette: expected [r, g, b] of whole numbers 0..255 for each class, got {str(palette)[:60]}")
     if len(found) != count or found.min(initial=0) < 0 or found.max(initial=0) > 255:
         raise ValueError(f"palette: expected {count} colours of three numbers 0..255, got {len(found)}")
     return found.astype(np.uint8)
@@ -376,7 +379,7 @@ def _class_file(root: Path) -> Path | None:
 
 
 def _read_json(file: Path) -> ClassList:
-    document = json.loads(file.read_text(encoding="utf-8"))
+    document = json.loads(file.read_bytes())
     classes = document["classes"]
     if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
         raise ValueError('"classes": expected a list of names')
@@ -386,7 +389,7 @@ def _read_json(file: Path) -> ClassList:
     ignore = document["ignore"] if isinstance(document["ignore"], list) else [document["ignore"]]
     colours = [item for item in ignore if isinstance(item, list)]
     values = [item for item in ignore if not isinstance(item, list)]
-    if not all(isinstance(value, int) and 0 <= value <= IGNORE_16 for value in values):
+    if not all(type(value) is int and 0 <= value <= IGNORE_16 for value in values):  # true is no label value
         raise ValueError(f'"ignore": expected label values 0..{IGNORE_16} or [r, g, b], got {ignore}')
     r_g_b = [tuple(colour) for colour in check_palette(colours, len(colours)).tolist()]
     return ClassList(tuple(classes), palette, tuple(values), tuple(r_g_b))
@@ -394,7 +397,7 @@ def _read_json(file: Path) -> ClassList:
 
 def _read_text(file: Path) -> ClassList:
     names, colours = [], []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8-sig").splitlines():
         text = line.split("#")[0].strip()
         if not text:
             continue
@@ -459,14 +462,17 @@ def _tables(class_list: ClassList, first: int) -> tuple[np.ndarray[Any, np.dtype
     values = np.full(IGNORE_16 + 1, _NOT_A_CLASS, np.int32)
     values[[IGNORE, IGNORE_16] if class_list.ignore is None else list(class_list.ignore)] = ignore
     values[:first] = ignore
-    # of the values that both lists have, "ignore" was written on purpose
+    # of the values and colours that both lists have, "ignore" was written on purpose
     classes = np.arange(count)
     free = np.ones(count, bool) if class_list.ignore is None else ~np.isin(classes + first, class_list.ignore)
     values[classes[free] + first] = classes[free]
     if class_list.palette is None:
         return values, None
-    colours = {_code(colour): ignore for colour in class_list.ignore_colours}
-    colours.update({_code(colour): index for index, colour in enumerate(class_list.palette.tolist())})
+    colours: dict[int, int] = {}
+    for index, colour in enumerate(class_list.palette.tolist()):
+        # that of two classes is of neither
+        colours[_code(colour)] = _NOT_A_CLASS if _code(colour) in colours else index
+    colours.update({_code(colour): ignore for colour in class_list.ignore_colours})
     return values, colours
 
 

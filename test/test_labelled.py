@@ -129,6 +129,32 @@ def test_indexed_and_coloured_label_maps(tmp_path: Path) -> None:
         bare[0]
 
 
+def test_a_colour_is_of_one_class_and_ignored_on_purpose(tmp_path: Path) -> None:
+    palette = [[10, 0, 0], [20, 0, 0], [30, 0, 0]]
+    coloured = np.tile(np.array(palette, np.uint8)[:, ::-1], (4, 1, 1))  # in OpenCV's order
+    folder = own(tmp_path / "ignored", coloured, palette=palette, ignore=[[20, 0, 0]])
+    assert folder[0].labels[0].tolist() == [0, IGNORE, 2]
+    folder = own(tmp_path / "twice", coloured, palette=[*palette[:2], palette[0]], ignore=[[30, 0, 0]])
+    with pytest.raises(ValueError, match=r"a\.png: expected colours of one class each, got #0a0000; "):
+        folder[0]
+    put(tmp_path / "twice", "a", grey(0, 1, 2))  # values tell classes of one colour apart
+    assert folder[0].labels[0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name, text, classes", [
+    ("classes.txt", "road\ncar\n", ("road", "car")),
+    ("classes.txt", "# mine\nStraße 1 2 3\n", ("Straße",)),
+    ("classes.json", '{"classes": ["Straße"], "palette": [1, 2, 3]}', ("Straße",)),
+])
+def test_class_files_of_windows_begin_with_a_mark(
+    tmp_path: Path, name: str, text: str, classes: tuple[str, ...]
+) -> None:
+    put(tmp_path, "a", grey(0, 0))
+    for mark in ("", "\ufeff"):
+        (tmp_path / name).write_text(mark + text, encoding="utf-8")
+        assert open_labelled(tmp_path, "all").classes == classes
+
+
 def test_more_than_255_classes_are_16_bit(tmp_path: Path) -> None:
     classes = [f"c{k}" for k in range(300)]
     folder = own(tmp_path, grey(0, 255, 299, 65535, dtype=np.uint16), classes=classes)
@@ -217,6 +243,12 @@ def test_a_label_map_that_pil_refuses_is_named(tmp_path: Path, monkeypatch: pyte
     ('{"names": ["a"]}', "classes"),
     ('{"classes": ["a"], "palette": [[1, 2]]}', "palette"),
     ('{"classes": ["a"], "palette": [[1, 2, 256]]}', r"0\.\.255"),
+    ('{"classes": ["a"], "palette": [[0.2, 0.4, 1.0]]}', r"whole numbers 0\.\.255 .* got \[\[0\.2, 0\.4, 1"),
+    ('{"classes": ["a", "b"], "palette": [[1, 2], [3, 4], [5, 6]]}', r"\[r, g, b\] of whole numbers"),
+    ('{"classes": ["a"], "palette": [[1, 2, 1e30]]}', r"0\.\.255"),
+    ('{"classes": ["a"], "palette": [[1, 2, NaN]]}', "whole numbers"),
+    (f'{{"classes": ["a"], "palette": [[1, 2, {10**400}]]}}', "palette"),
+    ('{"classes": ["a"], "ignore": true}', "ignore"),
     ('{"classes": ["a"], "ignore": "void"}', "ignore"),
     ("[1]", "list of classes"),
     ("{", "classes.json"),
