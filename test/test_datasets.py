@@ -107,6 +107,7 @@ def coco(folder: Path, annotation: dict[str, Any], image: dict[str, Any] | None 
     ([[1, 1, 9, 1, 1e308, 9]], "expected points near a picture of 30x20"),
     ([[1, 1, 9, 1, float("nan"), 9]], "polygon: expected finite numbers"),
     ([[1, 1, 9, 1, 10**400, 9]], "polygon: expected finite numbers"),
+    ([[1, 1, 9, True, 9, 9]], "polygon: expected a list of numbers"),
     ({"size": [30, 20], "counts": [0, 600]}, "expected size [20, 30] (height, width), got [30, 20]"),
     ({"size": [20, 30], "counts": [0, 500]}, "expected runs over 600 pixels, got 500"),
 ])
@@ -165,6 +166,31 @@ def test_regions_of_a_picture_are_not_those_of_one_with_a_longer_name(tmp_path: 
     assert [(one.name, len(one.layers)) for one in found] == [("a", 2), ("a_b", 1), ("c[1]", 3)]
     assert all((layer == len(one.layers)).all() for one in found for layer in one.layers)
     assert [one.name for one in load_bsds(tmp_path, "test", 2)] == ["a", "a_b"]
+
+
+def test_pictures_behind_the_limit_are_not_read(tmp_path: Path) -> None:
+    path = coco(tmp_path, {}) / "train.json"
+    document = json.loads(path.read_text())
+    document["images"].append({"id": 2, "file_name": "nowhere.png"})
+    document["annotations"].append({"id": 9, "image_id": 2, "segmentation": SQUARE})
+    path.write_text(json.dumps(document))
+    assert [one.name for one in load_coco(tmp_path, "train", 1)] == ["a.png"]
+    with pytest.raises(FileNotFoundError, match="nowhere.png"):
+        load_coco(tmp_path, "train", 2)
+
+
+def test_parts_of_a_class_count_from_the_smallest_area_on(tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="label maps need pillow; scripts/test.sh installs it")
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    classes = np.full((60, 90), 11, np.uint8)
+    classes[:12, :16], classes[20:32, :16] = 3, 3
+    classes[20, 0] = 11  # a pixel less than 192
+    cv2.imwrite(str(tmp_path / "labels" / "a.png"), classes)
+    cv2.imwrite(str(tmp_path / "images" / "a.jpg"), np.zeros((60, 90, 3), np.uint8))
+    (tmp_path / "train.txt").write_text("a\n")
+    (photograph,) = load_camvid(tmp_path, "train")
+    assert region_masks(photograph).sum((1, 2)).tolist() == [192]
 
 
 def test_lvis_names_its_pictures_by_address(tmp_path: Path) -> None:

@@ -168,6 +168,30 @@ def test_more_than_255_classes_are_16_bit(tmp_path: Path) -> None:
     assert more.dtype == np.uint16 and more[0].tolist() == [0, 254, 255, 255]
 
 
+def test_classes_that_are_given_keep_the_colours_of_the_folder_where_there_are_as_many(tmp_path: Path) -> None:
+    palette = [[10, 0, 0], [20, 0, 0], [30, 0, 0]]
+    own(tmp_path, palette=palette)
+    (tmp_path / "classes.txt").write_text("other\n")  # classes.json is asked first
+    assert open_labelled(tmp_path, "all").classes == ("road", "car", "tree")
+    assert open_labelled(tmp_path, "all", classes=["a", "b", "c"]).palette.tolist() == palette
+    two = open_labelled(tmp_path, "all", classes=["a", "b"])
+    assert two.classes == ("a", "b") and np.array_equal(two.palette, default_palette(2)) and two.colours is None
+
+
+def test_endings_in_capitals_and_grey_label_maps_of_other_kinds(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("road\ncar\n")
+    put(tmp_path, "a", grey(0, 1), ending=".png")
+    (tmp_path / "images" / "a.png").rename(tmp_path / "images" / "a.PNG")
+    file = tmp_path / "labels" / "a.png"
+    for split in ("all", "mine"):
+        (tmp_path / "mine.txt").write_text("a.PNG\n")
+        assert open_labelled(tmp_path, split).images == (tmp_path / "images" / "a.PNG",)
+    alpha = Image.merge("LA", [Image.fromarray(grey(0, 1)), Image.fromarray(grey(255, 0))])
+    for picture in (Image.fromarray(grey(0, 1) > 0), alpha):
+        picture.save(file)
+        assert open_labelled(tmp_path, "all")[0].labels[0].tolist() == [0, 1], picture.mode
+
+
 def test_splits_by_folder_and_choice_of_pictures(tmp_path: Path) -> None:
     for name in ("day/a", "day/b", "night/a"):
         put(tmp_path, name, grey(0, 1))

@@ -361,6 +361,10 @@ def test_loader_gives_what_was_built(tmp_path: Path) -> None:
         load_lqseg(tmp_path / "out", kind="snow")
     with pytest.raises(FileNotFoundError, match="no dataset.json"):
         load_lqseg(tmp_path / "images")
+    info = tmp_path / "out" / "dataset.json"
+    info.write_text(info.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(ValueError, match="dataset.json: expected format 1, got 2; build it again"):
+        load_lqseg(tmp_path / "out")
 
 
 @pytest.mark.parametrize("cut", [1, 200, "line"])
