@@ -866,9 +866,10 @@ def test_names_without_partner_are_named(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"images": []}', "{", '{"images": [], "annotations": [], "categories": [1]}']
-)
+@pytest.mark.parametrize("text", [
+    "", "[]", '{"images": []}', "{", '{"images": [], "annotations": [], "categories": [1]}',
+    '{"images": [], "annotations": [], "categories": [{"id": Infinity, "name": "cup"}]}',
+])
 def test_a_file_that_is_no_coco_is_refused(tmp_path: Path, text: str) -> None:
     options = coco_source(tmp_path, [])
     options.annotations.write_text(text)

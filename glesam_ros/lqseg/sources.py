@@ -211,7 +211,7 @@ def _index_coco(index: Index, images: Path, path: Path) -> None:
         if document.get("categories"):
             index.categories = {int(c["id"]): str(c.get("name", "")) for c in document["categories"]}
         licences = {str(item["id"]): item for item in document.get("licenses") or []}
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:  # JSON of Python holds Infinity
         raise ValueError(f"{path}: expected categories and licenses with an id each: {error!r}") from error
     annotations = _annotations_by_image(index, path.name, document)
     seen: dict[str, PurePosixPath] = {}
