@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -183,6 +184,23 @@ def test_poisson_noise_is_drawn_by_the_law_of_each_value() -> None:
     assert (np.abs(counts - law * drawn.size) < 5 * deviation + 1).all()
 
 
+@pytest.mark.parametrize("gaussian", [0.0, 1.0], ids=["poisson", "gaussian"])
+@pytest.mark.parametrize("gray", [0.0, 1.0], ids=["colour", "gray"])
+def test_noise_is_as_strong_as_was_drawn(gaussian: float, gray: float) -> None:
+    image = np.full((40, 50, 3), 128, np.float32)
+    deviations = []
+    for strength in (0.5, 1.0):
+        order = replace(
+            lqseg.FIRST, gaussian_probability=gaussian, gaussian_sigma=(strength, strength),
+            poisson_scale=(strength / 8, strength / 8), gray_probability=gray,
+        )
+        sampled: dict[str, float] = {}
+        noise = np.random.default_rng(1)
+        deviations.append(lqseg._noise(image, order, np.random.default_rng(0), noise, sampled) - image)
+    np.testing.assert_allclose(deviations[1], 2 * deviations[0], atol=1e-3)
+    assert deviations[1].std() > 0.5 and (np.ptp(deviations[1], 2).max() < 1e-3) == bool(gray)
+
+
 def test_gray_noise_is_the_same_in_all_channels() -> None:
     image = np.full((64, 64, 3), 120, np.uint8)
     assert lqseg.poisson_noise(image, True, np.random.default_rng(0)).shape == (64, 64)
@@ -293,6 +311,28 @@ def test_the_first_round_of_the_published_test_sets_shrinks_more() -> None:
     assert shares == pytest.approx([0.2, 0.7, 0.1], abs=0.06)
     factors = [q["factor"] for q in drawn]
     assert 0.15 <= min(factors) < 0.2 and 1.4 < max(factors) <= 1.5
+
+
+def test_the_final_filter_is_the_sinc_that_was_drawn() -> None:
+    image = scene(0, 40, 60).astype(np.float32)
+    seen = set()
+    for seed in range(12):
+        sampled: dict[str, float] = {}
+        found = lqseg._resize_back(image, (40, 60), np.random.default_rng(seed), sampled)
+        expected = image
+        if sampled["final_sinc"]:
+            kernel = lqseg.sinc_kernel(sampled["final_kernel_size"], sampled["final_cutoff"])
+            expected = cv2.filter2D(image, -1, kernel)
+        np.testing.assert_allclose(found, expected, atol=0.1)
+        seen.add(sampled["final_sinc"])
+    assert seen == {True, False}
+
+
+def test_frames_of_a_film_differ_in_their_noise_alone() -> None:
+    first, again, other = (degrade_lqseg(scene(0), 2, 5, noise=np.random.default_rng(k)) for k in (1, 1, 2))
+    assert first.parameters == other.parameters
+    np.testing.assert_array_equal(first.image, again.image)
+    assert not np.array_equal(first.image, other.image)
 
 
 def test_mixed_rates_have_the_published_shares() -> None:
@@ -698,6 +738,34 @@ def test_edge_filter_mends_the_steps_of_coding_and_leaves_real_edges() -> None:
     unfiltered = plane.copy()
     h264.smooth_edges(plane, 16, 10)  # so fine a step makes none
     np.testing.assert_array_equal(plane, unfiltered)
+
+
+@pytest.mark.parametrize(("step", "changed"), [
+    (13, [102, 103, 105, 108, 110, 111]),  # strong: three pixels of each side
+    (14, [100, 100, 104, 111, 114, 114]),  # no longer small: one pixel of each side
+    (49, [100, 100, 112, 137, 149, 149]),
+    (50, [100, 100, 100, 150, 150, 150]),  # an edge of the picture
+])
+def test_thresholds_of_the_edge_filter_are_those_of_the_qp(step: int, changed: list[int]) -> None:
+    plane = np.full((1, 2, 32), 100, np.uint8)
+    plane[..., 16:] += step
+    h264.smooth_edges(plane, 16, 36)  # alpha 50, beta 11
+    assert plane[0, 1, 13:19].tolist() == changed
+    for slope, filtered in ((10, True), (11, False)):  # beta: beside a slope, a step belongs to the picture
+        plane = np.full((1, 2, 32), 100, np.uint8)
+        plane[..., 15:] += slope
+        plane[..., 16:] += 2
+        before = plane.copy()
+        h264.smooth_edges(plane, 16, 36)
+        assert np.array_equal(plane, before) != filtered
+
+
+def test_edges_of_colours_are_filtered_too() -> None:
+    colour = np.full((64, 64, 3), 128, np.uint8)
+    colour[..., 1] = np.linspace(110, 146, 64).astype(np.uint8)
+    decoded = cv2.cvtColor(h264.h264(cv2.cvtColor(colour, cv2.COLOR_YCrCb2RGB), 45), cv2.COLOR_RGB2YCrCb)
+    line = decoded[32, :, 1].astype(int)
+    assert np.ptp(line) > 20 and np.abs(np.diff(line)).max() <= 3
 
 
 def test_qp_out_of_range_is_refused() -> None:
