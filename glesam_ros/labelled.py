@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -266,7 +267,7 @@ def read_class_list(root: Path, classes: Sequence[str] | None = None) -> ClassLi
     if classes is not None:
         same = found.palette is not None and len(found.palette) == len(classes)
         found = found._replace(classes=tuple(classes), palette=found.palette if same else None)
-    twice = sorted({name for name in found.classes if found.classes.count(name) > 1})
+    twice = sorted(name for name, times in Counter(found.classes).items() if times > 1)
     if twice or not found.classes:
         raise ValueError(f"{root}: expected at least one class, each once, got {', '.join(twice) or 'none'}")
     if len(found.classes) > IGNORE_16:

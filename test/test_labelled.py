@@ -205,6 +205,25 @@ def test_splits_by_folder_and_choice_of_pictures(tmp_path: Path) -> None:
         open_labelled(tmp_path, "dusk")
 
 
+def test_names_of_ade20ks_splits_are_its_own_and_so_are_its_classes_in_other_colours(tmp_path: Path) -> None:
+    put(tmp_path / "mine", "train/a", grey(0, 1))
+    (tmp_path / "mine" / "classes.txt").write_text("road\ncar\n")
+    assert open_labelled(tmp_path / "mine", "train").names == ("train/a",)
+    put(tmp_path / "ade", "training/a", grey(0, 1), "annotations")
+    colours = default_palette(150)
+    found = open_labelled(tmp_path / "ade", "train", palette=colours)
+    assert found.classes == ade20k.CLASSES and np.array_equal(found.palette, colours)
+
+
+def test_label_maps_that_no_file_holds_are_refused(tmp_path: Path) -> None:
+    for labels in (np.zeros((4, 4), np.int32), np.zeros((4, 4, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"labels: expected \(H, W\) uint8 or uint16, got \(4, 4"):
+            write_label_map(tmp_path / "a.png", labels, default_palette(3))
+    assert not (tmp_path / "a.png").exists()
+    with pytest.raises(ValueError, match="expected at most 65535 classes, got 65536"):
+        own(tmp_path, classes=[str(k) for k in range(65536)])
+
+
 def test_a_picture_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("road\ncar\n")
     for name, ending in (("a", ".jpg"), ("a", ".png"), ("b", ".png")):
