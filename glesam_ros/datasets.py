@@ -177,6 +177,16 @@ def check_size(image: np.ndarray[Any, Any], size: tuple[int, int] | None) -> Non
         raise Malformed("image_size", f"expected height and width {size}, got {image.shape[:2]}")
 
 
+def _by_picture(regions: Path) -> dict[str, list[Path]]:
+    """The label maps <picture>_<annotator>.png of a folder by picture, sorted."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(regions.glob("*.png")):
+        picture, _, annotator = path.stem.rpartition("_")
+        if re.fullmatch(r"\d+", annotator):
+            found.setdefault(picture, []).append(path)
+    return found
+
+
 def load_bsds(folder: Path, split: str, limit: int | None = None) -> list[Photograph]:
     """Photographs of `<folder>/<split>.txt` with one label map for each annotator; `limit` as of `load_coco`.
 
@@ -185,11 +195,13 @@ def load_bsds(folder: Path, split: str, limit: int | None = None) -> list[Photog
         ValueError: a label map is of another size than its image.
     """
     photographs = []
+    found: dict[Path, dict[str, list[Path]]] = {}
     for name in map(without_ending, listed(folder / f"{split}.txt")[:limit]):
         image = read_rgb(folder / "images" / f"{name}.jpg")
         path = folder / "regions" / name
-        own = re.compile(re.escape(path.name) + r"_\d+\.png")  # not those of a picture with a longer name
-        paths = sorted(p for p in path.parent.glob("*.png") if own.fullmatch(p.name))
+        if path.parent not in found:
+            found[path.parent] = _by_picture(path.parent)
+        paths = found[path.parent].get(path.name)
         if not paths:
             raise FileNotFoundError(
                 f"expected label maps of {name} at {folder / 'regions' / name}_*.png, found none; add them, or take "
