@@ -591,7 +591,6 @@ def test_an_interrupted_command_goes_on(tmp_path: Path) -> None:
         ({"kinds": ("lq",)}, "kinds was ['fog', 'lq'], is ['lq']"),
         ({"limit": 2}, "limit was None, is 2"),
         ({"split": "test"}, "split was 'train', is 'test'"),
-        ({"binary": True}, "binary was False, is True"),
     ],
 )
 def test_other_settings_are_refused(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
@@ -601,6 +600,14 @@ def test_other_settings_are_refused(tmp_path: Path, change: dict[str, Any], expe
     with pytest.raises(ValueError, match=re.escape(expected)):
         build(BuildOptions(**{**vars(options), **change}), tmp_path / "out")
     assert content(tmp_path / "out") == before
+
+
+def test_another_reading_of_masks_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "a.jpg")
+    label_map(tmp_path / "a.png", box(3, 3, 9, 9).astype(np.uint8) * 255)
+    build(BuildOptions("folder", tmp_path, tmp_path, (1,)), tmp_path / "out")
+    with pytest.raises(ValueError, match="binary was False, is True"):
+        build(BuildOptions("folder", tmp_path, tmp_path, (1,), binary=True), tmp_path / "out")
 
 
 def test_a_second_build_of_a_folder_is_refused_while_the_first_runs(tmp_path: Path) -> None:
@@ -659,6 +666,8 @@ def test_what_another_version_began_is_refused(tmp_path: Path, name: str) -> Non
         ({"kinds": ("fog", "dust")}, "; got dust"),
         ({"seed": -1}, "seed: expected at least 0, got -1"),
         ({"limit": 0}, "limit: expected at least 1, got 0"),
+        ({"source": "bsds", "binary": True}, "binary: expected it with masks of a folder alone, got it with bsds"),
+        ({"binary": True}, "binary: expected it with masks of a folder alone, got it with coco"),
         ({"source": "voc"}, "source: expected one of coco, folder, ade20k, bsds; got 'voc'"),
     ],
 )

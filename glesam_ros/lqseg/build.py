@@ -34,7 +34,7 @@ from glesam_ros import __version__
 from glesam_ros.checksum import sha256
 from glesam_ros.datasets import LQSEG_FORMAT, LQSEG_INFO, LQSEG_MANIFEST, MAX_NAME
 from glesam_ros.degradation import degrade, names
-from glesam_ros.lqseg.sources import Fault, Index, Malformed, Source, read_index, read_picture, read_truth
+from glesam_ros.lqseg.sources import KINDS, Fault, Index, Malformed, Source, read_index, read_picture, read_truth
 from glesam_ros.whole_files import PART, write_bytes
 
 JOURNAL = "manifest.journal"
@@ -174,6 +174,9 @@ def _check(options: BuildOptions, workers: int) -> None:
         raise ValueError(f"seed: expected at least 0, got {options.seed}")
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"limit: expected at least 1, got {options.limit}")
+    # elsewhere it would make one object of all labels
+    if options.binary and options.source in KINDS and options.source != "folder":
+        raise ValueError(f"binary: expected it with masks of a folder alone, got it with {options.source}")
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
 
