@@ -214,3 +214,24 @@ def test_a_comparison_names_what_differs_and_by_how_much():
     assert [rows["scores"].largest, rows["scores"].mean] == pytest.approx([0.25, 0.25], abs=1e-6)
     assert all(row.largest == 0 for output, row in rows.items() if output != "scores")
     assert set(rows) == {"latent", "restored latent", "logits", "scores", "masks, 1 - IoU"}
+
+
+def test_masks_that_are_empty_in_both_are_the_same():
+    """Points on nothing would fail each export, whose tolerance is on the mean of 1 - IoU."""
+
+    class Shifted(TinyBase):
+        def __init__(self, by: float) -> None:
+            super().__init__()
+            self.by = by
+
+        def decode(self, *given: Any) -> Any:
+            logits, scores = super().decode(*given)
+            return logits.clamp(-1, 1) + self.by, scores
+
+    def lost(*shifts: float) -> tuple[float, float]:
+        runtimes = (TorchRuntime(Shifted(by), None, torch.device("cpu"), torch.float32) for by in shifts)
+        rows = onnx_export.compare(*runtimes, [picture()], SIDE)
+        return next((row.largest, row.mean) for row in rows if row.output == "masks, 1 - IoU")
+
+    assert lost(-2, -2) == (0, 0)
+    assert lost(-2, 2) == lost(2, -2) == (1, 1)

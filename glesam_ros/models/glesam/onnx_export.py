@@ -263,7 +263,7 @@ def compare(ours: TorchRuntime, theirs: Runtime, images: Sequence[UInt8Array], s
             note("logits", logits, other_logits)
             note("scores", scores, other_scores, scaled=False)
             own, other = logits.cpu() > 0, other_logits.cpu() > 0
-            lost = 1 - (own & other).sum((2, 3)) / (own | other).sum((2, 3)).clamp_min(1)
+            lost = (own ^ other).sum((2, 3)) / (own | other).sum((2, 3)).clamp_min(1)  # 0 of two empty masks
             rows.setdefault("masks, 1 - IoU", []).append((float(lost.max()), float(lost.mean())))
     return [
         Difference(output, max(high for high, _ in values), float(np.mean([mean for _, mean in values])))
