@@ -30,7 +30,7 @@ CONTENT = np.random.default_rng(0).bytes(3 * download.CHUNK + 17)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; breaks the next `cuts` answers off in the middle; knows Range unless told otherwise.
+    """Serves `files`; breaks the next `cuts` answers off in the middle; knows Range and lengths unless told otherwise.
 
     Below /hub it redirects as the hub does, and names `tag` on the way.
     """
@@ -38,7 +38,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.files: dict[str, bytes] = {}
-        self.cuts, self.knows_range, self.asked, self.tag = 0, True, [], None
+        self.cuts, self.knows_range, self.knows_length, self.asked, self.tag = 0, True, True, [], None
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -63,9 +63,13 @@ class Answer(http.server.BaseHTTPRequestHandler):
                 self.send_header("Content-Length", "0")
                 return self.end_headers()
         self.send_response(206 if first else 200)
-        self.send_header("Content-Length", str(len(content) - first))
-        self.end_headers()
         part = content[first:]
+        if self.server.knows_length:
+            self.send_header("Content-Length", str(len(part)))
+        else:  # one chunk
+            self.send_header("Transfer-Encoding", "chunked")
+            part = b"%x\r\n%s\r\n0\r\n\r\n" % (len(part), part)
+        self.end_headers()
         if self.server.cuts:
             self.server.cuts -= 1
             self.wfile.write(part[: len(part) // 2])
@@ -112,6 +116,15 @@ def test_a_cut_download_goes_on_where_it_stopped(server, home):
     assert server.asked == [None, f"bytes={part}-"]
     assert not (home / "a/file.bin.partial").exists()
     assert fetch(server, home) and len(server.asked) == 2  # what is there is not asked for
+
+
+def test_a_cut_is_noticed_where_the_server_names_no_length(server, home):
+    """As of files that are compressed on the way, which are small ones without a checksum."""
+    server.files["/a/file.bin"], server.cuts, server.knows_length = CONTENT, 1, False
+    with pytest.raises(download.DownloadError, match="goes on where it stopped"):
+        fetch(server, home)
+    assert not (home / "a/file.bin").exists()
+    assert fetch(server, home).read_bytes() == CONTENT
 
 
 def test_a_server_without_ranges_sends_all_again(server, home):
@@ -163,6 +176,16 @@ def test_a_published_checksum_is_held_against_every_byte(server, home, named):
     assert bring().read_bytes() == CONTENT
 
 
+def test_the_checksum_of_the_catalogue_counts_where_the_hub_names_another(server, home):
+    """Who exchanges a file on the hub exchanges what the hub says of it, too."""
+    server.files["/a/file.bin"], server.tag = CONTENT, hashlib.sha256(CONTENT).hexdigest()
+    address = f"http://127.0.0.1:{server.server_port}/hub/a/file.bin"
+    known = Source("a/file.bin", address, "none", sha256=hashlib.sha256(CONTENT[::-1]).hexdigest())
+    with pytest.raises(download.DownloadError, match=f"expected SHA-256 {known.sha256}, got {server.tag}"):
+        download.fetch(known, home, lambda *_: lambda _: None)
+    assert not (home / "a/file.bin").exists()
+
+
 def test_a_tag_of_a_small_file_is_no_checksum(server, home):
     server.files["/a/file.bin"], server.tag = CONTENT, "0" * 40
     known = Source("a/file.bin", f"http://127.0.0.1:{server.server_port}/hub/a/file.bin", "none")
@@ -189,6 +212,8 @@ def test_refusals_name_the_address(server, home):
     server.files["/a/file.bin"] = CONTENT
     with pytest.raises(download.DownloadError, match=f"expected 5 bytes, the server has {len(CONTENT)}"):
         fetch(server, home, size=5)
+    with pytest.raises(download.DownloadError, match=f"the server has {len(CONTENT)}"):
+        fetch(server, home, size=len(CONTENT) + 1)  # one that is too short is as wrong
     assert not (home / "a/file.bin").exists()
 
 
@@ -255,6 +280,12 @@ def test_get_brings_base_released_enhancer_and_its_diffusion_model(small_sam, ho
     out = capsys.readouterr().out
     assert "missing" not in out and str(home / "sd21-base/unet/config.json") in out
     assert main(["models", "verify"]) == 0
+    made = home / "sam_vit_h+glesam/mask_decoder.safetensors"  # here, out of what was published
+    content = made.read_bytes()
+    made.write_bytes(content[:-1])
+    assert main(["models", "verify"]) == 1
+    made.write_bytes(content)
+    assert main(["models", "verify"]) == 0
     (home / "sam.pth").write_bytes(b"other")
     assert main(["models", "verify"]) == 1
 
@@ -275,6 +306,7 @@ def test_the_shapes_of_the_lora_tell_its_diffusion_model(home, tmp_path, small_s
     assert main(["models", "get", "sam_vit_h+glesam", "--from", str(folder)]) == 0
     config = json.loads((home / "sam_vit_h+glesam/glesam.json").read_text())
     assert (config["unet"], config["gamma"]) == (unet, gamma)
+    assert config["alpha"] == config["rank"] == 4  # the authors' update is B A without a factor, whatever the rank
 
 
 def test_released_weights_that_cannot_be_made_a_model_leave_the_one_that_is_there(
@@ -300,6 +332,10 @@ def test_lora_of_something_else_is_refused(home, tmp_path, small_sam, capsys):
     folder = released(tmp_path / "mine", 512)
     assert main(["models", "get", "sam_vit_h+glesam", "--from", str(folder)]) == 1
     assert "768 or 1024" in capsys.readouterr().err
+    other = {key.replace("down_blocks.0", "up_blocks.1"): value for key, value in lora(1024, rank=8).items()}
+    safetensors.save_file({**lora(1024), **other}, folder / catalogue.LORA_FILE)
+    assert main(["models", "get", "sam_vit_h+glesam", "--from", str(folder)]) == 1
+    assert "expected LoRA of one rank for text embeddings of 768 or 1024, got ranks [4, 8]" in capsys.readouterr().err
 
 
 def test_from_takes_a_checkpoint_and_a_trained_folder(home, tmp_path, small_sam, capsys):
@@ -481,6 +517,28 @@ def test_a_diffusion_model_by_its_own_name(small_sam, home, tmp_path, capsys):
     assert "sd21-base or sd15, got another one" in capsys.readouterr().err
 
 
+def test_a_copy_without_its_large_files_takes_the_place_of_nothing(home, tmp_path, monkeypatch, capsys):
+    """As `git clone` makes one where Git LFS is not installed: pointers in place of the weights."""
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    names = ("unet/config.json", weights)
+    files = [Source(f"sd21-base/{name}", f"http://127.0.0.1:9/{name}", "none") for name in names]
+    monkeypatch.setitem(catalogue.UNETS, "sd21-base", tuple(files))
+    monkeypatch.setitem(catalogue.VAES, "sd21-base", ())
+    folder = diffusers_folder(tmp_path / "mine", 1024)
+    safetensors.save_file({"a": torch.ones(2)}, folder / weights)
+    assert main(["models", "get", "sd21-base", "--from", str(folder)]) == 0
+    there = {file.path: (home / file.path).read_bytes() for file in files}
+    (folder / "unet/config.json").write_text('{"cross_attention_dim": 1024, "mine": 1}')
+    (folder / weights).write_bytes(POINTER)
+    assert main(["models", "get", "sd21-base", "--from", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert f"{folder / weights}: expected a safetensors file" in error and error.count("\n") == 1
+    assert {file.path: (home / file.path).read_bytes() for file in files} == there
+    (folder / "unet/config.json").write_text("")
+    assert main(["models", "get", "sd21-base", "--from", str(folder)]) == 1
+    assert f"{folder / 'unet/config.json'}: expected JSON" in capsys.readouterr().err
+
+
 def test_a_taken_checkpoint_that_is_not_the_published_one_is_said(home, tmp_path, capsys):
     file = tmp_path / "fine-tuned.pth"
     torch.save({"a": torch.ones(3)}, file)
@@ -517,6 +575,13 @@ def test_no_file_of_an_old_enhancer_stays_beside_a_new_one(small_sam, home, tmp_
     assert main(["models", "verify", own.name]) == 1
     assert main(["models", "get", own.name, "--from", str(own)]) == 1
     assert "nothing to copy" in capsys.readouterr().err and (own / "glesam.json").is_file()
+    for folder in (released(tmp_path / "published", 1024), new):
+        assert main(["models", "get", own.name, "--from", str(folder)]) == 0
+    assert {p.name for p in own.iterdir()} == {p.name for p in new.iterdir()}
+    (old / catalogue.DECODER_FILE).write_bytes(POINTER)
+    assert main(["models", "get", own.name, "--from", str(old)]) == 1
+    assert f"{old / catalogue.DECODER_FILE}: expected a safetensors file" in capsys.readouterr().err
+    assert main(["models", "verify", own.name]) == 0 and not (own / catalogue.DECODER_FILE).exists()
 
 
 @pytest.mark.parametrize("config", [{"kind": "small"}, {"levels": True}, {"gamma": -1}, {"width": 3}])
@@ -548,6 +613,13 @@ def scr_file(path: Path, **other) -> Path:
     """What is trained of SCR, of no layer at all."""
     groups = {f"unet_lora_{group}_modules": [] for group in ("encoder", "decoder", "others")}
     torch.save({"rank_unet": 4, **groups, "state_dict_unet": {}, **other}, path)
+    return path
+
+
+def rass_file(path: Path) -> Path:
+    """What is trained of a RASS of one class, without a weight."""
+    config = {"classes": ["sky"]}
+    torch.save({"config": config, "palette": [[0, 0, 0]], "state": {}, "prompt": torch.zeros(1), "scr": ""}, path)
     return path
 
 
@@ -624,16 +696,37 @@ def test_the_segmenter_is_fetched_by_hand(small_sam, home, tmp_path, capsys):
     error = capsys.readouterr().err
     assert re.search("rass.pth: get it by hand from https://drive.google.com/.* and name it with --from", error)
     assert (home / "rass/scr.pkl").is_file() and error.count("\n") == 1
-    (folder / "rass.pth").write_bytes(b"weights")
+    rass = rass_file(folder / "rass.pth").read_bytes()
     assert main(["models", "get", "rass-sd21", "--from", str(folder / "rass.pth")]) == 0
     assert "semantic:=rass-sd21" in capsys.readouterr().out
-    assert (home / "rass/rass.pth").read_bytes() == b"weights"
+    assert (home / "rass/rass.pth").read_bytes() == rass
     assert main(["models"]) == 0
     assert re.search(r"^scr-sd21 +yes .*\nrass-sd21 +yes ", capsys.readouterr().out, re.M)
     (home / "rass/scr.pkl").unlink()
     assert main(["models", "get", "rass-sd21", "--from", str(folder)]) == 0
     assert main(["models", "get", "rass-sd21", "--from", str(home / "rass")]) == 1
     assert "nothing to copy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", ["the file", "its folder"])
+def test_a_page_in_place_of_the_segmenter_leaves_the_one_that_is_there(small_sam, home, tmp_path, capsys, named):
+    """What a browser saves where Google Drive asks whether a large file is wanted that it did not scan for viruses."""
+    pytest.importorskip("diffusers")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    scr_file(folder / "scr.pkl")
+    rass = rass_file(folder / "rass.pth").read_bytes()
+    assert main(["models", "get", "rass-sd21", "--from", str(folder)]) == 0
+    (folder / "rass.pth").write_bytes(b"<!DOCTYPE html><html><title>Google Drive - Virus scan warning</title></html>")
+    scr_file(folder / "scr.pkl", rank_unet=8)
+    capsys.readouterr()
+    before = (home / "rass/scr.pkl").read_bytes()
+    given = folder / "rass.pth" if named == "the file" else folder
+    assert main(["models", "get", "rass-sd21", "--from", str(given)]) == 1
+    error = capsys.readouterr().err
+    assert f"{folder / 'rass.pth'}: expected a checkpoint of torch" in error and error.count("\n") == 1
+    assert (home / "rass/rass.pth").read_bytes() == rass and (home / "rass/scr.pkl").read_bytes() == before
+    assert main(["models", "verify", "rass-sd21"]) == 0
 
 
 def test_what_is_no_part_of_a_system_is_refused(small_sam, home, tmp_path, capsys):

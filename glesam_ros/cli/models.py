@@ -263,15 +263,23 @@ def _released_folder(name: str, path: Path) -> Path | None:
 def _take_diffusion(name: str, path: Path, home: Path) -> None:
     """Copy the files of a diffusion model that are in a folder of diffusers, those of its autoencoder if they count."""
     from glesam_ros.models.glesam import catalogue, download
+    from glesam_ros.models.glesam.weights import read_tensors
 
-    about = json.loads((path / "unet" / "config.json").read_text(encoding="utf-8"))
+    file = path / "unet" / "config.json"
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CommandError(f"{file}: expected JSON: {error}") from error
     width = about.get("cross_attention_dim") if isinstance(about, dict) else None
     unet = download.WIDTHS.get(width) if isinstance(width, int) else None
     own = name in catalogue.UNETS or name in catalogue.SYSTEMS
     wanted = [catalogue.SYSTEM_SD if name in catalogue.SYSTEMS else name] if own else list(catalogue.UNETS)
     if unet is None or unet not in wanted:
         raise CommandError(f"{path}: expected the diffusion model {' or '.join(wanted)}, got {unet or 'another one'}")
-    for source in (*catalogue.UNETS[unet], *(catalogue.VAES.get(unet, ()) if own else ())):
-        part = path / source.path.removeprefix(f"{unet}/")
-        if part.is_file():
-            download.take(part, home / source.path, home)
+    sources = (*catalogue.UNETS[unet], *(catalogue.VAES.get(unet, ()) if own else ()))
+    parts = {source: path / source.path.removeprefix(f"{unet}/") for source in sources}
+    there = {source: part for source, part in parts.items() if part.is_file()}
+    for part in (part for part in there.values() if part.suffix == ".safetensors"):
+        read_tensors(part)  # refuses what is no file of tensors, such as a pointer of Git LFS
+    for source, part in there.items():
+        download.take(part, home / source.path, home)

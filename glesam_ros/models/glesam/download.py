@@ -24,6 +24,7 @@ from glesam_ros.models.glesam.catalogue import (
     DECODER_FILE,
     LORA_FILE,
     PROMPT_FILE,
+    RASS_FILE,
     RELEASED,
     RELEASED_DECODER,
     SCR_FILE,
@@ -275,8 +276,13 @@ def take_system(source: Path, name: str, folder: Path) -> list[str]:
         files = {path: source / Path(path).name for path in paths if (source / Path(path).name).is_file()}
     else:
         files = {SCR_FILE if source.suffix == Path(SCR_FILE).suffix else paths[-1]: source}
+    # both refuse what is none
     if SCR_FILE in files:
-        read_scr(files[SCR_FILE])  # refuses what is none
+        read_scr(files[SCR_FILE])
+    if RASS_FILE in files:
+        from glesam_ros.models.rass.rass import read_rass
+
+        read_rass(files[RASS_FILE])
     for path, file in files.items():
         if file.resolve() == (folder / path).resolve():
             raise ValueError(f"{file}: is the file of {name} already; nothing to copy")
