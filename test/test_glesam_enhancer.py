@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 if not all(map(importlib.util.find_spec, ("diffusers", "peft", "transformers"))):
     pytest.skip("expected diffusers, peft and transformers", allow_module_level=True)
 
+from glesam_ros.models.glesam import catalogue  # noqa: E402
 from glesam_ros.models.glesam.base import Features  # noqa: E402
 from glesam_ros.models.glesam.download import take_enhancer, verify  # noqa: E402
 from glesam_ros.models.glesam.enhancer import (  # noqa: E402
@@ -473,6 +474,53 @@ def test_empty_prompt_wants_all_weights_and_no_others(unets, tmp_path):
         assert not (tmp_path / "empty_prompt.safetensors").exists()
     save_file({**weights, "text_model.final_layer_norm.weight": norm}, file)
     assert empty_prompt(tmp_path).shape == (1, 77, 12)
+
+
+@pytest.mark.parametrize("missing", ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_that_is_not_there_whole_embeds_no_prompt(unets, tmp_path, missing):
+    """A download that was cut: without its last file the prompt would be padded otherwise, and kept for good."""
+    folder = tmp_path / "sd21-base"
+    shutil.copytree(unets / "sd21-base", folder, ignore=shutil.ignore_patterns("empty_prompt*"))
+    (folder / "tokenizer" / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"tokenizer of a Stable Diffusion at .*{missing}, found none"):
+        empty_prompt(folder)
+    with pytest.raises(FileNotFoundError, match=f"{missing}, found no file; get it: glesam models get sam_vit_b"):
+        catalogue.unet_folder("sd21-base", "sam_vit_b+glesam", tmp_path)
+    assert not (folder / "empty_prompt.safetensors").exists()
+
+
+def test_a_tokenizer_of_the_newer_layout_needs_no_other_file(unets, tmp_path):
+    from transformers import CLIPTokenizer
+
+    folder = tmp_path / "sd21-base"
+    shutil.copytree(unets / "sd21-base", folder, ignore=shutil.ignore_patterns("empty_prompt*"))
+    expected = empty_prompt(folder)
+    (folder / "empty_prompt.safetensors").unlink()
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    shutil.rmtree(folder / "tokenizer")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():
+        pytest.skip("this transformers writes the older layout")
+    assert not (folder / "tokenizer" / "special_tokens_map.json").is_file()
+    assert catalogue.unet_folder("sd21-base", "sd21-base", tmp_path) == tmp_path
+    assert torch.equal(empty_prompt(folder), expected)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("tokenizer/vocab.json", b"<html>", "tokenizer: expected a tokenizer of CLIP, cannot read it"),
+        ("text_encoder/model.safetensors", b"version https://git", "model.safetensors: expected a safetensors file"),
+        ("text_encoder/model.safetensors", None, "model.safetensors: expected a safetensors file"),
+    ],
+)
+def test_a_broken_text_encoder_is_named(unets, tmp_path, file, content, said):
+    shutil.copytree(unets / "sd21-base", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("empty_prompt*"))
+    path = tmp_path / file
+    path.write_bytes(path.read_bytes()[:-8] if content is None else content)
+    with pytest.raises(ValueError, match=said) as raised:
+        empty_prompt(tmp_path)
+    assert str(tmp_path) in str(raised.value)
 
 
 @pytest.mark.parametrize("levels", [False, True])

@@ -108,6 +108,9 @@ ENHANCERS = {
 }
 """Enhancers by name, with a sentence."""
 
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+"""What Stable Diffusion publishes of its tokenizer. Without the last, that of 2.1 would pad with another token."""
+
 _RAILPP, _RAIL = "CreativeML OpenRAIL++-M", "CreativeML OpenRAIL-M"
 _GLESAM = "MIT (its LICENSE file) or Apache-2.0 (its README): the repository contradicts itself"
 
@@ -115,8 +118,7 @@ _GLESAM = "MIT (its LICENSE file) or Apache-2.0 (its README): the repository con
 def _diffusion(name: str, repository: str, licence: str, unet: int, text: int) -> tuple[Source, ...]:
     files: dict[str, int | None] = {
         "unet/config.json": None, "unet/diffusion_pytorch_model.safetensors": unet, "text_encoder/config.json": None,
-        "text_encoder/model.safetensors": text, "tokenizer/vocab.json": None, "tokenizer/merges.txt": None,
-        "tokenizer/tokenizer_config.json": None, "tokenizer/special_tokens_map.json": None,
+        "text_encoder/model.safetensors": text, **{f"tokenizer/{file}": None for file in TOKENIZER_FILES},
     }
     return tuple(
         Source(f"{name}/{file}", f"{_HUB}/{repository}/resolve/main/{file}", licence, megabytes)
@@ -302,13 +304,24 @@ def unet_folder(unet: str, name: str, folder: Path) -> Path:
     Raises:
         FileNotFoundError: one is not there; names the command that gets what `name` needs.
     """
-    parts = ["unet/diffusion_pytorch_model.safetensors", "unet/config.json"]
-    if not (folder / unet / PROMPT_FILE).is_file():
-        parts += ["tokenizer", "text_encoder"]
-    for part in parts:
-        if not (path := folder / unet / part).exists():
+    own = folder / unet
+    paths = [own / "unet" / "diffusion_pytorch_model.safetensors", own / "unet" / "config.json"]
+    if not (own / PROMPT_FILE).is_file():
+        paths += text_paths(own)
+    for path in paths:
+        if not path.exists():
             raise FileNotFoundError(f"expected the U-Net of {unet} at {path}, found no file; get it: {get(name)}")
     return folder
+
+
+def text_paths(own: Path) -> list[Path]:
+    """What the text encoder of the diffusion model in the folder `own` cannot be loaded without.
+
+    Where tokenizer.json is, which newer versions of transformers write, the tokenizer needs no other file.
+    """
+    tokenizer = own / "tokenizer"
+    whole = (tokenizer / "tokenizer.json").is_file() or not tokenizer.is_dir()
+    return [tokenizer, own / "text_encoder", *([] if whole else (tokenizer / file for file in TOKENIZER_FILES))]
 
 
 def system_folder(name: str, folder: Path) -> Path:

@@ -38,6 +38,7 @@ from glesam_ros.models.glesam.catalogue import (
     PROMPT_FILE,
     SMALL_FILE,
     TEXT_WIDTHS,
+    text_paths,
 )
 from glesam_ros.models.glesam.one_step import SIDE_DIVISOR, SIDE_MULTIPLE, TIMESTEPS, alpha_bar, one_step
 from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operators
@@ -683,15 +684,24 @@ def load_text_encoder(folder: Path) -> tuple[Any, Any]:
         transformers' CLIPTokenizer, and its CLIPTextModel on the CPU, in float32, for inference.
 
     Raises:
-        FileNotFoundError: one of the folders is missing.
-        ValueError: weights of the text encoder are missing, or too many.
+        FileNotFoundError: one of the folders, or a file of the tokenizer is missing.
+        ValueError: tokenizer or weights of the text encoder cannot be read, or weights are missing, or too many.
     """
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    for part in ("tokenizer", "text_encoder"):
-        if not (folder / part).is_dir():
-            raise FileNotFoundError(f"expected the {part} of a Stable Diffusion at {folder / part}, found no folder")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    for path in text_paths(folder):
+        if not path.exists():
+            part = path.relative_to(folder).parts[0]
+            raise FileNotFoundError(f"expected the {part} of a Stable Diffusion at {path}, found none")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # of a broken file tokenizers raises just that
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder / 'tokenizer'}: expected a tokenizer of CLIP, cannot read it: {reason}") from error
+    if (weights := folder / "text_encoder" / "model.safetensors").is_file():
+        read_tensors(weights)  # transformers does not say which file is cut or none of tensors
     found: Any = CLIPTextModel.from_pretrained(
         folder / "text_encoder", local_files_only=True, output_loading_info=True
     )
