@@ -448,6 +448,10 @@ def test_the_catalogue_is_sound():
     for s in sources:
         assert s.url.startswith("https://") and s.licence and not Path(s.path).is_absolute()
         assert Path(s.url).name == Path(s.path).name
+    # as in the download scripts of the sam2 package; the folders are the days of the releases
+    for name, day in (("sam2_hiera_small", "072824"), ("sam2.1_hiera_small", "092824")):
+        address = f"https://dl.fbaipublicfiles.com/segment_anything_2/{day}/{name}.pt"
+        assert catalogue.BASES[name].source.url == address
 
 
 def test_the_released_decoder_is_one_of_sam(tmp_path):

@@ -496,6 +496,7 @@ def test_files_that_do_not_fit(tmp_path):
         ([1], "something else"), ({"a": 1}, "something else"), ({**content, "palette": [[1, 2, 3]]}, "3 colours"),
         ({**content, "state": {"a": 1}}, "dict of tensors"), ({**content, "config": {"rank": 4}}, "classes"),
         ({**content, "config": {"new": 1}}, "new"), ({**content, "prompt": [1]}, "prompt: expected a tensor, got list"),
+        ({**content, "palette": [[0, 0, 256], [1, 2, 3], [4, 5, 6]]}, "palette: expected whole numbers in 0..255"),
     ):
         torch.save(odd, file)
         with pytest.raises(ValueError, match=text) as error:

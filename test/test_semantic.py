@@ -101,6 +101,14 @@ def test_more_than_256_classes() -> None:
     assert found.colours().tolist() == [[palette[299].tolist(), palette[255].tolist()]]
 
 
+@pytest.mark.parametrize(("count", "dtype"), [(256, np.uint8), (257, np.uint16)])
+def test_labels_are_as_narrow_as_the_last_class_allows(count: int, dtype: Any) -> None:
+    logits = np.zeros((count, 1, 1), np.float32)
+    logits[-1] = 1
+    labels, _ = labels_of_logits(logits, (2, 2), count)
+    assert labels.dtype == dtype and (labels == count - 1).all()
+
+
 def test_main_classes_are_the_largest_without_specks() -> None:
     labels = np.zeros((10, 100), np.uint8)
     labels[:6] = 2
@@ -260,6 +268,9 @@ def test_a_restored_picture_of_another_size_is_refused() -> None:
     model = Given()
     model.restore = lambda image, classes: image[:-1]  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"given: expected a picture \(4, 6, 3\) uint8, got \(3, 6, 3\) uint8"):
+        Restorer(model).restore(picture())
+    model.restore = lambda image, classes: image / np.float32(255)  # type: ignore[assignment,method-assign]
+    with pytest.raises(ValueError, match=r"given: expected a picture \(4, 6, 3\) uint8, got \(4, 6, 3\) float32"):
         Restorer(model).restore(picture())
 
 

@@ -588,9 +588,12 @@ def read_rass(path: Path) -> RassWeights:
         if not isinstance(content["state"], dict) or not all(isinstance(x, Tensor) for x in content["state"].values()):
             raise ValueError("state: expected a dict of tensors, got something else")
         config = RassConfig(**content["config"])
-        palette = np.array(content["palette"], np.uint8)
-        if palette.shape != (len(config.classes), 3):
-            raise ValueError(f"palette: expected {len(config.classes)} colours, got an array {palette.shape}")
+        colours = np.array(content["palette"])
+        if colours.shape != (len(config.classes), 3):
+            raise ValueError(f"palette: expected {len(config.classes)} colours, got an array {colours.shape}")
+        palette = colours.astype(np.uint8)
+        if not np.array_equal(palette, colours):
+            raise ValueError(f"palette: expected whole numbers in 0..255, got {colours.min()} .. {colours.max()}")
         if not isinstance(prompt := content["prompt"], Tensor):
             raise ValueError(f"prompt: expected a tensor, got {type(prompt).__name__}")
         return RassWeights(config, palette, content["state"], prompt.clone(), content["scr"])
