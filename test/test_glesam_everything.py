@@ -249,6 +249,49 @@ def test_crops_find_what_the_grid_of_the_image_misses() -> None:
         assert iou(mask, image[..., 0] == k + 1) > 0.85
 
 
+@pytest.mark.parametrize(("side", "layers", "points"), [(8, 2, 64 + 4 * 16 + 16 * 4), (1, 1, 1 + 4)])
+def test_each_layer_of_crops_costs_as_many_points_as_the_image_and_one_a_crop_at_least(
+    side: int, layers: int, points: int
+) -> None:
+    runtime = Labelled(Aspect())
+    nothing = np.zeros((400, 300, 3), np.uint8)
+    run(runtime, Aspect(), nothing, Budget(points_per_side=side, points_per_batch=7, crop_layers=layers))
+    assert sum(runtime.batches) == points and runtime.encoded == sum(4**k for k in range(layers + 1))
+
+
+def test_of_an_object_in_image_and_crop_the_finer_mask_stays_and_the_limit_holds_for_both() -> None:
+    class Scaled(Labelled):
+        """Logits are the higher, and scores the lower, the smaller what was encoded is."""
+
+        def encode(self, image: np.ndarray, side: int) -> Features:
+            found = super().encode(image, side)
+            return found._replace(latent=torch.full_like(found.latent, 100 / image.shape[1]))
+
+        def decode(self, features: Features, *prompts: Any) -> Any:
+            logits, scores = super().decode(features, *prompts)
+            finer = features.latent.flatten()[0]
+            return logits * finer, scores - 0.001 * finer
+
+    image = np.zeros((400, 400, 3), np.uint8)
+    for k, (left, top) in enumerate(((40, 40), (300, 40), (40, 300))):
+        image[top : top + 60, left : left + 60, 0] = k + 1
+    budget = Budget(points_per_side=32, crop_layers=1)
+    crop = crops((400, 400), 1)[1]
+    finer = 100 / crop.size[1]
+    found = run(Scaled(Aspect()), Aspect(), image, budget)
+    assert found.scores.tolist() == pytest.approx([0.99 - 0.01 * k - 0.001 * finer for k in (1, 2, 3)])
+    assert found.logits.max((1, 2)).tolist() == pytest.approx([5 * finer] * 3, rel=1e-3)
+    best = run(Scaled(Aspect()), Aspect(), image, budget, limit=2)
+    assert (best.scores == found.scores[:2]).all() and (best.logits == found.logits[:2]).all()
+
+
+def test_masks_on_the_host_are_finite_and_keep_no_batch_alive() -> None:
+    logits = torch.tensor([-1e6, 1e6, 2.5]).expand(4, 3, 2, 3)
+    for mask in everything._to_host(logits, np.array([3, 0]), np.array([0, 2])):
+        assert mask.tolist() == [[-65504, 65504, 2.5]] * 2  # the ends of float16: infinity would be NaN in a crop
+        assert mask.base is None and mask.flags.owndata
+
+
 def test_a_mask_at_an_inner_edge_of_its_crop_is_dropped_and_one_at_the_edge_of_the_image_stays() -> None:
     image = np.zeros((400, 400, 3), np.uint8)
     image[190:210, :, 0] = 1  # through the middle: cut by every crop
@@ -275,6 +318,7 @@ def test_logits_of_a_crop_lie_in_the_frame_of_the_image() -> None:
     outside = np.ones((32, 64), bool)
     outside[8:24, 16:48] = False
     assert (placed[outside] == everything.OUTSIDE).all()
+    assert everything.OUTSIDE < min(everything.LEVELS)  # what a crop did not see makes no mask unstable
     # 64 cells of the crop become 32 of the image, sampled at their middles
     expected = ramp[0].astype(np.float32).reshape(32, 2).mean(1)
     assert np.abs(placed[8:24, 16:48].astype(np.float32) - expected).max() < 2e-3
@@ -333,6 +377,24 @@ def test_crops_are_those_of_segment_anything() -> None:
     for size in ((480, 640), (1080, 1920), (301, 200)):
         boxes, layers = generate_crop_boxes(size, 2, 512 / 1500)
         assert [[*crop] for crop in crops(size, 2)] == [[*box, layer] for box, layer in zip(boxes, layers)]
+
+
+@pytest.mark.parametrize("size", [(480, 640), (90, 70)])
+def test_masks_that_a_crop_cuts_off_are_those_of_segment_anything(size: tuple[int, int]) -> None:
+    allow_import_without_operators()
+    from segment_anything.utils.amg import is_box_near_crop_edge
+
+    draw = np.random.default_rng(0)
+    counts = []
+    for crop in crops(size, 2):
+        ends = draw.integers(0, (crop.size[1] + 1, crop.size[0] + 1), (300, 2, 2))
+        boxes = np.concatenate([ends.min(1), ends.max(1)], 1) + [crop.left, crop.top, crop.left, crop.top]
+        found = everything._cut_off(boxes.astype(np.float32), crop, size)
+        shift = torch.tensor([[crop.left, crop.top, crop.left, crop.top]])  # upstream takes boxes of the crop
+        theirs = is_box_near_crop_edge(torch.from_numpy(boxes) - shift, list(crop[:4]), [0, 0, size[1], size[0]])
+        assert (found == theirs.numpy()).all()
+        counts.append(int(found.sum()))
+    assert counts[0] == 0 < min(counts[1:])
 
 
 def test_everything_is_what_segment_anything_finds(
