@@ -9,6 +9,7 @@ import math
 import shutil
 import stat
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -22,6 +23,7 @@ from glesam_ros.models.glesam.enhancer import (  # noqa: E402
     UNETS,
     Enhancer,
     EnhancerConfig,
+    SelfAttention,
     SmallEnhancer,
     empty_prompt,
     load_config,
@@ -69,6 +71,13 @@ def latent(batch=2, channels=8, side=16, seed=1):
 # the published numbers
 
 
+def test_what_a_file_does_not_say_is_as_published():
+    """The best of the paper's ablations: gamma 5, and the scripts: T = 1, LoRA of rank 8 with alpha 8."""
+    config = EnhancerConfig("sam_vit_l", "lora", "sd21-base")
+    assert (config.gamma, config.timestep, config.rank, config.alpha, config.channels) == (5, 1, 8, 8, 256)
+    assert not config.levels
+
+
 @pytest.mark.parametrize(
     ("name", "width", "parameters", "unet_parameters"),
     [("sd21-base", 1024, 8_518_144, 865_910_724), ("sd15", 768, 8_452_608, 859_520_964)],
@@ -99,6 +108,23 @@ def test_schedule():
     assert math.sqrt(1 - alpha_bar(1)) == pytest.approx(0.041279, abs=5e-7)
     theirs = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
     torch.testing.assert_close(torch.tensor([alpha_bar(t) for t in range(1000)]), theirs, rtol=1e-4, atol=0)
+
+
+def test_attention_of_the_small_one_is_that_of_torch_with_eight_heads():
+    """Files of weights do not say how many heads they are of."""
+    torch.manual_seed(0)
+    own, theirs = SelfAttention(64), torch.nn.MultiheadAttention(64, 8, batch_first=True)
+    with torch.no_grad():
+        out = theirs.out_proj
+        for ours, weight, bias in (
+            (own.qkv, theirs.in_proj_weight, theirs.in_proj_bias), (own.out, out.weight, out.bias)
+        ):
+            weight.copy_(ours.weight.flatten(1).mul_(3))
+            bias.copy_(ours.bias)
+        z = latent(2, 64, 4)
+        tokens = own.norm(z).flatten(2).transpose(1, 2)
+        expected = z + theirs(tokens, tokens, tokens)[0].transpose(1, 2).reshape(z.shape)
+        torch.testing.assert_close(own(z), expected)
 
 
 def test_small_is_small():
@@ -367,6 +393,40 @@ def test_predictor_learns_noise(base, high):
     assert (predicted - truth).abs().mean() < 0.12
     with pytest.raises(ValueError, match="high levels"):
         enhancer.predict_level(Features(latent(), () if high else (latent(),)))
+
+
+def test_predictor_reads_means_then_logarithms_of_deviations():
+    """What the weights in files are of: were it read otherwise, they would still load and predict something else."""
+    predictor = SmallEnhancer(dataclasses.replace(SMALL, levels=True)).level
+    z = latent(2)
+    values = z.double().numpy().reshape(2, 8, -1)
+    statistics = np.concatenate([values.mean(2), np.log(values.std(2) + 1e-5)], 1)
+    with torch.no_grad():
+        # the first hidden unit passes one statistic on, and the last layer that unit
+        for parameter in predictor.parameters():
+            parameter.zero_()
+        predictor.last.weight[0, 0] = 1
+        for k in range(16):
+            predictor.first.weight.zero_()
+            predictor.first.weight[0, k] = 1
+            x = statistics[:, k]
+            expected = 1 / (1 + np.exp(-x / (1 + np.exp(-x))))
+            assert predictor(Features(z)).numpy() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_level_is_embedded_as_three_sines_and_cosines():
+    embedding = SmallEnhancer(dataclasses.replace(SMALL, levels=True)).unet.level
+    level = torch.tensor([0.0, 1 / 3, 1.0])
+    with torch.no_grad():
+        for parameter in embedding.parameters():
+            parameter.zero_()
+        embedding.first.weight[:6, :6] = torch.eye(6)
+        embedding.last.weight[:6, :6] = torch.eye(6)
+        found = embedding(level)
+    angles = [[np.pi * k * x for k in (1, 2, 3)] for x in level.tolist()]
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], 1)
+    assert found[:, :6].numpy() == pytest.approx(waves / (1 + np.exp(-waves)), abs=1e-6)
+    assert (found[:, 6:] == 0).all()
 
 
 def test_level_of_a_half_precision_model_does_not_overflow():
