@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import shutil
 import stat
 
@@ -643,6 +644,22 @@ def test_a_save_that_was_cut_leaves_the_model_that_was_there_or_none(tmp_path, m
     assert load_enhancer(tmp_path / "new", tmp_path).config == small.config
 
 
+def test_while_files_take_the_place_of_others_no_model_is_there(tmp_path, monkeypatch):
+    """A kill between two of them would leave the network of one model with the level of another."""
+    small = SmallEnhancer(dataclasses.replace(SMALL, levels=True))
+    save_enhancer(small, tmp_path)
+    replace, seen, targets = os.replace, [], {str(path) for path in tmp_path.iterdir()}
+
+    def watched(old, new):
+        if str(new) in targets:
+            seen.append((tmp_path / "glesam.json").exists())
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", watched)
+    save_enhancer(small, tmp_path)
+    assert seen == [False] * 3 and load_enhancer(tmp_path, tmp_path).config == small.config
+
+
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -770,6 +787,7 @@ def test_config_file_that_is_none(tmp_path, text, words):
         ({"unet": "sdxl"}, "unet: expected one of sd21-base, sd15"),
         ({"gamma": 0.0}, "gamma: expected a number > 0"),
         ({"gamma": math.nan}, "gamma"),
+        ({"gamma": math.inf}, "gamma"),
         ({"timestep": -1}, "timestep: expected a whole number in 0..999, got -1"),
         ({"timestep": 1000}, "got 1000"),
         ({"rank": 0}, "rank"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from glesam_ros.models.glesam.torchvision_ops import allow_import_without_operat
 allow_import_without_operators()
 pytest.importorskip("segment_anything")
 
-from segment_anything import SamPredictor, modeling  # noqa: E402
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor, modeling, sam_model_registry  # noqa: E402
 from segment_anything.build_sam import _build_sam  # noqa: E402
 
 from glesam_ros.models.glesam.base import Features  # noqa: E402
@@ -286,7 +287,7 @@ def test_the_picture_fills_the_square_with_its_aspect(size, side):
 
     found = model().content(size, side)
     upstreams = ResizeLongestSide.get_preprocess_shape(*size, side)
-    assert max(found) == side and all(length % 4 == 0 for length in found)
+    assert max(found) == side and all(length >= 4 and length % 4 == 0 for length in found)
     assert all(abs(a - b) <= 2 or a == 4 > b for a, b in zip(found, upstreams))
 
 
@@ -415,6 +416,24 @@ def test_published_sizes(name, megabytes, extra):
         net = build_sam(name).net
     values = extra + sum(value.numel() for value in net.state_dict().values())
     assert 4e-6 * values == pytest.approx(megabytes, abs=0.25) and 4e-6 * values < megabytes
+
+
+@pytest.mark.parametrize("name", ["sam_vit_b", "sam_vit_l", "sam_vit_h"])
+def test_published_sizes_attend_to_the_whole_image_where_segment_anythings_do(name):
+    """Which blocks do is in no file of weights: with others it would load all the same."""
+    with torch.device("meta"):
+        own, theirs = build_sam(name).net, sam_model_registry[name.removeprefix("sam_")]()
+    shapes = [{key: value.shape for key, value in net.state_dict().items()} for net in (own, theirs)]
+    assert shapes[0] == shapes[1]
+    windows = [[block.window_size for block in net.image_encoder.blocks] for net in (own, theirs)]
+    assert windows[0] == windows[1] and windows[0].count(0) == 4
+    blocks = zip(own.image_encoder.blocks, theirs.image_encoder.blocks)
+    assert all(ours.attn.heads == upstreams.attn.num_heads for ours, upstreams in blocks)
+
+
+def test_thresholds_of_everything_mode_are_segment_anythings_own():
+    defaults = inspect.signature(SamAutomaticMaskGenerator).parameters
+    assert model().thresholds == (defaults["pred_iou_thresh"].default, defaults["stability_score_thresh"].default)
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from pathlib import Path
 
 import cv2
@@ -299,6 +300,24 @@ def test_published_sizes(name, meta):
     published = {"tiny": 38.9, "small": 46.0, "base_plus": 80.8, "large": 224.4}
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     assert millions == pytest.approx(published[name.split("hiera_")[1]], abs=0.1)
+
+
+def test_nothing_of_the_sides_that_were_encoded_is_kept():
+    """The package remembers sine encodings for each side; those of 1024 take 85 MB, for the memory of videos alone."""
+    net = narrow()
+    net.load_official(weights())
+    with torch.no_grad():
+        for side in (128, 256):
+            net.encode(torch.zeros(1, 3, side, side))
+    assert not [side for module in net.modules() for side in getattr(module, "cache", {})]
+
+
+def test_thresholds_of_everything_mode_are_those_of_the_package():
+    allow_import_without_operators()
+    from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+
+    defaults = inspect.signature(SAM2AutomaticMaskGenerator).parameters
+    assert model().thresholds == (defaults["pred_iou_thresh"].default, defaults["stability_score_thresh"].default)
 
 
 def test_an_unknown_name_lists_the_known_ones():
