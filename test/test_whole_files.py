@@ -36,49 +36,40 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, sync: bo
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_bytes_are_on_the_disk_before_the_name_and_the_name_at_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps: list[str] = []
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What reaches the disk, in its order: bytes of a file, the folder, or the name that a file gets."""
+    noted: list[str] = []
     fsync, replace = os.fsync, os.replace
 
     def noted_fsync(opened: int) -> None:
-        steps.append("folder" if stat.S_ISDIR(os.fstat(opened).st_mode) else f"{os.fstat(opened).st_size} bytes")
+        noted.append("folder" if stat.S_ISDIR(os.fstat(opened).st_mode) else f"{os.fstat(opened).st_size} bytes")
         fsync(opened)
 
     def noted_replace(source: Path, target: Path) -> None:
-        steps.append("name")
+        noted.append(f"name {Path(target).name}")
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", noted_replace)
+    return noted
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_and_the_name_at_the_end(tmp_path: Path, steps: list[str]) -> None:
     write_bytes(tmp_path / "x", b"12345")
-    assert steps == ["5 bytes", "name", "folder"]
+    assert steps == ["5 bytes", "name x", "folder"]
     steps.clear()
     write_bytes(tmp_path / "x", b"1", sync=False)
-    assert steps == ["name"]
+    assert steps == ["name x"]
 
 
 def test_of_files_that_belong_together_all_are_on_the_disk_before_the_first_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, steps: list[str]
 ) -> None:
-    steps: list[str] = []
-    fsync, replace = os.fsync, os.replace
-
-    def noted_fsync(opened: int) -> None:
-        steps.append("folder" if stat.S_ISDIR(os.fstat(opened).st_mode) else f"{os.fstat(opened).st_size} bytes")
-        fsync(opened)
-
-    def noted_replace(source: Path, target: Path) -> None:
-        steps.append(Path(target).name)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(os, "replace", noted_replace)
     files = {name: lambda path, text=text: path.write_text(text) for name, text in (("z", "1"), ("a", "22"))}
     write_together(tmp_path / "new", files, lambda: steps.append("clear"))
     # what tells that all are there, the last that was given, gets its name last
-    assert steps == ["1 bytes", "2 bytes", "clear", "z", "a", "folder"]
+    assert steps == ["1 bytes", "2 bytes", "clear", "name z", "name a", "folder"]
 
 
 def test_what_a_kill_left_of_a_file_of_one_process_is_overwritten(tmp_path: Path) -> None:
