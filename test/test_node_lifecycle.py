@@ -228,6 +228,19 @@ def test_enable_pauses_and_resumes(launch):
     client.stream(frames(client), lambda: len(masks) > before, "masks after enable")
 
 
+def test_a_pause_lasts_through_deactivate_and_ends_with_cleanup(launch):
+    """Cleanup leaves a node as it was when it was made (design of managed nodes); nobody would look for a pause."""
+    client = launch()
+    masks = client.subscribe(Image, "masks")
+    client.call(SetBool, "enable", SetBool.Request(data=False))
+    assert client.change_state("deactivate") and client.change_state("activate")
+    client.stream(frames(client), lambda: client.counts()["dropped_disabled"] >= 5, "dropped_disabled")
+    assert not masks.messages
+    assert client.change_state("deactivate") and client.change_state("cleanup")
+    assert client.change_state("configure") and client.change_state("activate")
+    client.stream(frames(client), lambda: masks.messages, "masks after cleanup")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("model", ["bright", "slow"])
 def test_a_signal_ends_the_process_cleanly_also_in_the_middle_of_an_inference(launch, model, number):

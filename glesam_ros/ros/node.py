@@ -185,8 +185,8 @@ class PerceptionNode(LifecycleNode):
         return self._transition("deactivate", self._deactivate)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Remove the result topics."""
-        return self._transition("cleanup", self._clean_up)
+        """Remove the result topics; as after the start the node is not paused."""
+        return self._transition("cleanup", self._begin_anew)
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free everything, from any state."""
@@ -244,6 +244,10 @@ class PerceptionNode(LifecycleNode):
         for camera in self._cameras.values():
             camera.outputs.destroy()
         self._cameras = {}
+
+    def _begin_anew(self) -> None:
+        self._clean_up()
+        self._is_enabled = True
 
     def _activate(self) -> None:
         pipeline = self._pipeline or self._load()
