@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,6 +191,59 @@ def test_a_tag_of_a_small_file_is_no_checksum(server, home):
     server.files["/a/file.bin"], server.tag = CONTENT, "0" * 40
     known = Source("a/file.bin", f"http://127.0.0.1:{server.server_port}/hub/a/file.bin", "none")
     assert download.fetch(known, home, lambda *_: lambda _: None).read_bytes() == CONTENT
+
+
+def test_two_downloads_of_one_file_do_not_write_into_each_other(server, home):
+    """The second begins when the first has been told the size and has nothing written yet."""
+    server.files["/a/file.bin"] = CONTENT
+
+    def started(*_):
+        with pytest.raises(download.DownloadError, match="/a/file.bin: another process .* wait for its end"):
+            fetch(server, home)
+        return lambda _: None
+
+    assert download.fetch(source(server), home, started).read_bytes() == CONTENT
+    assert server.asked == [None]
+    assert dict(download.verify(home)) == {"a/file.bin": "ok"}
+
+
+@pytest.mark.parametrize("ending", ["complete", "thrown away"])
+def test_a_download_that_ends_before_the_next_one_has_the_lock_misleads_no_one(server, home, monkeypatch, ending):
+    """What the second has opened has another name by then, or none: what it wrote there would be lost or in the way."""
+    server.files["/a/file.bin"] = CONTENT
+    path, partial = home / "a/file.bin", home / "a/file.bin.partial"
+    ends, lock = [ending], download.fcntl.flock
+
+    def flock(file: int, how: int) -> None:
+        if ends:
+            if ends.pop() == "complete":
+                partial.write_bytes(CONTENT)
+                partial.replace(path)
+            else:
+                partial.unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(download.fcntl, "flock", flock)
+    assert fetch(server, home).read_bytes() == CONTENT
+    assert server.asked == ([] if ending == "complete" else [None])
+    assert [file.name for file in path.parent.iterdir()] == ["file.bin"]
+
+
+def test_a_file_system_that_cannot_lock_is_as_good_for_one(server, home, monkeypatch):
+    def flock(*_) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(download.fcntl, "flock", flock)
+    server.files["/a/file.bin"] = CONTENT
+    assert fetch(server, home).read_bytes() == CONTENT
+    assert dict(download.verify(home)) == {"a/file.bin": "ok"}
+
+
+def test_no_checksum_is_lost_where_several_are_recorded_at_once(home, tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda k: download.take(tmp_path / "file", home / f"{k}/file", home), range(24)))
+    assert dict(download.verify(home)) == {f"{k}/file": "ok" for k in range(24)}
 
 
 def test_a_full_disk_is_said_before_the_download(server, home, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +96,7 @@ def fetch(source: Source, folder: Path, started: Callable[[str, int | None, int]
     Raises:
         DownloadError: no program gets this file, the server refuses, the connection breaks (the part stays, the same
             call goes on), there is not enough space, the size or the checksum is another or, where none is published,
-            something else came, such as a page (the part is removed).
+            something else came, such as a page (the part is removed); or another process downloads it just now.
     """
     path = folder / source.path
     if path.is_file():
@@ -103,6 +105,16 @@ def fetch(source: Source, folder: Path, started: Callable[[str, int | None, int]
         raise DownloadError(f"{source.path}: get it by hand from {source.url} and name it with --from")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    with _alone(source, partial):
+        if not path.is_file():  # the other may have ended since
+            _complete(source, path, partial, folder, started)
+    return path
+
+
+def _complete(
+    source: Source, path: Path, partial: Path, folder: Path, started: Callable[[str, int | None, int], Progress]
+) -> None:
+    """Download what `partial` lacks, check it and give it its name."""
     named = _receive(source, partial, started)
     published, found = source.sha256 or named, sha256(partial)
     if published is None:
@@ -116,7 +128,44 @@ def fetch(source: Source, folder: Path, started: Callable[[str, int | None, int]
         raise DownloadError(f"{source.url}: expected SHA-256 {expected}, got {found}; {how}")
     os.replace(partial, path)
     _record(path, folder, found)
-    return path
+
+
+@contextmanager
+def _alone(source: Source, partial: Path) -> Iterator[None]:
+    """Hold `partial`, which is made for that: two downloads would write into each other's part.
+
+    Raises:
+        DownloadError: another process holds it.
+    """
+    while True:
+        held = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process that ends, however it does, lets go
+            except BlockingIOError as error:
+                text = f"{source.url}: another process downloads it to {partial}; wait for its end"
+                raise DownloadError(text) from error
+            except OSError:  # a file system that cannot lock
+                pass
+            # the one that held it may have renamed or removed it between our opening and our lock
+            if not _is_at(partial, held):
+                continue
+            try:
+                yield
+            finally:
+                if _is_at(partial, held) and not os.fstat(held).st_size:
+                    partial.unlink()
+            return
+        finally:
+            os.close(held)
+
+
+def _is_at(path: Path, opened: int) -> bool:
+    """Whether `path` is the file that was opened."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(opened))
+    except FileNotFoundError:
+        return False
 
 
 def _check_kind(source: Source, partial: Path) -> None:
@@ -294,7 +343,7 @@ def _exchange(own: Path, folder: Path, files: Mapping[str, Callable[[Path], Any]
     """Put `files` in place of the enhancer in `own`, see `write_together`, and record their checksums."""
     write_together(own, files, clear=functools.partial(_clear, own, folder))
     found = {(own / name).relative_to(folder).as_posix(): sha256(own / name) for name in files}
-    _write_json(folder / CHECKSUMS, {**_checksums(folder), **found})
+    _change_checksums(folder, lambda known: {**known, **found})
 
 
 def _clear(own: Path, folder: Path) -> None:
@@ -302,7 +351,7 @@ def _clear(own: Path, folder: Path) -> None:
     for file in (own / CONFIG_FILE, own / RELEASED_DECODER, *own.glob("*.safetensors")):
         file.unlink(missing_ok=True)
     start = f"{own.name}/"
-    _write_json(folder / CHECKSUMS, {k: v for k, v in _checksums(folder).items() if not k.startswith(start)})
+    _change_checksums(folder, lambda known: {k: v for k, v in known.items() if not k.startswith(start)})
 
 
 def _copied(file: Path, to: Path) -> str:
@@ -312,7 +361,7 @@ def _copied(file: Path, to: Path) -> str:
 
 
 def _record(path: Path, folder: Path, checksum: str) -> None:
-    _write_json(folder / CHECKSUMS, {**_checksums(folder), path.relative_to(folder).as_posix(): checksum})
+    _change_checksums(folder, lambda known: {**known, path.relative_to(folder).as_posix(): checksum})
 
 
 def verify(folder: Path, name: str | None = None) -> Iterator[tuple[str, str]]:
@@ -421,6 +470,19 @@ def _released_parts(lora: Path, decoder: Path) -> tuple[dict[str, Any], dict[str
 def _checksums(folder: Path) -> dict[str, str]:
     path = folder / CHECKSUMS
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _change_checksums(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
+    """Read, change and write them, one process after the other: an entry that is lost would not be verified."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+        except OSError:  # a file system that cannot lock folders, as NFS
+            pass
+        _write_json(folder / CHECKSUMS, change(_checksums(folder)))
+    finally:
+        os.close(held)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
