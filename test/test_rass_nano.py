@@ -67,6 +67,30 @@ def graph(**changed: Any) -> Any:
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+def declared(picture: Any = (1, "H", "W", 3), shape: Any = (1, "K", "h", "w"), extra: bool = False) -> Any:
+    """A graph of these shapes, whose logits are the picture cast and reshaped to them, or the first K of its numbers.
+
+    Args:
+        extra: another output comes before the logits.
+    """
+    size = [1, -1, *([1] * (len(shape) - 2))]  # nothing tells how many there are before a picture comes
+    constants = {"flat": [-1], "start": [0], "end": [len(COLOURS)], "size": size}
+    nodes = [
+        helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["float", "flat"], ["numbers"]),
+        helper.make_node("Slice", ["numbers", "start", "end"], ["few"]),
+        helper.make_node("Reshape", ["few", "size"], ["logits"]),
+    ]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)]
+    if extra:
+        outputs.insert(0, helper.make_tensor_value_info("few", TensorProto.FLOAT, ["n"]))
+    made = helper.make_graph(
+        nodes, "declared", [helper.make_tensor_value_info("image", TensorProto.UINT8, picture)], outputs,
+        [onnx.numpy_helper.from_array(np.array(value, np.int64), name) for name, value in constants.items()],
+    )
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
 def write(folder: Path, graph_changed: dict[str, Any] | None = None, **card_changed: Any) -> Path:
     """Both files into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,6 +220,23 @@ def test_a_folder_takes_the_place_of_the_name(weights: Path, tmp_path: Path) -> 
         load_semantic(str(tmp_path / "nowhere"), device="cpu")
 
 
+@pytest.mark.parametrize("extra", [False, True], ids=["alone", "behind another output"])
+def test_logits_are_found_by_name_and_their_count_may_be_open(tmp_path: Path, extra: bool) -> None:
+    """A graph may leave its sizes open: then the first picture tells. The brightest value of a colour is 255."""
+    write(tmp_path, palette=[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]])
+    onnx.save(declared(extra=extra), tmp_path / "rass_nano.onnx")
+    model = RassNano("cpu", weights=tmp_path)
+    assert model.logits(np.full((32, 32, 3), 7, np.uint8)).tolist() == [[[7.0]]] * 4
+    assert model.palette.max() == 255
+
+
+def test_threads_and_licence_are_passed_on(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        model = RassNano("cpu", weights=weights, threads=1)
+    assert model._session.get_session_options().intra_op_num_threads == 1
+    assert "licence of its weights: none" in caplog.text
+
+
 # --- what ships ---
 
 
@@ -257,6 +298,7 @@ def test_a_damaged_graph_is_named(tmp_path: Path, content: bytes | None) -> None
         (json.dumps(card(long_side=0)), "long_side: expected a multiple of 32, got 0"),
         (json.dumps(card(palette=[[1, 2, 3]])), r"palette: expected \(4, 3\) uint8 RGB.*got \(1, 3\)"),
         (json.dumps(card(palette=[[1, 2, 3]] * 3 + [[1, 2, 256]])), r"whole numbers in 0..255, got \[1, 2, 256\]"),
+        (json.dumps(card(palette=[[1, 2, 3]] * 3 + [[1, 2, 3.5]])), r"whole numbers in 0..255, got \[1, 2, 3.5\]"),
         (json.dumps(card(palette=[[1, 2]] * 4)), r"expected \[r, g, b\].*got \[1, 2\]"),
         (json.dumps(card(classes=["a", "b", "a", "c"])), "classes: expected each name once, got a again"),
         (json.dumps(card(classes=["a", "b", 3, "c"])), "classes: expected names"),
@@ -276,10 +318,14 @@ def test_a_card_that_does_not_fit_is_named(tmp_path: Path, content: str, words: 
         ({"input": "picture"}, r"expected the input image \(1, H, W, 3\) uint8, got picture"),
         ({"dtype": TensorProto.FLOAT}, r"expected the input image \(1, H, W, 3\) uint8, got image .*tensor\(float\)"),
         ({"output": "scores"}, "expected the output logits, got scores"),
+        ({"picture": [1, "H", "W"]}, r"expected the input image \(1, H, W, 3\) uint8, got image \[1, 'H', 'W'\]"),
+        ({"shape": [1, 4, "h"]}, r"expected logits \(1, 4, h, w\) for .*, got \[1, 4, 1\]"),
     ],
 )
 def test_a_graph_that_does_not_fit_is_named(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
     folder = write(tmp_path, changed)
+    if changed.keys() & {"picture", "shape"}:
+        onnx.save(declared(**changed), folder / "rass_nano.onnx")
     with pytest.raises(ValueError, match=f"{folder / 'rass_nano.onnx'}: {words}"):
         RassNano("cpu", weights=folder)
 

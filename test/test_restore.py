@@ -91,9 +91,19 @@ def test_a_broken_picture_is_reported_and_the_rest_restored(inverter, photos, tm
 def test_classes_reach_the_model(inverter, photos, tmp_path):
     assert restore(photos / "b.png", "--out", tmp_path / "out", "--classes", "road", "traffic light") == 0
     assert inverter.told == [("road", "traffic light")]
-    with pytest.raises(SystemExit) as stop:
-        restore(photos / "b.png", "--out", tmp_path / "out", "--classes", " ")
-    assert stop.value.code == 2
+    for wordless in (" ", " ,_"):  # commas and underscores stand for spaces
+        with pytest.raises(SystemExit) as stop:
+            restore(photos / "b.png", "--out", tmp_path / "out", "--classes", wordless)
+        assert stop.value.code == 2
+
+
+def test_black_and_white_of_16_bits_are_those_of_the_options(inverter, tmp_path):
+    deep = np.full((8, 8), 3000, np.uint16)
+    cv2.imwrite(str(tmp_path / "deep.png"), deep)
+    ends = ["--min-image-value", "2000", "--max-image-value", "4000"]
+    for options, expected in (([], 255 - (3000 >> 8)), (ends, 127)):
+        assert restore(tmp_path / "deep.png", "--out", tmp_path / "out", *options) == 0
+        assert (cv2.imread(str(tmp_path / "out" / "deep.png")) == expected).all()
 
 
 def test_originals_are_not_replaced(inverter, photos, capsys):
