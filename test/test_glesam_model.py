@@ -184,11 +184,12 @@ def test_nano_refuses_bf16() -> None:
     [
         lambda: torch.empty(2**60),
         lambda: np.empty(2**48),
+        lambda: (_ for _ in ()).throw(MemoryError()),
         lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")),
         lambda: (_ for _ in ()).throw(RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED")),
         lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")),
     ],
-    ids=["torch on a CPU", "numpy", "CUDA", "Jetson", "cuBLAS"],
+    ids=["torch on a CPU", "numpy", "Python, without a word", "CUDA", "Jetson", "cuBLAS"],
 )
 def test_lack_of_memory_is_one_error_on_every_device(
     fail: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
@@ -207,7 +208,7 @@ def test_lack_of_memory_is_one_error_on_every_device(
     monkeypatch.setattr(TinyBase, "encode", encode)
     with pytest.raises(OutOfMemory) as raised:
         runtime.encode(picture(), 256)
-    assert "\n" not in str(raised.value)
+    assert str(raised.value) and "\n" not in str(raised.value)
     # nothing of the failed call is kept by the error, so that freeing helps
     gc.collect()
     assert raised.value.__context__ is None and held[0]() is None
@@ -478,6 +479,58 @@ def test_graphs_are_few_and_the_longest_unused_goes() -> None:
     call(torch.zeros(1))
     call(torch.zeros(1))  # the oldest was dropped
     assert captured[-1] == 1
+
+
+def test_as_many_graphs_as_promised_are_kept_and_use_counts_not_age() -> None:
+    captured: list[int] = []
+
+    def capture(function: Function, inputs: Any) -> Function:
+        captured.append(len(inputs[0]))
+        return imitated_capture(function, inputs)
+
+    call = Replayed(lambda x: (x + 1,), "a test", capture, at_once=True)
+    first = list(range(1, MAX_GRAPHS + 1))
+    for n in (*first, *first):
+        call(torch.zeros(n))
+    assert captured == first  # all of them are still there
+    call(torch.zeros(1))
+    call(torch.zeros(MAX_GRAPHS + 1))  # takes the place of 2, the longest unused
+    call(torch.zeros(1))
+    assert captured == [*first, MAX_GRAPHS + 1]
+    call(torch.zeros(2))
+    assert captured == [*first, MAX_GRAPHS + 1, 2]
+
+
+def test_a_capture_that_fails_frees_the_graphs_of_other_shapes() -> None:
+    """They would hold memory that nothing replays."""
+    held: list[weakref.ref[Function]] = []
+
+    def capture(function: Function, inputs: Any) -> Function:
+        if held:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        made = imitated_capture(function, inputs)
+        held.append(weakref.ref(made))
+        return made
+
+    call = Replayed(lambda x: (x + 1,), "a test", capture, at_once=True)
+    call(torch.zeros(2))
+    assert held[0]() is not None
+    call(torch.zeros(3))
+    gc.collect()
+    assert held[0]() is None and call(torch.zeros(2))[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("reason", "said"), [("", "RuntimeError"), ("graph " * 1000, ("graph " * 1000)[:300])])
+def test_the_reason_in_the_log_is_neither_empty_nor_pages(
+    reason: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torch's errors of compilers bring their whole output; some errors bring no words."""
+
+    def capture(function: Function, inputs: Any) -> Function:
+        raise RuntimeError(reason)
+
+    Replayed(lambda x: (x + 1,), "decode", capture, at_once=True)(torch.zeros(2))
+    assert [r.getMessage() for r in caplog.records] == [f"decode runs without CUDA graphs: {said}"]
 
 
 def test_a_capture_that_memory_lacks_for_is_tried_again_when_memory_was_freed() -> None:

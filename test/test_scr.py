@@ -25,6 +25,7 @@ from glesam_ros.models.glesam.enhancer import LORA_TARGETS, UNETS, load_unet  # 
 from glesam_ros.models.glesam.one_step import alpha_bar  # noqa: E402
 from glesam_ros.models.rass import scr  # noqa: E402
 from glesam_ros.models.rass.scr import (  # noqa: E402
+    PROMPTS_KEPT,
     ClassPrompts,
     Scr,
     ScrRestorer,
@@ -225,6 +226,7 @@ def test_a_checkpoint_survives_writing_and_reading(checkpoint, adapted, tmp_path
     [
         ({"rank_unet": None}, "rank_unet is missing"),
         ({"rank_unet": 0}, "rank_unet is int instead of a whole number >= 1"),
+        ({"rank_unet": True}, "rank_unet is bool instead of a whole number >= 1"),
         ({"unet_lora_others_modules": None, "state_dict_unet": [1]},
          "unet_lora_others_modules is missing; state_dict_unet is list instead of a dict of tensors"),
         ({"unet_lora_decoder_modules": "conv_out"}, "unet_lora_decoder_modules is str instead of a list of names"),
@@ -313,6 +315,18 @@ def test_prompts_are_embedded_once(sd, tokenizer, tmp_path):
     assert torch.equal(fresh(), empty)
     with pytest.raises(FileNotFoundError, match="expected the tokenizer.*glesam models get scr-sd21"):
         fresh(["road"])
+
+
+def test_the_last_lists_of_names_are_remembered(sd):
+    prompts = ClassPrompts(sd)
+    lists = [["road"] * k for k in range(1, PROMPTS_KEPT + 1)]
+    found = [prompts(names) for names in lists]
+    assert all(prompts(names) is x for names, x in zip(lists, found))
+    prompts(lists[0])
+    prompts(["car"])  # takes the place of the second, the longest unused
+    assert prompts(lists[0]) is found[0]
+    again = prompts(lists[1])
+    assert again is not found[1] and torch.equal(again, found[1])
 
 
 # the network
