@@ -829,3 +829,25 @@ def test_the_catalogue_and_its_commands_need_no_torch(tmp_path):
     environment = {**os.environ, "GLESAM_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_file_that_is_gone_fails_verify_as_one_that_changed_does(home, tmp_path, capsys):
+    (tmp_path / "file").write_bytes(b"x")
+    download.take(tmp_path / "file", home / "a/file", home)
+    assert main(["models", "verify"]) == 0
+    (home / "a/file").unlink()
+    assert main(["models", "verify"]) == 1
+    assert capsys.readouterr().out.split() == ["ok", "a/file", "missing", "a/file"]
+
+
+def test_a_system_is_here_when_all_its_files_are(home, capsys):
+    scr = home / catalogue.SCR_FILE
+    scr.parent.mkdir(parents=True)
+    scr.write_bytes(b"x")
+    assert main(["models"]) == 0
+    assert re.search(r"^scr-sd21 +no", capsys.readouterr().out, re.MULTILINE)
+    for source in download.needed("scr-sd21", home):
+        (home / source.path).parent.mkdir(parents=True, exist_ok=True)
+        (home / source.path).write_bytes(b"x")
+    assert main(["models"]) == 0
+    assert re.search(r"^scr-sd21 +yes", capsys.readouterr().out, re.MULTILINE)
