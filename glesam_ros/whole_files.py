@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -88,3 +89,22 @@ def bring_to_disk(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def lock(opened: int, wait: bool = False) -> bool:
+    """Lock an open file or folder against other processes until it is closed, as also the end of a process does.
+
+    Args:
+        opened: its descriptor.
+        wait: until another lets go.
+
+    Returns:
+        False where another has it. A file system that cannot lock, as NFS may not, is as if nobody had it.
+    """
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import http.server
 import json
@@ -212,7 +213,7 @@ def test_a_download_that_ends_before_the_next_one_has_the_lock_misleads_no_one(s
     """What the second has opened has another name by then, or none: what it wrote there would be lost or in the way."""
     server.files["/a/file.bin"] = CONTENT
     path, partial = home / "a/file.bin", home / "a/file.bin.partial"
-    ends, lock = [ending], download.fcntl.flock
+    ends, lock = [ending], fcntl.flock
 
     def flock(file: int, how: int) -> None:
         if ends:
@@ -223,7 +224,7 @@ def test_a_download_that_ends_before_the_next_one_has_the_lock_misleads_no_one(s
                 partial.unlink()
         lock(file, how)
 
-    monkeypatch.setattr(download.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     assert fetch(server, home).read_bytes() == CONTENT
     assert server.asked == ([] if ending == "complete" else [None])
     assert [file.name for file in path.parent.iterdir()] == ["file.bin"]
@@ -233,7 +234,7 @@ def test_a_file_system_that_cannot_lock_is_as_good_for_one(server, home, monkeyp
     def flock(*_) -> None:
         raise OSError("no locks available")
 
-    monkeypatch.setattr(download.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     server.files["/a/file.bin"] = CONTENT
     assert fetch(server, home).read_bytes() == CONTENT
     assert dict(download.verify(home)) == {"a/file.bin": "ok"}

@@ -14,7 +14,6 @@ result is the same byte for byte.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -35,7 +34,7 @@ from glesam_ros.checksum import sha256
 from glesam_ros.datasets import LQSEG_FORMAT, LQSEG_INFO, LQSEG_MANIFEST, MAX_NAME
 from glesam_ros.degradation import degrade, names
 from glesam_ros.lqseg.sources import KINDS, Fault, Index, Malformed, Source, read_index, read_picture, read_truth
-from glesam_ros.whole_files import PART, write_bytes
+from glesam_ros.whole_files import PART, lock, write_bytes
 
 JOURNAL = "manifest.journal"
 ERRORS = "errors.jsonl"
@@ -201,13 +200,8 @@ def _alone(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process that ends, however it does, lets go
-        except BlockingIOError as error:
-            text = f"{out}: another build writes there; wait for its end, or give another folder"
-            raise ValueError(text) from error
-        except OSError:  # a file system that cannot lock folders, as NFS
-            pass
+        if not lock(folder):
+            raise ValueError(f"{out}: another build writes there; wait for its end, or give another folder")
         yield
     finally:
         os.close(folder)

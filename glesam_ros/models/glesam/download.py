@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
@@ -38,7 +37,7 @@ from glesam_ros.models.glesam.catalogue import (
     Source,
     split_name,
 )
-from glesam_ros.whole_files import write_text, write_together, write_whole
+from glesam_ros.whole_files import lock, write_text, write_together, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,13 +139,8 @@ def _alone(source: Source, partial: Path) -> Iterator[None]:
     while True:
         held = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process that ends, however it does, lets go
-            except BlockingIOError as error:
-                text = f"{source.url}: another process downloads it to {partial}; wait for its end"
-                raise DownloadError(text) from error
-            except OSError:  # a file system that cannot lock
-                pass
+            if not lock(held):
+                raise DownloadError(f"{source.url}: another process downloads it to {partial}; wait for its end")
             # the one that held it may have renamed or removed it between our opening and our lock
             if not _is_at(partial, held):
                 continue
@@ -476,10 +470,7 @@ def _change_checksums(folder: Path, change: Callable[[dict[str, str]], dict[str,
     """Read, change and write them, one process after the other: an entry that is lost would not be verified."""
     held = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX)
-        except OSError:  # a file system that cannot lock folders, as NFS
-            pass
+        lock(held, wait=True)
         _write_json(folder / CHECKSUMS, change(_checksums(folder)))
     finally:
         os.close(held)
