@@ -150,6 +150,58 @@ def test_corrected_biases_take_out_the_mean_error_of_rounded_weights() -> None:
     assert np.abs(mean_error(True)).max() < 1e-5
 
 
+def test_corrected_biases_of_groups_are_those_of_their_own_channels() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((6, 2, 1, 1)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["image", "w", "b"], ["y"], "groups", group=2)], "graph",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 4, "h", "w"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 6, "h", "w"])],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.zeros(6, np.float32), "b")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    pictures = [(rng.random((1, 4, 5, 7)) + np.arange(4).reshape(4, 1, 1)).astype(np.float32) for _ in range(3)]
+    scales = np.full(6, 0.3, np.float32)
+    changed = copy.deepcopy(model)
+    quantize.correct_biases(changed, [changed.graph.node[0]], {"w": scales}, [{"image": x} for x in pictures])
+    changed.graph.initializer[0].CopyFrom(
+        numpy_helper.from_array(quantize.rounded(weight, scales).astype(np.float32), "w")
+    )
+    assert np.abs(constants(changed)["b"]).max() > 0.1
+    error = np.mean([(run(changed, x) - run(model, x)).mean((0, 2, 3)) for x in pictures], axis=0)
+    assert np.abs(error).max() < 1e-5
+
+
+def test_a_graph_without_biases_becomes_8_bit_too() -> None:
+    model = small_network()
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            del node.input[2]
+    small = quantize.quantize(model, [{"image": picture} for picture in PICTURES])
+    assert {"w0_quantized", "w1_quantized", "w2_quantized"} <= set(constants(small))
+    expected, got = run(model, PICTURES[0]), run(small, PICTURES[0])
+    assert np.sqrt(np.square(got - expected).mean()) < 0.1 * np.sqrt(np.square(expected).mean())
+
+
+def test_sums_are_8_bit_too_and_a_convolution_without_bias_is_no_fault() -> None:
+    model = small_network()
+    del model.graph.node[-1].input[2]
+    model.graph.node[-1].output[0] = "projected"
+    model.graph.node.extend([
+        helper.make_node("Conv", ["z0", "w2", "b2"], ["beside"], "beside"),
+        helper.make_node("Add", ["projected", "beside"], ["sum"], "add"),
+        helper.make_node("Conv", ["sum", "w3"], ["y"], "last"),
+    ])
+    weight = np.random.default_rng(0).standard_normal((6, 6, 1, 1)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w3"))
+    small = quantize.quantize(model, [{"image": picture} for picture in PICTURES])
+    makers = {output: node for node in small.graph.node for output in node.output}
+    add = next(node for node in small.graph.node if node.op_type == "Add")
+    assert [makers[name].op_type for name in add.input] == ["DequantizeLinear"] * 2
+    expected, got = run(model, PICTURES[0]), run(small, PICTURES[0])
+    assert np.sqrt(np.square(got - expected).mean()) < 0.05 * np.sqrt(np.square(expected).mean())
+
+
 def test_stored_weights_come_back_to_a_64000th_and_equal_ones_are_stored_once(network, in_8_bits, tmp_path) -> None:
     split, small = onnx.ModelProto(), onnx.ModelProto()
     split.CopyFrom(network)

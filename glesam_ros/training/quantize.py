@@ -203,7 +203,8 @@ def _channel_means(model: ModelProto, names: list[str], feeds: Feeds) -> dict[st
     session = ort.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
     sums: dict[str, Any] = dict.fromkeys(names, 0)
     for feed in feeds:
-        found = dict(zip(inside, session.run(inside, feed), strict=True)) | feed
+        # asked for no names, a session gives all outputs
+        found = dict(zip(inside, session.run(inside, feed) if inside else (), strict=True)) | feed
         for name in names:
             sums[name] = sums[name] + found[name].mean((0, 2, 3), dtype=np.float64) / len(feeds)
     return sums
