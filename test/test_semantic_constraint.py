@@ -152,6 +152,27 @@ def test_a_name_without_pixels_is_not_attended_to():
     assert (attention.grad[0, 2:4] > 0).all() and (attention.grad[0, 1] < 0).all()
 
 
+def test_place_is_the_mean_of_the_names_that_have_pixels():
+    labels = torch.full((4, 4), 7)
+    attention = torch.full((1, TOKENS, 4, 4), 0.1)
+    attention[0, 1, :2] = 0.3
+    alone = float(loss(attention, labels, spans=SPANS[:1], named=NAMED[:1]).place)
+    assert alone == pytest.approx(-0.5 * math.log(0.75), abs=1e-5)  # 3/4 and 1/4 of the attention instead of halves
+    assert float(loss(attention, labels).place) == pytest.approx(alone, rel=1e-5)
+
+
+def test_choice_weighs_a_place_by_its_named_pixels():
+    labels = torch.full((4, 8), 7)
+    labels[:, 4:7] = VOID  # of the second place a quarter is left
+    attention = torch.full((1, TOKENS, 1, 2), 0.1)
+    attention[0, 1, 0, 1] = 0.6
+    # 0.1 of 0.3 for the right name, and 0.6 of 0.8
+    expected = (math.log(3) + 0.25 * math.log(4 / 3)) / 1.25
+    assert float(loss(attention, labels).choice) == pytest.approx(expected, abs=1e-5)
+    labels[:, 4:7] = 9  # as without a name
+    assert float(loss(attention, labels).choice) == pytest.approx(expected, abs=1e-5)
+
+
 def test_pixels_of_no_name_count_against_all_names_in_place_alone():
     labels = torch.full((4, 4), 7)
     labels[:, 2:] = 9
@@ -180,6 +201,9 @@ def test_pictures_of_a_batch_have_prompts_of_their_own():
     second = semantic_constraint(attention[1:], [[(1, 3)]], [[5]], labels[1:], VOID)
     for k in range(2):
         assert float(both[k]) == pytest.approx((float(first[k]) + float(second[k])) / 2, rel=1e-5)
+    # a picture without names counts as one that costs nothing
+    half = semantic_constraint(attention, [SPANS, []], [NAMED, []], labels, VOID)
+    assert [float(x) for x in half] == pytest.approx([float(x) / 2 for x in first], rel=1e-5)
     # a prompt that had no place for the second name
     short = semantic_constraint(attention[:1], [SPANS[:1]], [NAMED], labels[:1], VOID)
     alone = semantic_constraint(attention[:1], [SPANS[:1]], [NAMED[:1]], labels[:1], VOID)
@@ -226,6 +250,8 @@ def test_known_restoration_losses():
     # 0.01 a pixel to the right, half of it at both borders, 0 downwards
     detail = (10 * 0.01 + 2 * 0.005) / 12 / 2
     assert float(found) == pytest.approx(float(ramp.square().mean()) + detail, rel=1e-3)
+    tenth = float(ramp.square().mean()) + 0.1 * detail
+    assert float(restoration_loss(clear + ramp, clear)) == pytest.approx(tenth, rel=1e-3)
     with pytest.raises(ValueError, match="expected the shape of clear"):
         restoration_loss(clear[:1], clear)
 
