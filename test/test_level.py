@@ -88,6 +88,25 @@ def test_frames_are_degraded_as_the_camera_takes_them(monkeypatch: pytest.Monkey
     assert (batch["degraded"].int() - (255 - batch["clear"].int())).abs().max() <= 1
 
 
+def test_sides_of_cameras_are_even_on_a_logarithmic_scale_and_frames_lie_anywhere() -> None:
+    (photograph,) = ramps(300, 900).photographs
+    rng = np.random.default_rng(0)
+    frames = [level._frame(photograph.image, rng) for _ in range(1000)]
+    sides = np.array([frame.shape[1] for frame in frames if frame.shape[1] != 400])
+    assert (sides < math.sqrt(480 * 960)).mean() == pytest.approx(0.5, abs=0.04)
+    # 400 columns of 900, from any place of 0 to 500
+    first = np.array([float(frame[..., 0].min()) * 899 / 255 for frame in frames])
+    assert first.min() < 10 and first.max() > 490 and first.mean() == pytest.approx(250, abs=20)
+
+
+def test_half_of_the_frames_are_in_another_light() -> None:
+    photograph = Photograph("grey", np.full((30, 40, 3), 90, np.uint8), [np.zeros((30, 40), np.int16)], False)
+    config = make_config({"degradation": {"lq": 0, "kinds": ["fog"]}})
+    batch = level.draw_frames(Scenes([photograph], np.array([1.0])), np.random.default_rng(1), config, 40)
+    changed = (batch["clear"] != 90).flatten(1).any(1)
+    assert float(changed.float().mean()) == pytest.approx(0.5, abs=0.2)
+
+
 def test_frames_depend_on_their_seed_alone() -> None:
     first, again, other = (
         level.draw_frames(ramps(300, 400), np.random.default_rng(seed), make_config({}), 2) for seed in (3, 3, 4)

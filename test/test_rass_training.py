@@ -33,7 +33,13 @@ from glesam_ros.models.rass.scr import ClassPrompts, Scr, load_vae, merge_lora, 
 from glesam_ros.training import checkpoint, labelled_crops, rass  # noqa: E402
 from glesam_ros.training import config as configs  # noqa: E402
 from glesam_ros.training.config import load_any  # noqa: E402
-from glesam_ros.training.labelled_crops import VOID, LabelledScenes, draw_labelled_crop, load_labelled  # noqa: E402
+from glesam_ros.training.labelled_crops import (  # noqa: E402
+    VOID,
+    LabelledScenes,
+    draw_labelled,
+    draw_labelled_crop,
+    load_labelled,
+)
 from glesam_ros.training.random_sd import write_random_sd  # noqa: E402
 from glesam_ros.training.rass_config import (  # noqa: E402
     RASS_STAGES,
@@ -213,6 +219,37 @@ def test_a_crop_at_scale_1_is_the_picture_or_its_mirror_image(true_colours: None
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_a_picture_half_as_large_is_made_larger_about_its_centre(flip: float) -> None:
+    rng = np.random.default_rng(0)
+    labels, image = rng.integers(0, 3, (32, 32), np.uint8), rng.integers(0, 256, (32, 32, 3), np.uint8)
+    step = -1 if flip else 1
+    for seed in range(5):
+        found, classes = draw_labelled(One(image, labels), np.random.default_rng(seed), 64, 64, (1.0, 1.0), flip)
+        assert np.array_equal(classes, labels.repeat(2, 0).repeat(2, 1)[:, ::step])
+        expected = cv2.resize(image, (64, 64), interpolation=cv2.INTER_LINEAR)[:, ::step]
+        assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_fine_texture_is_smoothed_before_a_crop_is_made_smaller() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    image, _ = draw_labelled(
+        One(noise, np.zeros((512, 512), np.uint8)), np.random.default_rng(1), 64, 64, (1.0, 1.0)
+    )
+    # a Gaussian of sigma s leaves 1 / (2 s sqrt(pi)) of white noise
+    assert image.std() == pytest.approx(noise.std() / (2 * 0.4 * 8 * np.sqrt(np.pi)), rel=0.25)
+
+
+def test_beyond_the_picture_its_edge_is_repeated_and_crops_for_training_are_recoloured() -> None:
+    one = One(np.full((50, 50, 3), 99, np.uint8), np.full((50, 50), 7, np.uint8))
+    plain = [draw_labelled(one, np.random.default_rng(k), 64, 64, (0.5, 0.5))[0] for k in range(5)]
+    assert all((image == 99).all() for image in plain)
+    crop = LabelledCropConfig(64, (0.5, 0.5))
+    recoloured = [draw_labelled_crop(one, np.random.default_rng(k), crop)[0] for k in range(5)]
+    assert all((image == image[0, 0]).all() for image in recoloured)
+    assert len({tuple(image[0, 0]) for image in recoloured}) == 5
+
+
 @pytest.mark.parametrize("size", [(96, 128), (200, 70)])
 def test_labels_lie_on_what_they_name(size: tuple[int, int], true_colours: None) -> None:
     rng = np.random.default_rng(1)
@@ -275,6 +312,11 @@ def test_sources(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"got 'all' of .*shapes, which has the split 'test'"):
         load_labelled((LabelledSourceConfig("shapes", "all"),), data)
     assert len(load_labelled((LabelledSourceConfig("few", "all"),), tmp_path).folders[0]) == 1
+    for k, name in enumerate(("validation.txt", "images/val")):
+        write_folder(tmp_path / str(k), {"train": [9]})
+        (tmp_path / str(k) / name).touch() if k == 0 else (tmp_path / str(k) / name).mkdir(parents=True, exist_ok=True)
+        with pytest.raises(ValueError, match="which has the split 'val"):
+            load_labelled((LabelledSourceConfig(str(k), "all"),), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"sources\.0\.path: expected a folder .*nowhere, found none; --data"):
         load_labelled((LabelledSourceConfig("nowhere"),), data)
 

@@ -318,7 +318,37 @@ def test_the_gradients_are_those_of_the_formulas(adapted: Networks) -> None:
     loss = F.softplus(-guide.judge(share.sqrt() * seen + (1 - share).sqrt() * noise, t)).mean()
     loss.backward()
     torch.testing.assert_close(sizes["adversarial"], loss.detach())
+    torch.testing.assert_close(sizes["matching"], 0.5 * wanted.square().mean(), rtol=1e-3, atol=1e-7)
     torch.testing.assert_close(gradient, 0.5 * wanted / x.numel() + 0.25 * seen.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_distributions_are_compared_where_dmd2_compares_them() -> None:
+    # 0.02 and 0.98 of all timesteps
+    assert (FIRST, LAST) == (20, 980)
+
+
+def test_what_the_adversaries_learn_are_the_noise_and_who_is_clear(adapted: Networks) -> None:
+    guide = perturbed(Guide(adapted.enhancer))
+    x, clear = latents(0), latents(1)
+
+    def noised(latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        t, noise = torch.randint(0, 1000, (2,)), torch.randn_like(latent)
+        share = guide.bars[t].view(-1, 1, 1, 1)
+        return share.sqrt() * latent + (1 - share).sqrt() * noise, t, noise
+
+    with torch.no_grad():
+        torch.manual_seed(5)
+        losses = guide.losses(x, clear)
+        torch.manual_seed(5)
+        seen, t, noise = noised(x)
+        eps = guide.unet(seen, t, guide.prompt.expand(2, -1, -1)).sample
+        restored = guide.judge(*noised(x)[:2])
+        real = guide.judge(*noised(clear)[:2])
+    torch.testing.assert_close(losses["fake"], (eps - noise).square().mean())
+    # cross-entropy of "clear", of both halves
+    wanted = -(real.sigmoid().log() + (1 - restored.sigmoid()).log()).mean()
+    torch.testing.assert_close(losses["classifier"], wanted)
+    assert (real + restored).abs().max() > 1e-3  # the other way round would be another number
 
 
 @pytest.mark.parametrize("precision, checkpointing", [("no", False), ("no", True), ("bf16", True)])
