@@ -27,6 +27,7 @@ from glesam_ros.training.config import Config, StageConfig  # noqa: E402
 from glesam_ros.training.full_config import FullConfig  # noqa: E402
 from glesam_ros.training.log import Log  # noqa: E402
 from glesam_ros.training.loop import (  # noqa: E402
+    Adapting,
     Group,
     Run,
     Stage,
@@ -383,6 +384,108 @@ def test_auto_is_what_the_device_computes_in(
     assert settled(config, device) == replace(config, precision=precision)
     own = replace(config, precision="no")
     assert settled(own, device) is own
+
+
+def test_only_what_is_trained_has_gradients_and_nothing_has_afterwards(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    seen: set[tuple[str, bool]] = set()
+
+    class Watched(Line):
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            seen.update((name.split(".")[0], p.requires_grad) for name, p in self.model.named_parameters())
+            return super().forward(batch)
+
+    stage = Watched(steps=2)
+    train(stage, 3, run_of(tmp_path, accelerator, stage))
+    assert seen == {("slope", True), ("frozen", False), ("norm", False)}
+    assert not any(p.requires_grad for p in stage.model.parameters()) and not stage.model.training
+
+
+def test_a_finished_stage_is_taken_over_and_leaves_no_checkpoint(tmp_path: Path, accelerator: Accelerator) -> None:
+    first, again = Line(steps=4, checkpoint_every=2), Line(steps=4, checkpoint_every=2)
+    complete(first, 3, run_of(tmp_path, accelerator, first))
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["line.pt"]
+    complete(again, 3, run_of(tmp_path, accelerator, again))
+    assert again.calls == 0 and equal(again.model.state_dict(), first.model.state_dict())
+
+
+def test_the_checkpoint_of_another_stage_is_not_gone_on_with(tmp_path: Path, accelerator: Accelerator) -> None:
+    stage = Line(steps=3)
+    run = run_of(tmp_path, accelerator, stage)
+    checkpoint.write(run.checkpoint, {"stage": "other", "step": 2})
+    complete(stage, 3, run)
+    assert stage.calls == 3
+
+
+def test_a_signal_in_the_last_step_ends_the_run_after_the_stage(tmp_path: Path, accelerator: Accelerator) -> None:
+    stage = Line(steps=3)
+    stage.stop_at = 3
+    with pytest.raises(Stopped):
+        complete(stage, 3, run_of(tmp_path, accelerator, stage))
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["line.pt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_signal_is_that_of_the_system(number: signal.Signals) -> None:
+    stop = Stop()
+    with stop.signals():
+        os.kill(os.getpid(), number)
+        assert stop.requested and signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_what_is_prepared_is_drawn_apart_from_training_and_may_be_stopped(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    class Preparing(Line):
+        def prepare(self, drawn: Any) -> None:
+            self.seen = [batch["x"] for batch in drawn(self.batch, 3)]
+
+    stages = [Preparing(steps=3), Preparing(steps=3)]
+    for stage in stages:
+        train(stage, 3, run_of(tmp_path, accelerator, stage))
+    first, again = (stage.seen for stage in stages)
+    assert len(first) == 3 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    trained_on = [stages[0].batch(np.random.default_rng([SEED, 3, 0, step, 0, 0]))["x"] for step in range(3)]
+    assert not any(torch.equal(a, b) for a in first for b in [*trained_on, *[x for x in first if x is not a]])
+    stopped = Preparing(steps=3)
+    stopped.stop.requested = True
+    with pytest.raises(Stopped):
+        train(stopped, 3, run_of(tmp_path, accelerator, stopped))
+    assert stopped.calls == 0
+
+
+class Few(Adapting, Line):
+    """Trains a slope of the model, and something beside it."""
+
+    def __init__(self, width: int = 1) -> None:
+        super().__init__(steps=1)
+        self.beside = nn.Linear(width, 1)
+
+    def groups(self) -> list[Group]:
+        trained = [*self.model["slope"].parameters(), *self.beside.parameters()]
+        return [Group("slope", trained, 0.05)]
+
+
+def test_an_adapting_stage_keeps_what_it_trains_and_hands_on_what_is_of_its_model() -> None:
+    stage, other = Few(), Few()
+    kept = {"model.slope.weight", "model.slope.bias", "beside.weight", "beside.bias"}
+    assert set(stage.weights()) == kept
+    assert set(stage.finished()) == {"model.slope.weight", "model.slope.bias"}
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    frozen = stage.model["frozen"].weight.clone()
+    stage.load_weights(other.weights())
+    assert equal(stage.weights(), other.weights()) and torch.equal(stage.model["frozen"].weight, frozen)
+    missing = {name: value for name, value in other.weights().items() if name != "beside.bias"}
+    for wrong in (Few(2).weights(), missing, {**other.weights(), "more": torch.ones(1)}):
+        before = {name: value.clone() for name, value in stage.weights().items()}
+        with pytest.raises(ValueError, match="line: expected the weights of this stage, .* does not fit"):
+            stage.load_weights(wrong)
+        assert equal(stage.weights(), before)
+    with pytest.raises(ValueError, match=r"expected the weights of this stage, beside\.weight"):
+        stage.load_finished(other.weights())
 
 
 def test_another_number_of_processes_is_refused(tmp_path: Path, accelerator: Accelerator) -> None:

@@ -29,13 +29,14 @@ from accelerate import Accelerator  # noqa: E402
 from training_runs import killed_at_first_checkpoint  # noqa: E402
 
 from glesam_ros.cli.main import main  # noqa: E402
+from glesam_ros.datasets import Photograph  # noqa: E402
 from glesam_ros.models.nano import CHECKSUM  # noqa: E402
 from glesam_ros.models.nano_net import LATENT, STATISTICS, NanoNet  # noqa: E402
 from glesam_ros.pipeline import load_pipeline  # noqa: E402
 from glesam_ros.training import batches, checkpoint, export, loop, nano  # noqa: E402
 from glesam_ros.training.config import STAGES, SourceConfig, load_config, make_config, to_dict, to_yaml  # noqa: E402
 from glesam_ros.training.shipped import PARTS, read_shipped  # noqa: E402
-from glesam_ros.training.sources import load_scenes  # noqa: E402
+from glesam_ros.training.sources import Scenes, load_scenes  # noqa: E402
 
 # gradients that are summed up, and a loss of the paper on the way
 CHANGES = ("base.steps=6", "base.accumulate=2", "decode.loss=focal", "level.steps=10")
@@ -279,6 +280,58 @@ def test_batches_depend_on_their_seed_alone(data: Path) -> None:
         one, again, other = (stage.batch(np.random.default_rng([1, k])) for k in (0, 0, 1))
         assert all(torch.equal(one[k], again[k]) for k in one)
         assert any(one[k].shape != other[k].shape or not torch.equal(one[k], other[k]) for k in one)
+
+
+def blocks(counts: tuple[int, ...]) -> Scenes:
+    """Photographs of noise with so many regions, squares in two columns."""
+    drawn = []
+    for k, count in enumerate(counts):
+        layer = np.zeros((96, 96), np.int16)
+        for number in range(count):
+            y, x = 48 * (number // 2), 48 * (number % 2)
+            layer[y + 8 : y + 40, x + 8 : x + 40] = number + 1
+        image = np.random.default_rng(k).integers(0, 256, (96, 96, 3), np.uint8)
+        drawn.append(Photograph(str(k), image, [layer], False))
+    return Scenes(drawn, np.cumsum(np.ones(len(counts))))
+
+
+def test_prompts_and_cells_are_of_the_region_that_is_their_target() -> None:
+    config = make_config({
+        "crop": {"height": 96, "width": 96, "zoom": [1, 1], "paste": 0}, "objects": 5, "cells": 3,
+    })
+    batch = batches.draw_scenes(blocks((1, 3)), np.random.default_rng(0), config, 8)
+    assert set(batch) == {"images", "regions", "target", "xy", "labels", "single", "cells"}
+    regions = batch["regions"].reshape(8, 3, 24, 24).numpy()
+    numbers = []
+    for b in range(8):
+        there = regions[b].any((1, 2))
+        numbers.append(int(there.sum()))
+        assert there[: numbers[-1]].all()  # padding is at the end
+        # all regions before one comes again
+        assert set(batch["target"][b].tolist()) == set(range(numbers[-1]))
+        cells = batch["cells"][b].reshape(5, 3).numpy()
+        for o, target in enumerate(batch["target"][b].tolist()):
+            region = regions[b, target] > 0
+            assert region[2::4, 2::4].ravel()[cells[o]].all()
+            at = np.floor((batch["xy"][b, o].numpy() + 1) * 12).astype(int)
+            for (x, y), label in zip(at, batch["labels"][b, o].tolist(), strict=True):
+                assert label not in (0, 1, 4) or region[y, x] == bool(label)
+            assert bool(batch["single"][b, o]) == (batch["labels"][b, o].tolist() == [1, -1, -1, -1])
+    assert set(numbers) == {1, 3}
+
+
+def test_crops_lose_their_colour_by_share_and_before_they_are_degraded() -> None:
+    crop = {"height": 64, "width": 64, "zoom": [1, 1], "paste": 0}
+    shares = []
+    for grey in (0.0, 0.5, 1.0):
+        config = make_config({"crop": {**crop, "grey": grey}})
+        images = batches.draw_scenes(blocks((1,)), np.random.default_rng(0), config, 60)["images"]
+        shares.append(float((images == images[..., :1]).flatten(1).all(1).float().mean()))
+    assert shares == [0.0, pytest.approx(0.5, abs=0.15), 1.0]
+    pairs = batches.draw_pairs(blocks((1,)), np.random.default_rng(0), config, 12)
+    assert set(pairs) == {"clear", "degraded", "levels"} and set(pairs["levels"].tolist()) <= {1, 2, 3}
+    assert torch.equal(pairs["clear"], pairs["clear"][..., :1].expand(-1, -1, -1, 3))
+    assert (pairs["clear"] != pairs["degraded"]).flatten(1).any(1).all()
 
 
 def test_clear_inputs_of_stage_1_are_their_own_target(data: Path) -> None:
