@@ -402,6 +402,18 @@ def test_only_what_is_trained_has_gradients_and_nothing_has_afterwards(
     assert not any(p.requires_grad for p in stage.model.parameters()) and not stage.model.training
 
 
+def test_each_micro_batch_has_chance_of_its_own(tmp_path: Path, accelerator: Accelerator) -> None:
+    class Rolling(Line):
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            self.rolled = [*getattr(self, "rolled", []), float(torch.rand(1))]
+            return super().forward(batch)
+
+    first, again, other = Rolling(steps=3, accumulate=2), Rolling(steps=3, accumulate=2), Rolling(steps=1)
+    for number, stage in ((3, first), (3, again), (4, other)):
+        train(stage, number, run_of(tmp_path, accelerator, stage))
+    assert len({*first.rolled, *other.rolled}) == 7 and first.rolled == again.rolled
+
+
 def test_a_finished_stage_is_taken_over_and_leaves_no_checkpoint(tmp_path: Path, accelerator: Accelerator) -> None:
     first, again = Line(steps=4, checkpoint_every=2), Line(steps=4, checkpoint_every=2)
     complete(first, 3, run_of(tmp_path, accelerator, first))
