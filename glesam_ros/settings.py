@@ -41,6 +41,15 @@ class Spec:
     unit: str = ""
     read_only: bool = False
 
+    def values_in_words(self, default: Any) -> str:
+        """Range, choices and unit of a parameter with this default, "" where anything goes."""
+        if self.choices:
+            return ", ".join(self.choices)
+        if self.low is None or self.high is None:
+            return "true, false" if isinstance(default, bool) else ""
+        low, high = (f"{float(v)}" if isinstance(default, float) else f"{int(v)}" for v in (self.low, self.high))
+        return f"{low} .. {high} {self.unit}".rstrip()
+
 
 def _param(default: Any, help: str, **spec: Any) -> Any:
     metadata = {"spec": Spec(help=help, **spec)}
@@ -227,17 +236,6 @@ def names() -> tuple[str, ...]:
 def default(name: str) -> Any:
     """Default of the parameter `name`; a tuple for lists of strings."""
     return getattr(Settings(), name)
-
-
-def values_in_words(name: str) -> str:
-    """Range, choices and unit of the parameter `name`, "" where anything goes."""
-    s, kind = spec(name), _kind(name)
-    if s.choices:
-        return ", ".join(s.choices)
-    if s.low is None or s.high is None:
-        return "true, false" if kind == "bool" else ""
-    low, high = (f"{float(v)}" if kind == "float" else f"{int(v)}" for v in (s.low, s.high))
-    return f"{low} .. {high} {s.unit}".rstrip()
 
 
 def check_value(name: str, value: Any) -> None:

@@ -43,7 +43,7 @@ def yaml_text() -> str:
     for name in settings.names():
         spec = settings.spec(name)
         lines.append(f"    # {spec.help}")
-        facts = [values] if (values := settings.values_in_words(name)) else []
+        facts = [values] if (values := spec.values_in_words(settings.default(name))) else []
         facts += ["only at start"] if spec.read_only else []
         if facts:
             lines.append(f"    # ({'; '.join(facts)})")
@@ -57,8 +57,8 @@ def table_text() -> str:
     for name in settings.names():
         spec = settings.spec(name)
         live = "at start" if spec.read_only else "live"
-        values = settings.values_in_words(name)
-        rows += f"| `{name}` | `{plain(settings.default(name))}` | {values} | {live} | {spec.help} |\n"
+        default = settings.default(name)
+        rows += f"| `{name}` | `{plain(default)}` | {spec.values_in_words(default)} | {live} | {spec.help} |\n"
     return TABLE_HEAD + rows
 
 

@@ -9,12 +9,11 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
 import rclpy
-from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.exceptions import (
     InvalidParameterTypeException,
     InvalidParameterValueException,
@@ -33,7 +32,8 @@ from glesam_ros import degradation
 from glesam_ros.ros import shared_memory, usage
 from glesam_ros.ros.conversions import array_to_image
 from glesam_ros.ros.leaving import leave
-from glesam_ros.ros.parameters import with_hint
+from glesam_ros.ros.parameters import described, with_hint
+from glesam_ros.settings import Spec
 from glesam_ros.validation import UInt8Array
 
 NODE_NAME = "demo_camera"
@@ -53,24 +53,15 @@ CROP = 0.85
 STORED_QUALITY = 95
 
 
-class Parameter(NamedTuple):
-    """One of the camera's: `low` and `high` are the range of a number."""
-
-    default: Any
-    text: str
-    low: float | None = None
-    high: float | None = None
-
-
-PARAMETERS = {
-    "rate": Parameter(30.0, "Frames a second.", 0.1, 120.0),
-    "width": Parameter(640, "Width of the image in pixels.", 16, 4096),
-    "height": Parameter(480, "Height of the image in pixels.", 16, 4096),
-    "degradation": Parameter("cycle", f"cycle, {CLEAR}, or one of {', '.join(degradation.names())}."),
-    "level": Parameter(3, "Severity of the degradation, 1 to 3.", 1, 3),
-    "seconds_per_scene": Parameter(4.0, "How long a scene plays.", 0.1, 3600.0),
-    "frame_id": Parameter("demo_camera", "frame_id of the headers."),
-    "compressed": Parameter(False, "Publish image/compressed instead of image."),
+PARAMETERS: dict[str, tuple[Any, Spec]] = {
+    "rate": (30.0, Spec("Frames a second.", 0.1, 120.0, read_only=True)),
+    "width": (640, Spec("Width of the image in pixels.", 16, 4096, read_only=True)),
+    "height": (480, Spec("Height of the image in pixels.", 16, 4096, read_only=True)),
+    "degradation": ("cycle", Spec(f"cycle, {CLEAR}, or one of {', '.join(degradation.names())}.", read_only=True)),
+    "level": (3, Spec("Severity of the degradation, 1 to 3.", 1, 3, read_only=True)),
+    "seconds_per_scene": (4.0, Spec("How long a scene plays.", 0.1, 3600.0, read_only=True)),
+    "frame_id": ("demo_camera", Spec("frame_id of the headers.", read_only=True)),
+    "compressed": (False, Spec("Publish image/compressed instead of image.", read_only=True)),
 }
 
 
@@ -87,7 +78,7 @@ class DemoCamera(Node):
 
     def __init__(self) -> None:
         super().__init__(NODE_NAME, namespace=DEFAULT_NAMESPACE)
-        given = {name: self._declare(name, parameter) for name, parameter in PARAMETERS.items()}
+        given = {name: self._declare(name, *known) for name, known in PARAMETERS.items()}
         self._rate, self._frame_id, self._is_compressed = given["rate"], given["frame_id"], given["compressed"]
         level, chosen, size = given["level"], given["degradation"], (given["width"], given["height"])
         known = ("cycle", CLEAR, *degradation.names())
@@ -115,16 +106,9 @@ class DemoCamera(Node):
         self._scene, self._position = 0, 0
         self.create_timer(1.0 / self._rate, self._publish)
 
-    def _declare(self, name: str, parameter: Parameter) -> Any:
-        default, low, high = parameter.default, parameter.low, parameter.high
-        descriptor = ParameterDescriptor(description=parameter.text, read_only=True)
-        if low is not None and high is not None:
-            if isinstance(default, float):
-                descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=high, step=0.0)]
-            else:
-                descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=1)]
+    def _declare(self, name: str, default: Any, spec: Spec) -> Any:
         try:
-            return self.declare_parameter(name, default, descriptor).value
+            return self.declare_parameter(name, default, described(name, default, spec)).value
         except InvalidParameterTypeException as error:
             raise ValueError(with_hint(error)) from error
 
@@ -229,11 +213,7 @@ def _window(photo: UInt8Array, size: tuple[int, int], progress: float) -> UInt8A
 def main(args: list[str] | None = None) -> int:
     """Run the camera until SIGINT or SIGTERM; 1 when its arguments are not valid, else 0. `--help` only explains it."""
     if usage.is_asked(args):
-        parameters = (
-            (name, default, "" if low is None else f"{low} .. {high}", meaning)
-            for name, (default, meaning, low, high) in PARAMETERS.items()
-        )
-        print(usage.text("demo_camera", ABOUT, "-p degradation:=rain -p level:=2 -p rate:=10.0", parameters))
+        print(usage.text("demo_camera", ABOUT, "-p degradation:=rain -p level:=2 -p rate:=10.0", PARAMETERS))
         return 0
     cv2.setNumThreads(1)  # the cores are the perception node's
     shared_memory.enlarge()

@@ -12,7 +12,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from glesam_ros import settings as catalogue
-from glesam_ros.settings import Settings
+from glesam_ros.settings import Settings, Spec
 
 OF_RCLPY = frozenset({"use_sim_time", "start_type_description_service"})
 """Declared by rclpy, the second one not by all of its versions."""
@@ -27,7 +27,11 @@ HINTS = {
 
 def descriptor(name: str) -> ParameterDescriptor:
     """Description, range and constraints of the parameter `name`, as rqt and `ros2 param describe` show them."""
-    spec = catalogue.spec(name)
+    return described(name, catalogue.default(name), catalogue.spec(name))
+
+
+def described(name: str, default: Any, spec: Spec) -> ParameterDescriptor:
+    """What `descriptor` gives, of a parameter of any node."""
     result = ParameterDescriptor(
         name=name,
         description=f"{spec.help} [{spec.unit}]" if spec.unit else spec.help,
@@ -35,7 +39,7 @@ def descriptor(name: str) -> ParameterDescriptor:
         read_only=spec.read_only,
     )
     if spec.low is not None and spec.high is not None:
-        if isinstance(catalogue.default(name), float):
+        if isinstance(default, float):
             # step 0.0: any value in the range; rqt's slider disagrees with rclpy about other steps
             result.floating_point_range = [FloatingPointRange(from_value=spec.low, to_value=spec.high, step=0.0)]
         else:

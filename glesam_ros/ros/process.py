@@ -66,11 +66,8 @@ def main(args: list[str] | None = None) -> int:
         With `--help` there is no node, and what it takes is printed.
     """
     if usage.is_asked(args):
-        specs = (
-            (name, settings.default(name), settings.values_in_words(name), settings.spec(name).help)
-            for name in settings.names()
-        )
-        print(usage.text("perception_node", ABOUT, EXAMPLE, specs))
+        known = {name: (settings.default(name), settings.spec(name)) for name in settings.names()}
+        print(usage.text("perception_node", ABOUT, EXAMPLE, known))
         return 0
     with _end_requests() as (wait_for_end, request_end):
         shared_memory.enlarge()

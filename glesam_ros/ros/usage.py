@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from glesam_ros.settings import Spec
 
 WIDTH = 100
 
@@ -19,20 +21,20 @@ def is_asked(args: Sequence[str] | None) -> bool:
     return not {"-h", "--help"}.isdisjoint(own)
 
 
-def text(executable: str, about: str, example: str, parameters: Iterable[tuple[str, Any, str, str]]) -> str:
+def text(executable: str, about: str, example: str, parameters: Mapping[str, tuple[Any, Spec]]) -> str:
     """Help for a terminal.
 
     Args:
         executable: its name.
         about: what it does, a line or two.
         example: arguments behind `--ros-args`.
-        parameters: name, default, values in words or "", and meaning of each.
+        parameters: by name, default and what else is known of each.
     """
     start = f"ros2 run glesam_ros {executable}"
     lines = [f"usage: {start} [--ros-args [-p NAME:=VALUE ...] [--params-file FILE] [-r FROM:=TO ...]]", "", about, ""]
     lines += ["example:", f"  {start} --ros-args {example}", "", "parameters:"]
-    for name, default, values, meaning in parameters:
-        known = f"default: {json.dumps(default)}"
-        lines.append(f"  {name} ({'; '.join(filter(None, (values, known)))})")
-        lines += textwrap.wrap(meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    for name, (default, spec) in parameters.items():
+        known = spec.values_in_words(default), f"default: {json.dumps(default)}"
+        lines.append(f"  {name} ({'; '.join(filter(None, known))})")
+        lines += textwrap.wrap(spec.help, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
