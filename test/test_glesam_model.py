@@ -427,48 +427,45 @@ def imitated_capture(function: Function, inputs: Any) -> Function:
     return replay
 
 
-def test_shapes_that_come_again_are_captured_once() -> None:
-    captured: list[Any] = []
+def noted_captures() -> tuple[list[int], Callable[[Function, Any], Function]]:
+    """Lengths of the inputs (N,) for which graphs were captured, and the capture that notes them."""
+    captured: list[int] = []
 
     def capture(function: Function, inputs: Any) -> Function:
-        captured.append(tuple(inputs[0].shape))
+        [length] = inputs[0].shape
+        captured.append(length)
         return imitated_capture(function, inputs)
 
+    return captured, capture
+
+
+def test_shapes_that_come_again_are_captured_once() -> None:
+    captured, capture = noted_captures()
     call = Replayed(lambda x, y: (x + y, x * y), "a test", capture, at_once=False)
     results = []
     for k, n in enumerate((2, 3, 2, 2, 3, 2)):
         x = torch.full((n,), float(k))
         results.append((k, call(x, x)))
-    assert captured == [(2,), (3,)]
+    assert captured == [2, 3]
     # earlier results are not overwritten by later replays
     for k, (total, product) in results:
         assert (total == 2 * k).all() and (product == k * k).all()
     call.free()
     call(torch.ones(2), torch.ones(2))
-    assert captured == [(2,), (3,)]
+    assert captured == [2, 3]
     call(torch.ones(2), torch.ones(2))
-    assert captured == [(2,), (3,), (2,)]
+    assert captured == [2, 3, 2]
 
 
 def test_shapes_that_hardly_vary_are_captured_at_once() -> None:
-    captured: list[int] = []
-
-    def capture(function: Function, inputs: Any) -> Function:
-        captured.append(len(inputs[0]))
-        return imitated_capture(function, inputs)
-
+    captured, capture = noted_captures()
     call = Replayed(lambda x: (x + 1,), "a test", capture, at_once=True)
     assert call(torch.zeros(2))[0].tolist() == [1, 1] and captured == [2]
     assert call(torch.ones(2))[0].tolist() == [2, 2] and captured == [2]
 
 
 def test_graphs_are_few_and_the_longest_unused_goes() -> None:
-    captured: list[int] = []
-
-    def capture(function: Function, inputs: Any) -> Function:
-        captured.append(len(inputs[0]))
-        return imitated_capture(function, inputs)
-
+    captured, capture = noted_captures()
     call = Replayed(lambda x: (x + 1,), "a test", capture, at_once=False)
     for n in range(1, MAX_GRAPHS + 2):
         call(torch.zeros(n))
@@ -482,12 +479,7 @@ def test_graphs_are_few_and_the_longest_unused_goes() -> None:
 
 
 def test_as_many_graphs_as_promised_are_kept_and_use_counts_not_age() -> None:
-    captured: list[int] = []
-
-    def capture(function: Function, inputs: Any) -> Function:
-        captured.append(len(inputs[0]))
-        return imitated_capture(function, inputs)
-
+    captured, capture = noted_captures()
     call = Replayed(lambda x: (x + 1,), "a test", capture, at_once=True)
     first = list(range(1, MAX_GRAPHS + 1))
     for n in (*first, *first):
